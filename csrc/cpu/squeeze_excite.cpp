@@ -1,0 +1,242 @@
+#include "squeeze_excite.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../check.h"
+#include "schedule.h"
+
+namespace senet {
+namespace {
+
+// The fastest table that this CPU can run; SENET_FUSED_ISA names a slower one.
+const Kernels& choose_kernels() {
+  const char* wanted = std::getenv("SENET_FUSED_ISA");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
+  const auto is = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+#if defined(SENET_X86_DISPATCH)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && is("avx512")) return avx512::kernels();
+  if (avx2 && is("avx2")) return avx2::kernels();
+  constexpr const char* kKnown = "baseline, avx2 or avx512, as far as this CPU has it";
+#else
+  constexpr const char* kKnown = "baseline (this build has no other)";
+#endif
+  STD_TORCH_CHECK(is("baseline"), "senet_fused: SENET_FUSED_ISA must be ", kKnown, "; got ", wanted);
+  return baseline::kernels();
+}
+const Kernels& kernels() {
+  static const Kernels& table = choose_kernels();
+  return table;
+}
+
+int64_t cache_bytes(int name, int64_t otherwise) {
+  const int64_t bytes = name < 0 ? 0 : sysconf(name);
+  return bytes > 0 ? bytes : otherwise;
+}
+CpuFacts facts() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
+  static const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 16 << 20);
+#else
+  static const int64_t l2 = cache_bytes(-1, 1 << 20), l3 = cache_bytes(-1, 16 << 20);
+#endif
+  return {torch::stable::get_num_threads(), l2, l3};
+}
+
+void parallel_for(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+// The kernels of one accumulation type.
+template <class A>
+struct Tables;
+template <>
+struct Tables<float> {
+  static constexpr ScalarType kType = ScalarType::Float;
+  static const TensorKernels<float>* tensor(ScalarType t) {
+    const Kernels& k = kernels();
+    return t == ScalarType::Float ? &k.float32 : t == ScalarType::BFloat16 ? &k.bfloat16 : &k.float16;
+  }
+  static const WeightKernels<float>* weight(ScalarType t) {
+    const Kernels& k = kernels();
+    if (t == ScalarType::Float) return &k.weight_float32;
+    if (t == ScalarType::BFloat16) return &k.weight_bfloat16;
+    return t == ScalarType::Half ? &k.weight_float16 : nullptr;
+  }
+  static const FunctionKernels<float>* function() { return &kernels().function_float; }
+};
+template <>
+struct Tables<double> {
+  static constexpr ScalarType kType = ScalarType::Double;
+  static const TensorKernels<double>* tensor(ScalarType) { return &kernels().float64; }
+  static const WeightKernels<double>* weight(ScalarType t) {
+    return t == ScalarType::Double ? &kernels().weight_float64 : nullptr;
+  }
+  static const FunctionKernels<double>* function() { return &kernels().function_double; }
+};
+
+int64_t element_size(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
+
+bool is_supported(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
+}
+
+Options options(int64_t act, double act_p0, int64_t gate, double gate_p0, double gate_p1, int64_t squeeze,
+                int64_t relu) {
+  STD_TORCH_CHECK(act >= 0 && act < kFunctions && gate >= 0 && gate < kFunctions && squeeze >= 0 &&
+                      squeeze < kSqueezes && (relu == 0 || relu == 1),
+                  "senet_fused: unknown function code");
+  const Function g = static_cast<Function>(gate);
+  STD_TORCH_CHECK(g == Function::sigmoid || g == Function::hardsigmoid || g == Function::tanh || g == Function::relu ||
+                      g == Function::identity,
+                  "senet_fused: this function is no gate: its derivative does not follow from its value");
+  return {static_cast<Function>(act), act_p0, g, gate_p0, gate_p1, static_cast<Squeeze>(squeeze), relu == 1};
+}
+
+Problem problem(const Tensor& x, const Tensor& w1, bool channels_last, bool backward) {
+  STD_TORCH_CHECK(is_supported(x.scalar_type()), "senet_fused: x must be float64, float32, bfloat16 or float16");
+  STD_TORCH_CHECK(x.dim() >= 3 && w1.dim() >= 2, "senet_fused: x must be [N, C, *spatial] and w1 [R, C], got ", text(x),
+                  " and ", text(w1));
+  int64_t m = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
+  STD_TORCH_CHECK(m > 0 && x.size(1) > 0 && w1.size(0) > 0, "senet_fused: empty channels or positions: x ", text(x),
+                  ", w1 ", text(w1));
+  return {x.size(0), x.size(1),     w1.size(0), m, element_size(x.scalar_type()), element_size(w1.scalar_type()),
+          channels_last, backward};
+}
+
+template <class A>
+void fill_layer(Layer<A>& layer, const Problem& p, const Options& o, const Tensor& x, const Tensor& w1,
+                const Tensor& w2) {
+  check_dense(w1, "w1", {p.r, p.c}, w1.scalar_type());
+  check_dense(w2, "w2", {p.c, p.r}, w1.scalar_type());
+  layer.problem = p;
+  layer.options = o;
+  layer.plan = plan_cpu(p, facts());
+  layer.parallel_for = parallel_for;
+  layer.tensor = Tables<A>::tensor(x.scalar_type());
+  layer.weight = Tables<A>::weight(w1.scalar_type());
+  layer.function = Tables<A>::function();
+  STD_TORCH_CHECK(layer.weight != nullptr, "senet_fused: no kernel for weights of this dtype beside x's dtype");
+}
+
+template <class A>
+const A* optional_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
+  if (!t.has_value()) return nullptr;
+  check_dense(*t, name, sizes, Tables<A>::kType);
+  return static_cast<const A*>(t->const_data_ptr());
+}
+
+void check_mask(const Tensor& mask, int64_t n, int64_t rows, int64_t columns) {
+  check_dense(mask, "mask", {n, rows, (columns + 7) / 8}, ScalarType::Byte);
+}
+
+template <class A>
+void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+             const Tensor& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, Tensor& y,
+             Tensor& gate, Tensor& saved, Tensor& mask) {
+  Forward<A> call{};
+  fill_layer<A>(call, p, o, x, w1, w2);
+  call.x_stride = check_samples(x, "x", p.channels_last);
+  call.x = static_cast<const char*>(x.const_data_ptr());
+  call.w1 = w1.const_data_ptr();
+  call.w2 = w2.const_data_ptr();
+  call.b1 = optional_vector<A>(b1, "b1", {p.r});
+  call.b2 = optional_vector<A>(b2, "b2", {p.c});
+  if (residual.has_value()) {
+    check_same_shape(*residual, "residual", x);
+    call.residual_stride = check_samples(*residual, "residual", p.channels_last);
+    call.residual = static_cast<const char*>(residual->const_data_ptr());
+  }
+  check_same_shape(y, "y", x);
+  STD_TORCH_CHECK(check_samples(y, "y", p.channels_last) == p.c * p.m, "senet_fused: y must be dense");
+  call.y = static_cast<char*>(y.mutable_data_ptr());
+  check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType);
+  call.gate = static_cast<A*>(gate.mutable_data_ptr());
+  check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
+  call.saved = static_cast<A*>(saved.mutable_data_ptr());
+  if (o.relu && mask.dim() > 1) {
+    check_mask(mask, p.n, call.rows(), call.columns());
+    call.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  }
+  call.run();
+}
+
+template <class A>
+void backward(const Problem& p, const Options& o, const Tensor& dy, const std::optional<Tensor>& dgate,
+              const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& gate, const Tensor& saved,
+              const Tensor& mask, std::optional<Tensor>& dx, std::optional<Tensor>& dw1, std::optional<Tensor>& db1,
+              std::optional<Tensor>& dw2, std::optional<Tensor>& db2, std::optional<Tensor>& dresidual) {
+  Backward<A> call{};
+  fill_layer<A>(call, p, o, x, w1, w2);
+  call.x_stride = check_samples(x, "x", p.channels_last);
+  call.x = static_cast<const char*>(x.const_data_ptr());
+  check_same_shape(dy, "dy", x);
+  call.dy_stride = check_samples(dy, "dy", p.channels_last);
+  call.dy = static_cast<const char*>(dy.const_data_ptr());
+  call.dgate = optional_vector<A>(dgate, "dgate", {p.n, p.c});
+  call.w1 = w1.const_data_ptr();
+  call.w2 = w2.const_data_ptr();
+  check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType);
+  call.gate = static_cast<const A*>(gate.const_data_ptr());
+  check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
+  call.saved = static_cast<const A*>(saved.const_data_ptr());
+  if (o.relu) {
+    check_mask(mask, p.n, call.rows(), call.columns());
+    call.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  }
+  STD_TORCH_CHECK(dw1.has_value() == dw2.has_value(), "senet_fused: dw1 and dw2 go together");
+  STD_TORCH_CHECK(dw1.has_value() || (!db1.has_value() && !db2.has_value()), "senet_fused: db1, db2 need dw1, dw2");
+  for (auto& [out, name] : {std::pair{&dx, "dx"}, std::pair{&dresidual, "dresidual"}}) {
+    if (!out->has_value()) continue;
+    check_same_shape(**out, name, x);
+    STD_TORCH_CHECK(check_samples(**out, name, p.channels_last) == p.c * p.m, "senet_fused: ", name, " must be dense");
+  }
+  STD_TORCH_CHECK(!dresidual.has_value() || o.relu, "senet_fused: without post_act dresidual is dy");
+  if (dx.has_value()) call.dx = static_cast<char*>(dx->mutable_data_ptr());
+  if (dresidual.has_value()) call.dresidual = static_cast<char*>(dresidual->mutable_data_ptr());
+  if (dw1.has_value()) {
+    check_dense(*dw1, "dw1", {p.r, p.c}, w1.scalar_type());
+    check_dense(*dw2, "dw2", {p.c, p.r}, w1.scalar_type());
+    call.dw1 = dw1->mutable_data_ptr();
+    call.dw2 = dw2->mutable_data_ptr();
+  }
+  call.db1 = const_cast<A*>(optional_vector<A>(db1, "db1", {p.r}));
+  call.db2 = const_cast<A*>(optional_vector<A>(db2, "db2", {p.c}));
+  call.run();
+}
+
+}  // namespace
+
+void squeeze_excite_cpu(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
+                        std::optional<Tensor> residual, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
+                        double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y, Tensor gate,
+                        Tensor saved, Tensor mask) {
+  const Problem p = problem(x, w1, channels_last, false);
+  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  (wide ? forward<double> : forward<float>)(p, o, x, w1, b1, w2, b2, residual, y, gate, saved, mask);
+}
+
+void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate,
+                                 Tensor saved, Tensor mask, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
+                                 double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
+                                 std::optional<Tensor> dx, std::optional<Tensor> dw1, std::optional<Tensor> db1,
+                                 std::optional<Tensor> dw2, std::optional<Tensor> db2,
+                                 std::optional<Tensor> dresidual) {
+  const Problem p = problem(x, w1, channels_last, true);
+  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  (wide ? backward<double> : backward<float>)(p, o, dy, dgate, x, w1, w2, gate, saved, mask, dx, dw1, db1, dw2, db2,
+                                              dresidual);
+}
+
+std::string cpu_instruction_set() { return kernels().name; }
+
+}  // namespace senet

@@ -1,0 +1,71 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace senet {
+namespace {
+
+// Below this many bytes of tensor traffic a second thread costs more than it does (a barrier is 2-5 us, which is
+// what one core needs for about 64 KiB).
+constexpr int64_t kSerialBytes = 64 * 1024;
+
+// Sharing the stages saves (threads - 1) reads of the weights for about four barriers; from L3 that is worth it from
+// here on.
+constexpr int64_t kPhaseWeightBytes = 1024 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
+  const int64_t threads = std::max<int64_t>(1, facts.threads);
+  const int64_t tensor = p.c * p.m * p.element_size;
+  // What the second sweep finds in a cache: x forward, x and dy backward.
+  const int64_t sample = tensor * (p.backward ? 2 : 1);
+  const int64_t weights = 2 * p.c * p.r * p.weight_size;
+
+  CpuPlan plan{};
+  plan.samples_at_a_time = 1;
+  plan.pieces_per_sample = 1;
+  // An output that outlives the L3 together with its input is better not read before it is written.
+  plan.stream_stores = 2 * p.n * tensor > facts.l3_bytes;
+
+  const int64_t per_thread = ceil_div(p.n, threads);
+  const int64_t near = facts.l2_bytes / 2 + facts.l3_bytes / (2 * threads);
+  plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, per_thread));
+  if (threads == 1 || p.n * sample + weights <= kSerialBytes) {
+    plan.strategy = CpuStrategy::serial;
+    plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, p.n));
+    plan.reason = threads == 1 ? "one thread" : "too little work to wake a second thread";
+    return plan;
+  }
+  if (p.n < threads) {
+    plan.strategy = CpuStrategy::phases;
+    plan.pieces_per_sample = ceil_div(threads, p.n);
+    plan.reason = "fewer samples than threads";
+    return plan;
+  }
+  const bool resident = p.n * sample <= threads * facts.l2_bytes + facts.l3_bytes / 2;
+  if (resident && (threads - 1) * weights >= kPhaseWeightBytes) {
+    plan.strategy = CpuStrategy::phases;
+    plan.reason = "the batch stays in the caches, and the weights are too large for each thread to read them all";
+    return plan;
+  }
+  plan.strategy = CpuStrategy::samples;
+  plan.reason = "each thread keeps its samples in its caches between the two sweeps";
+  return plan;
+}
+
+const char* name(CpuStrategy strategy) {
+  switch (strategy) {
+    case CpuStrategy::serial:
+      return "serial";
+    case CpuStrategy::samples:
+      return "samples";
+    case CpuStrategy::phases:
+      return "phases";
+  }
+  return "?";
+}
+
+}  // namespace senet

@@ -1,0 +1,191 @@
+"""squeeze_excite: check the call, choose the backend, run its operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import ops, reference, select
+from .activations import ACT_NAMES, GATE_NAMES, Activation
+
+__all__ = ["explain", "squeeze_excite"]
+
+Function = str | Activation | nn.Module | type[nn.Module]
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    backend: str | None = None,
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Squeeze-and-Excitation, fused, with a fused backward (Hu et al. 2018; equations in senet_fused.reference).
+
+    Equivalent to::
+
+        pooled = x.mean(spatial_dims)                                  # squeeze="avg"
+        g = sigmoid(linear(relu(linear(pooled, w1, b1)), w2, b2))      # act="relu", gate="sigmoid"
+        y = x * g[:, :, None, None]                                    # + residual, then relu with post_act="relu"
+
+    Args:
+        x: [N, C, *spatial] with one to three spatial dimensions; float64, float32, bfloat16 or float16. Contiguous and
+            channels_last memory (and slices of a batch in either) is read in place; other strides are copied once.
+        w1, w2: [R, C] and [C, R], or 1x1 convolution weights [R, C, 1, 1] and [C, R, 1, 1]; any floating dtype.
+        b1, b2: [R] and [C], or None.
+        act: function between the two layers: identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, tanh or
+            sigmoid; a name, a torch.nn module (class or instance) or a :class:`senet_fused.Activation`.
+        gate: function behind the second layer, likewise: sigmoid, hardsigmoid, tanh, relu or identity.
+        squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
+        residual: a tensor of x's shape, added to the scaled x; None adds nothing.
+        post_act: "relu" or None, applied last.
+        backend: "auto", "cpu" or "reference"; None takes the innermost ``use_backend``, then the environment variable
+            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back.
+        return_gate: also return the gate.
+
+    Returns:
+        y with x's shape, eager PyTorch's memory layout for ``x * gate``, and dtype ``torch.result_type(x, residual)``
+        (the same under autocast); with ``return_gate=True`` the pair (y, gate), gate being [N, C] in float32 (float64
+        for float64 x). Both are differentiable. Sums and the excitation are float32, float64 for float64 x.
+
+    Raises:
+        ValueError: a shape, name or memory layout that does not fit; the message says what was expected.
+        TypeError: an argument that is no tensor, or not floating point.
+        BackendUnavailableError: the named backend cannot serve this call.
+    """
+    tensors = (x, w1, w2, b1, b2, residual)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            squeeze_excite, tensors, x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual,
+            post_act=post_act, backend=backend, return_gate=return_gate,
+        )  # fmt: skip
+    act, gate = Activation.of(act), Activation.of(gate)
+    _check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
+    compiling = torch.compiler.is_compiling()
+    chosen = select.choose(backend, x.device.type, x.dtype).backend
+    # ONNX and TorchScript graphs hold PyTorch's own operators: the reference is made of nothing else.
+    if chosen == "reference" or torch.onnx.is_in_onnx_export() or (not compiling and torch._C._is_tracing()):
+        y, g = reference.squeeze_excite(
+            x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act
+        )
+        if not compiling:
+            ops.count_call("reference.forward")
+        return (y, g) if return_gate else y
+
+    if residual is not None and residual.dtype != x.dtype:
+        # Kernels are written for one dtype; widening both is exact, and what the sum would do anyway.
+        wider = torch.result_type(x, residual)
+        x, residual = x.to(wider), residual.to(wider)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2, residual))
+    operator = ops.OPERATORS[chosen]
+    if compiling:
+        run = operator.registered
+    elif torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        run, save = operator.registered, True  # requires_grad does not tell what an outer transform wants
+    else:
+        plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in (x, w1, w2, b1, b2, residual))
+        run = operator.eager if plain else operator.registered
+    y, g, _, _ = run(x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "", save)
+    if ops.layout_of(x) is None:
+        y = torch.empty_like(x).copy_(y)  # empty_like keeps the order of x's strides, as x * gate does
+    return (y, g) if return_gate else y
+
+
+def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
+    """Which backend would serve ``squeeze_excite(x, ..., backend=backend)``, and why (``.backend``, ``.reason``).
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendUnavailableError: the named backend cannot serve x.
+    """
+    return select.choose(backend, x.device.type, x.dtype)
+
+
+def _check(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    act: Activation,
+    gate: Activation,
+    squeeze: str,
+    residual: Tensor | None,
+    post_act: str | None,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [N, C, *spatial], got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; convert it, e.g. x.float()")
+    shape = x.shape
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(
+            f"x must be [N, C, *spatial] with one to three spatial dimensions, got {_sizes(x)}"
+            + ("; for pooled features use x[..., None]" if len(shape) == 2 else "")
+        )
+    channels = shape[1]
+    if channels == 0 or 0 in shape[2:]:
+        raise ValueError(f"x must have at least one channel and one spatial position, got {_sizes(x)}")
+    if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
+        raise TypeError(f"w1 and w2 must be tensors, got {type(w1).__name__} and {type(w2).__name__}")
+    _check_weight("w1", w1)
+    _check_weight("w2", w2)
+    reduced = w1.shape[0]
+    if reduced == 0:
+        raise ValueError(f"w1 must be [R, C] with R >= 1, got {_sizes(w1)}; check the reduction ratio")
+    if w1.shape[1] != channels:
+        raise ValueError(
+            f"x has {channels} channels, but w1 {_sizes(w1)} is for {w1.shape[1]} (w1 is [R, C], w2 is [C, R])"
+        )
+    if w2.shape[0] != channels or w2.shape[1] != reduced:
+        raise ValueError(f"w2 must be [C, R] = [{channels}, {reduced}] to go with w1 {_sizes(w1)}, got {_sizes(w2)}")
+    for name, bias, size in (("b1", b1, reduced), ("b2", b2, channels)):
+        if bias is None:
+            continue
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor or None, got {_kind(bias)}")
+        if bias.dim() != 1 or bias.shape[0] != size:
+            raise ValueError(f"{name} must be [{size}], got {_sizes(bias)}")
+    if residual is not None:
+        if not isinstance(residual, Tensor) or not residual.is_floating_point():
+            raise TypeError(f"residual must be a floating-point tensor or None, got {_kind(residual)}")
+        if residual.shape != shape:
+            raise ValueError(f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; it is not broadcast")
+    device = x.device
+    for name, t in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2), ("residual", residual)):
+        if t is not None and t.device != device:
+            raise ValueError(f"all tensors must be on one device: x is on {device}, {name} on {t.device}")
+    if act.name not in ACT_NAMES:
+        raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
+    if gate.name not in GATE_NAMES:
+        raise ValueError(f"gate must be one of {', '.join(GATE_NAMES)}, got {gate.name}")
+    if squeeze not in reference.SQUEEZES:
+        raise ValueError(f"squeeze must be one of {', '.join(reference.SQUEEZES)}, got {squeeze!r}")
+    if post_act is not None and post_act != "relu":
+        raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
+
+
+def _check_weight(name: str, w: Tensor) -> None:
+    if not w.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {w.dtype}")
+    shape = w.shape
+    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+        layout = "[R, C]" if name == "w1" else "[C, R]"
+        raise ValueError(f"{name} must be {layout}, or a 1x1 convolution's weight, got {_sizes(w)}")
+
+
+def _sizes(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,195 @@
+"""FusedSE, the drop-in layer: parameters, the state-dict contract, and the recording of gates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import conversion, select
+from .activations import ACT_NAMES, GATE_NAMES, Activation
+from .functional import Function, squeeze_excite
+from .reference import SQUEEZES
+
+__all__ = ["FusedSE", "capture_gates", "reduced_channels"]
+
+
+class FusedSE(nn.Module):
+    """A Squeeze-and-Excitation layer (Hu et al. 2018), fused; takes the place of the usual ``SELayer(channel, reduction)``.
+
+    Equivalent to::
+
+        fc1, fc2 = nn.Linear(channels, R, bias=bias), nn.Linear(R, channels, bias=bias)
+        y = x * sigmoid(fc2(relu(fc1(x.mean((2, 3))))))[:, :, None, None]     # + residual, then relu with post_act
+
+    One seed gives the weights that the usual layer gets: ``fc1`` and ``fc2`` are nn.Linear, made in this order.
+
+    Args:
+        channels: C of x [N, C, *spatial], one to three spatial dimensions.
+        reduction: R = max(1, channels // reduction), unless one of the next two says otherwise.
+        rd_channels: R itself.
+        rd_divisor: timm's rule: R = channels / reduction rounded to a multiple of rd_divisor, at least rd_divisor, and
+            never below 90 % of the unrounded number where the rule for EfficientNet asks so.
+        bias: whether fc1 and fc2 have one (the original Caffe networks, timm and torchvision: yes; SELayer: no).
+        act, gate, squeeze, post_act, backend: as in :func:`senet_fused.squeeze_excite`.
+        device, dtype: of the parameters.
+
+    State dicts load strictly in each of these namings, 2-D or 4-D: ``fc1/fc2`` (torchvision, timm, legacy SENet, our
+    own), ``fc.0/fc.2`` (SELayer, MONAI), ``conv_reduce/conv_expand`` (EfficientNet in timm), ``squeeze/expand`` (NVIDIA),
+    ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C], ``fc2.weight`` [C, R] (+ biases).
+
+    Raises:
+        ValueError: sizes that are no positive integers, two rules for R at once, or unknown names.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        rd_channels: int | None = None,
+        rd_divisor: int | None = None,
+        bias: bool = False,
+        act: Function = "relu",
+        gate: Function = "sigmoid",
+        squeeze: str = "avg",
+        post_act: str | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = _positive("channels", channels)
+        self.rd_channels = reduced_channels(channels, reduction, rd_channels, rd_divisor)
+        self.act = _known("act", Activation.of(act), ACT_NAMES)
+        self.gate = _known("gate", Activation.of(gate), GATE_NAMES)
+        if squeeze not in SQUEEZES:
+            raise ValueError(f"squeeze must be one of {', '.join(SQUEEZES)}, got {squeeze!r}")
+        if post_act not in (None, "relu"):
+            raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
+        select.check_name(backend, "FusedSE")
+        self.squeeze = squeeze
+        self.post_act = post_act
+        self.backend = backend
+        self.fc1 = nn.Linear(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
+        self._captured: list[Tensor] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], see squeeze_excite for dtypes and errors."""
+        fc1, fc2 = self.fc1, self.fc2
+        result = squeeze_excite(
+            x,
+            fc1.weight,
+            fc2.weight,
+            fc1.bias,
+            fc2.bias,
+            act=self.act,
+            gate=self.gate,
+            squeeze=self.squeeze,
+            residual=residual,
+            post_act=self.post_act,
+            backend=self.backend,
+            return_gate=self._captured is not None,
+        )
+        if self._captured is None:
+            return result
+        y, gate = result
+        self._captured.append(gate)
+        return y
+
+    @classmethod
+    def from_module(cls, layer: nn.Module) -> FusedSE:
+        """A FusedSE with a copy of another SE layer's weights, which computes what that layer computes.
+
+        Knows, by structure, the layers of torchvision, timm (SEModule, SqueezeExcite, legacy), MONAI's ChannelSELayer
+        and the ``fc``/``fc1, fc2`` layers that most repositories have. Both are run on random input before the new one
+        is returned.
+
+        Raises:
+            ValueError: the layer is not understood, or does not compute the same; the message says why.
+        """
+        return conversion.from_module(cls, layer)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], **options: object) -> FusedSE:
+        """A FusedSE of the sizes, bias and dtype in a state dict (namings as above), with its weights loaded.
+
+        Weights do not tell the functions: pass ``act``, ``gate``, ``squeeze``, ``post_act`` where they are not relu,
+        sigmoid, avg and none. Raises ValueError if the dict is not that of one SE layer.
+        """
+        return conversion.from_state_dict(cls, state_dict, **options)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # The dict is load_state_dict's own copy; the children read it after this.
+        conversion.rename_keys(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_captured": None}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.channels}, rd_channels={self.rd_channels}", f"act={self.act.spec}", f"gate={self.gate.spec}"]
+        parts += [f"squeeze={self.squeeze}"] if self.squeeze != "avg" else []
+        parts += [f"{key}={value}" for key in ("post_act", "backend") if (value := getattr(self, key)) is not None]
+        return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def capture_gates(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Records the gates of every FusedSE in a model by the layer's name ("" if the model itself is one).
+
+    The value is a list with one [N, C] tensor a call, in the order of the calls: float32 (float64 for float64 input),
+    differentiable, so that a penalty on gates can be trained. Layers that were not called have an empty list.
+
+    Raises:
+        ValueError: the model has no FusedSE.
+        RuntimeError: gates of this model are being recorded already.
+
+    >>> with senet_fused.capture_gates(model) as gates:
+    ...     loss = criterion(model(x), target) + 1e-4 * sum(g.mean() for calls in gates.values() for g in calls)
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedSE)}
+    if not layers:
+        raise ValueError(f"capture_gates: {type(model).__name__} has no FusedSE layer")
+    if any(layer._captured is not None for layer in layers.values()):
+        raise RuntimeError("capture_gates: the gates of this model are being recorded already")
+    gates: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer._captured = gates[name]
+    try:
+        yield gates
+    finally:
+        for layer in layers.values():
+            layer._captured = None
+
+
+def reduced_channels(
+    channels: int, reduction: int = 16, rd_channels: int | None = None, rd_divisor: int | None = None
+) -> int:
+    """R, the width of the bottleneck; see :class:`FusedSE`. Raises ValueError for sizes that are no positive integers."""
+    _positive("channels", channels)
+    if rd_channels is not None:
+        if rd_divisor is not None:
+            raise ValueError("give rd_channels or rd_divisor, not both")
+        return _positive("rd_channels", rd_channels)
+    _positive("reduction", reduction)
+    if rd_divisor is None:
+        return max(1, channels // reduction)
+    _positive("rd_divisor", rd_divisor)
+    # timm.layers.SEModule: make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+    return max(rd_divisor, int(channels * (1.0 / reduction) + rd_divisor / 2) // rd_divisor * rd_divisor)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _known(role: str, function: Activation, names: tuple[str, ...]) -> Activation:
+    if function.name not in names:
+        raise ValueError(f"{role} must be one of {', '.join(names)}, got {function.name}")
+    return function

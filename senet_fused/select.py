@@ -1,0 +1,100 @@
+"""Which backend serves a call, and why: a pure function of static facts.
+
+It looks at device, dtype and what is installed, never at sizes, so torch.compile does not specialise on a shape
+because of it. The chosen backend is fixed in the forward; the backward uses the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import backends
+
+__all__ = ["BACKEND_CHOICES", "BackendUnavailableError", "Choice", "choose", "requested", "use_backend"]
+
+BACKEND_CHOICES = ("auto", *backends.NAMES)
+ENVIRONMENT_VARIABLE = "SENET_FUSED_BACKEND"
+
+_override: str | None = None
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call; the message says why."""
+
+
+class Choice(NamedTuple):
+    """The backend that serves a call, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+def check_name(name: str | None, where: str) -> None:
+    """Raises ValueError unless name is None or one of :data:`BACKEND_CHOICES`."""
+    if name is not None and name not in BACKEND_CHOICES:
+        raise ValueError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKEND_CHOICES)}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, calls and modules that name no backend themselves use this one.
+
+    The choice is a plain global of the process, read when a call is traced: it holds for all threads, and a function
+    that torch.compile has already compiled keeps the backend it was compiled with.
+
+    Raises:
+        ValueError: an unknown name.
+
+    >>> with senet_fused.use_backend("reference"):
+    ...     y = model(x)
+    """
+    global _override
+    check_name(name, "use_backend")
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+# Read once: os.environ is slow beside a small layer and opaque to torch.compile.
+_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def requested(backend: str | None) -> tuple[str, str]:
+    """The backend asked for and who asked: call or module, then use_backend, then the environment, then "auto"."""
+    if backend is not None:
+        return backend, "the call or the module"
+    if _override is not None:
+        return _override, "use_backend"
+    if _environment is not None:
+        return _environment, f"the environment variable {ENVIRONMENT_VARIABLE}"
+    return "auto", "the default"
+
+
+def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> Choice:
+    """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendUnavailableError: a backend asked for by name cannot serve the call.
+    """
+    name, who = requested(backend)
+    if name == "auto":
+        reasons = []
+        for candidate in backends.NAMES:
+            refusal = backends.refusal(candidate, device_type, dtype)
+            if refusal is None:
+                return Choice(candidate, "; ".join([*reasons, f"{candidate}: serves {device_type} tensors"]))
+            reasons.append(f"not {candidate}: {refusal}")
+        raise AssertionError("the reference backend serves every call")
+    check_name(name, who)
+    refusal = backends.refusal(name, device_type, dtype)
+    if refusal is not None:
+        raise BackendUnavailableError(f"backend {name!r}, asked for by {who}, cannot serve this call: {refusal}")
+    return Choice(name, f"asked for by {who}")
