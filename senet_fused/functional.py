@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops, reference, select
@@ -12,6 +13,8 @@ from .activations import ACT_NAMES, GATE_NAMES, Activation
 __all__ = ["explain", "squeeze_excite"]
 
 Function = str | Activation | nn.Module | type[nn.Module]
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def squeeze_excite(
@@ -72,8 +75,7 @@ def squeeze_excite(
     _check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     compiling = torch.compiler.is_compiling()
     chosen = select.choose(backend, x.device.type, x.dtype).backend
-    # ONNX and TorchScript graphs hold PyTorch's own operators: the reference is made of nothing else.
-    if chosen == "reference" or torch.onnx.is_in_onnx_export() or (not compiling and torch._C._is_tracing()):
+    if chosen == "reference" or torch.onnx.is_in_onnx_export() or (not compiling and _needs_plain_operators()):
         y, g = reference.squeeze_excite(
             x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act
         )
@@ -85,19 +87,36 @@ def squeeze_excite(
         # Kernels are written for one dtype; widening both is exact, and what the sum would do anyway.
         wider = torch.result_type(x, residual)
         x, residual = x.to(wider), residual.to(wider)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2, residual))
     operator = ops.OPERATORS[chosen]
-    if compiling:
-        run = operator.registered
-    elif torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        run, save = operator.registered, True  # requires_grad does not tell what an outer transform wants
+    arguments = (x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "")
+    plain, save = not (compiling or torch._C._len_torch_dispatch_stack()), False
+    for t in (x, w1, w2, b1, b2, residual):
+        if t is not None:
+            save = save or t.requires_grad
+            plain = plain and type(t) in _PLAIN_TYPES
+    save = save and torch.is_grad_enabled()
+    if not plain:
+        y, g, _, _ = operator.registered(*arguments, save)
+    elif save:
+        y, g, _, _ = operator.eager(*arguments, True)
     else:
-        plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in (x, w1, w2, b1, b2, residual))
-        run = operator.eager if plain else operator.registered
-    y, g, _, _ = run(x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "", save)
-    if ops.layout_of(x) is None:
+        y, g = operator.infer(*arguments, return_gate)
+    if not x.is_contiguous() and ops.layout_of(x) is None:
         y = torch.empty_like(x).copy_(y)  # empty_like keeps the order of x's strides, as x * gate does
     return (y, g) if return_gate else y
+
+
+def _needs_plain_operators() -> bool:
+    """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
+
+    TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
+    forward-mode differentiation (dual tensors would lose their tangents in a kernel).
+    """
+    return (
+        torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:

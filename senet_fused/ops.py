@@ -95,7 +95,7 @@ def _dense(dims: list[tuple[int, int]]) -> bool:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether kernels see x as channels_last; tensors of any other layout are made contiguous first."""
-    return layout_of(x) == "channels_last"
+    return not x.is_contiguous() and layout_of(x) == "channels_last"
 
 
 def _empty(x: Tensor, channels_last: bool) -> Tensor:
@@ -111,13 +111,11 @@ def _empty(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
-    """t itself if it has the layout, else a copy that has."""
-    if layout_of(t) == ("channels_last" if channels_last else "contiguous"):
-        return t
-    # A tensor can have both layouts (C = 1, or one spatial position); then either name is right.
-    if channels_last and _dense([(t.shape[1], t.stride(1)), *reversed(list(zip(t.shape, t.stride(), strict=True))[2:])]):
-        return t
-    return _empty(t, channels_last).copy_(t)
+    """t itself if it has the layout, else a copy that has. (With C = 1 or one position a tensor has both.)"""
+    channels, *spatial = zip(t.shape[1:], t.stride()[1:], strict=True)
+    spatial.reverse()
+    has_it = _dense([channels, *spatial]) if channels_last else t.is_contiguous() or _dense([*spatial, channels])
+    return t if has_it else _empty(t, channels_last).copy_(t)
 
 
 # ---------------------------------------------------------------------------------------------------- allocation
@@ -129,14 +127,14 @@ def _allocate_forward(
     n, c, r = x.shape[0], x.shape[1], w1.shape[0]
     wide = reference.accumulate_dtype(x)
     y = _empty(x, channels_last)
-    gate = torch.empty((n, c), dtype=wide, device=x.device)
-    saved = torch.empty((n, c + r + (0 if squeeze == "avg" else 2 * c)), dtype=wide, device=x.device)
+    gate = x.new_empty((n, c), dtype=wide)
+    saved = x.new_empty((n, c + r if squeeze == "avg" else 3 * c + r), dtype=wide)
     if post_act == "relu" and save:
         m = math.prod(x.shape[2:])
         rows, columns = (m, c) if channels_last else (c, m)
-        mask = torch.empty((n, rows, (columns + 7) // 8), dtype=torch.uint8, device=x.device)
+        mask = x.new_empty((n, rows, (columns + 7) // 8), dtype=torch.uint8)
     else:
-        mask = torch.empty((0,), dtype=torch.uint8, device=x.device)
+        mask = x.new_empty((0,), dtype=torch.uint8)
     return y, gate, saved, mask
 
 
@@ -169,15 +167,18 @@ def _allocate_backward(
 def _kernel_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """Weights as kernels read them: contiguous, in their own dtype where kernels have it and both agree."""
     wide = reference.accumulate_dtype(x)
-    known = w1.dtype == w2.dtype and (w1.dtype == wide or (wide == torch.float32 and w1.dtype in KERNEL_WEIGHT_DTYPES))
-    if not known:
+    dtype = w1.dtype
+    known = dtype == wide or (wide == torch.float32 and dtype in KERNEL_WEIGHT_DTYPES)
+    if dtype != w2.dtype or not known:
         w1, w2 = w1.to(wide), w2.to(wide)
     return w1.contiguous(), w2.contiguous()
 
 
 def _kernel_bias(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
     """A bias as kernels read it: contiguous, in the accumulation dtype (it is small)."""
-    return bias if bias is None else bias.to(wide).contiguous()
+    if bias is None or (bias.dtype == wide and bias.is_contiguous()):
+        return bias
+    return bias.to(wide).contiguous()
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -194,31 +195,48 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 class Operator(NamedTuple):
-    """One backend's way into its kernels.
+    """One backend's ways into its kernels; all take the arguments of :data:`FORWARD_SCHEMA`.
 
-    ``registered`` is the dispatcher's operator, for torch.compile, torch.export, functorch and tensor subclasses;
-    ``eager`` runs the same kernels and the same backward rule with less host time, for plain tensors only.
+    ``registered`` is the dispatcher's operator, for torch.compile, torch.export, functorch and tensor subclasses.
+    The others are for plain tensors in eager mode and run the same kernels with less host time: ``eager`` has the same
+    backward rule; ``infer`` has no backward, returns (y, gate), and keeps nothing else (gate is None where the last
+    argument, here "is the gate wanted", is False).
     """
 
     registered: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     eager: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    infer: Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _define(backend: str, device_key: str, launch_forward: Callable[..., None], launch_backward: Callable[..., None]):
     name = f"senet_fused::squeeze_excite_{backend}"
     counted_forward, counted_backward = f"{backend}.forward", f"{backend}.backward"
 
-    def forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save):
-        channels_last = is_channels_last(x)
-        outputs = _allocate_forward(x, w1, squeeze, post_act, save, channels_last)
-        x = _in_layout(x, channels_last)
+    def fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs):
+        if channels_last or not x.is_contiguous():
+            x = _in_layout(x, channels_last)
         if residual is not None:
             residual = _in_layout(residual, channels_last)
         w1, w2 = _kernel_weights(x, w1, w2)
-        b1, b2 = _kernel_bias(b1, outputs[1].dtype), _kernel_bias(b2, outputs[1].dtype)
+        if b1 is not None or b2 is not None:
+            wide = reference.accumulate_dtype(x)
+            b1, b2 = _kernel_bias(b1, wide), _kernel_bias(b2, wide)
         launch_forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
         _counts[counted_forward] += 1
+
+    def forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save):
+        channels_last = is_channels_last(x)
+        outputs = _allocate_forward(x, w1, squeeze, post_act, save, channels_last)
+        fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
         return outputs
+
+    def infer(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, want_gate):
+        channels_last = is_channels_last(x)
+        y = _empty(x, channels_last)
+        gate = x.new_empty(x.shape[:2], dtype=reference.accumulate_dtype(x)) if want_gate else None
+        outputs = (y, gate, None, None)
+        fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
+        return y, gate
 
     def forward_fake(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save):
         return _allocate_forward(x, w1, squeeze, post_act, save, is_channels_last(x))
@@ -320,10 +338,7 @@ def _define(backend: str, device_key: str, launch_forward: Callable[..., None], 
                 return (None,) * 11
             return rule(ctx, registered_backward if torch.is_grad_enabled() else backward, dy, dgate)
 
-    def eager(*inputs):
-        return SqueezeExcite.apply(*inputs) if inputs[-1] else forward(*inputs)
-
-    return Operator(registered, eager)
+    return Operator(registered, SqueezeExcite.apply, infer)
 
 
 # ---------------------------------------------------------------------------------------------------- second order

@@ -140,7 +140,7 @@ void check_mask(const Tensor& mask, int64_t n, int64_t rows, int64_t columns) {
 template <class A>
 void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
              const Tensor& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, Tensor& y,
-             Tensor& gate, Tensor& saved, Tensor& mask) {
+             std::optional<Tensor>& gate, std::optional<Tensor>& saved, std::optional<Tensor>& mask) {
   Forward<A> call{};
   fill_layer<A>(call, p, o, x, w1, w2);
   call.x_stride = check_samples(x, "x", p.channels_last);
@@ -157,13 +157,20 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
   check_same_shape(y, "y", x);
   STD_TORCH_CHECK(check_samples(y, "y", p.channels_last) == p.c * p.m, "senet_fused: y must be dense");
   call.y = static_cast<char*>(y.mutable_data_ptr());
-  check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType);
-  call.gate = static_cast<A*>(gate.mutable_data_ptr());
-  check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
-  call.saved = static_cast<A*>(saved.mutable_data_ptr());
-  if (o.relu && mask.dim() > 1) {
-    check_mask(mask, p.n, call.rows(), call.columns());
-    call.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  const Scratch<A> unkept((gate.has_value() ? 0 : p.n * p.c) + (saved.has_value() ? 0 : p.n * call.saved_stride()));
+  call.gate = unkept.get();
+  call.saved = unkept.get() + (gate.has_value() ? 0 : p.n * p.c);
+  if (gate.has_value()) {
+    check_dense(*gate, "gate", {p.n, p.c}, Tables<A>::kType);
+    call.gate = static_cast<A*>(gate->mutable_data_ptr());
+  }
+  if (saved.has_value()) {
+    check_dense(*saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
+    call.saved = static_cast<A*>(saved->mutable_data_ptr());
+  }
+  if (o.relu && mask.has_value() && mask->dim() > 1) {
+    check_mask(*mask, p.n, call.rows(), call.columns());
+    call.mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
   }
   call.run();
 }
@@ -216,8 +223,8 @@ void backward(const Problem& p, const Options& o, const Tensor& dy, const std::o
 
 void squeeze_excite_cpu(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                         std::optional<Tensor> residual, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
-                        double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y, Tensor gate,
-                        Tensor saved, Tensor mask) {
+                        double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y,
+                        std::optional<Tensor> gate, std::optional<Tensor> saved, std::optional<Tensor> mask) {
   const Problem p = problem(x, w1, channels_last, false);
   const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
   const bool wide = x.scalar_type() == ScalarType::Double;

@@ -9,11 +9,11 @@ namespace senet {
 
 using torch::stable::Tensor;
 
-// Fills y, gate, saved and mask. x and residual are dense within a sample, in contiguous or channels_last order.
+// Fills y, and those of gate, saved and mask that are there. x and residual are dense within a sample, in contiguous or channels_last order.
 void squeeze_excite_cpu(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                         std::optional<Tensor> residual, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
-                        double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y, Tensor gate,
-                        Tensor saved, Tensor mask);
+                        double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y,
+                        std::optional<Tensor> gate, std::optional<Tensor> saved, std::optional<Tensor> mask);
 
 // Fills those of dx, dw1, db1, dw2, db2, dresidual that are there; dw1 and dw2 go together.
 void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate,

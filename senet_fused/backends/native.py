@@ -67,9 +67,12 @@ def forward(
     squeeze: str,
     post_act: str,
     channels_last: bool,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: Sequence[Tensor | None],
 ) -> None:
-    """Fills y, gate, saved, mask (see ``senet_fused.ops``) by the C++ kernels. x and residual share one dense layout."""
+    """Fills y, gate, saved, mask (see ``senet_fused.ops``) by the C++ kernels; None is not kept, y must be there.
+
+    x and residual share one dense layout.
+    """
     torch.ops.senet_fused._cpu_forward.default(
         x, w1, b1, w2, b2, residual, *_codes(act, gate_fn, squeeze, post_act), channels_last, *outputs
     )
