@@ -107,6 +107,9 @@ const Kernels& kernels();
 namespace avx512 {
 const Kernels& kernels();
 }
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
 #endif
 
 }  // namespace senet

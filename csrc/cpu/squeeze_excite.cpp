@@ -21,9 +21,11 @@ const Kernels& choose_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // Rounding to bfloat16 is then one instruction instead of six: half of the second sweep's time.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && is("avx512_bf16")) return avx512_bf16::kernels();
   if (avx512 && is("avx512")) return avx512::kernels();
   if (avx2 && is("avx2")) return avx2::kernels();
-  constexpr const char* kKnown = "baseline, avx2 or avx512, as far as this CPU has it";
+  constexpr const char* kKnown = "baseline, avx2, avx512 or avx512_bf16, as far as this CPU has it";
 #else
   constexpr const char* kKnown = "baseline (this build has no other)";
 #endif

@@ -22,7 +22,7 @@ void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor 
                                  std::optional<Tensor> dx, std::optional<Tensor> dw1, std::optional<Tensor> db1,
                                  std::optional<Tensor> dw2, std::optional<Tensor> db2, std::optional<Tensor> dresidual);
 
-// "avx512", "avx2" or "baseline".
+// "avx512_bf16", "avx512", "avx2" or "baseline".
 std::string cpu_instruction_set();
 
 }  // namespace senet

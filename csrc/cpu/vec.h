@@ -107,12 +107,26 @@ SENET_INLINE Group<double> load(const double* p) {
 SENET_INLINE Group<float> load(const bfloat16* p) {
   using L = Lanes<float>;
   Group<float> g;
+#if defined(__AVX512F__)
+  __m256i half;
+  memcpy(&half, p, sizeof half);
+  g.v[0] = (L::Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return g;
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    __m128i half;
+    memcpy(&half, p + 8 * i, sizeof half);
+    g.v[i] = (L::Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+  }
+  return g;
+#else
   for (int i = 0; i < Group<float>::kVecs; ++i) {
     L::Half half;
     memcpy(&half, p + i * Group<float>::kLanes, sizeof half);
     g.v[i] = (L::Vec)(__builtin_convertvector(half, L::Bits) << 16);
   }
   return g;
+#endif
 }
 
 SENET_INLINE float widen(uint16_t h) {
@@ -171,15 +185,33 @@ SENET_INLINE Group<float> load(const float16* p) {
 
 SENET_INLINE void store(float* p, const Group<float>& g) { memcpy(p, &g, sizeof g); }
 SENET_INLINE void store(double* p, const Group<double>& g) { memcpy(p, &g, sizeof g); }
+// Rounds to nearest, ties to even. NaNs here come out of arithmetic, so they are quiet and survive truncation.
 SENET_INLINE void store(bfloat16* p, const Group<float>& g) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)g.v[0]);
+  memcpy(p, &half, sizeof half);
+#elif defined(__AVX512F__)
+  const __m512i bits = (__m512i)g.v[0];
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)g.v[0], (__m512)g.v[0], _CMP_ORD_Q);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half_unit = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_mask_add_epi32(bits, number, bits, half_unit), 16);
+  const __m256i half = _mm512_cvtepi32_epi16(rounded);
+  memcpy(p, &half, sizeof half);
+#else
   using L = Lanes<float>;
   for (int i = 0; i < Group<float>::kVecs; ++i) {
-    const L::Bits bits = (L::Bits)g.v[i];
-    const L::Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const L::Bits nan = (L::Bits)(g.v[i] != g.v[i]);
-    const L::Half half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), L::Half);
+    const L::Bits bits = (L::Bits)g.v[i], number = (L::Bits)(g.v[i] == g.v[i]);
+    const L::Bits rounded = (bits + ((0x7fffu + ((bits >> 16) & 1u)) & number)) >> 16;
+#if defined(__AVX2__)
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)rounded, (__m256i)rounded), 0x08);
+    memcpy(p + i * Group<float>::kLanes, &words, 16);
+#else
+    const L::Half half = __builtin_convertvector(rounded, L::Half);
     memcpy(p + i * Group<float>::kLanes, &half, sizeof half);
+#endif
   }
+#endif
 }
 SENET_INLINE void store(float16* p, const Group<float>& g) {
 #if defined(__AVX512F__)
@@ -254,6 +286,8 @@ SENET_INLINE void store_upto(T* p, const Group<A>& g, int count) {
   else
     store_part(p, g, count);
 }
+
+SENET_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Writes past the caches; p is aligned to 16 elements.
 template <class T, class A>
@@ -422,7 +456,9 @@ SENET_INLINE Group<float> exp(const Group<float>& g) {
     const L::Int exponent = ((L::Int)shifted - 0x4b400000) << 23;
     const L::Vec value = (L::Vec)((L::Int)p + exponent);
     const L::Vec inf = __builtin_inff() - L::Vec{};
-    out.v[i] = (L::Vec)(((L::Int)value & ~overflow & ~underflow) | ((L::Int)inf & overflow));
+    const L::Int nan = g.v[i] != g.v[i];  // the exponent of a NaN with a payload would make it a number
+    out.v[i] = (L::Vec)(((L::Int)value & ~overflow & ~underflow & ~nan) | ((L::Int)inf & overflow) |
+                        ((L::Int)g.v[i] & nan));
   }
   return out;
 }

@@ -33,7 +33,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
   const int64_t per_thread = ceil_div(p.n, threads);
   const int64_t near = facts.l2_bytes / 2 + facts.l3_bytes / (2 * threads);
   plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, per_thread));
-  if (threads == 1 || p.n * sample + weights <= kSerialBytes) {
+  if (threads == 1 || p.n == 0 || p.n * sample + weights <= kSerialBytes) {
     plan.strategy = CpuStrategy::serial;
     plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, p.n));
     plan.reason = threads == 1 ? "one thread" : "too little work to wake a second thread";

@@ -39,7 +39,7 @@ def problem() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels run with: "avx512", "avx2" or "baseline".
+    """The instruction set that the kernels run with: "avx512_bf16", "avx512", "avx2" or "baseline".
 
     ``SENET_FUSED_ISA`` limits it (read once, when the library is first used). Raises RuntimeError without the library.
     """
@@ -50,6 +50,9 @@ def instruction_set() -> str:
 
 @lru_cache(maxsize=256)
 def _codes(act: str, gate: str, squeeze: str, post_act: str) -> tuple[int, float, int, float, float, int, int]:
+    if squeeze not in SQUEEZES or post_act not in ("", "relu"):
+        known = f"squeeze one of {', '.join(SQUEEZES)}, post_act '' or 'relu'"
+        raise ValueError(f"expected {known}; got {squeeze!r} and {post_act!r}")
     a, g = Activation.parse(act), Activation.parse(gate)
     slope, offset = g.args or (0.0, 0.0)
     return a.code, (a.args or (0.0,))[0], g.code, slope, offset, SQUEEZES.index(squeeze), int(post_act == "relu")

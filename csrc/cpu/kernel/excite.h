@@ -184,7 +184,7 @@ SENET_INLINE A value_of(Function f, A p0, A p1, A v) {
     case Function::gelu_tanh:
       return A(0.5) * v * (1 + c_tanh(A(kGeluA) * (v + A(kGeluB) * v * v * v)));
     case Function::hardswish:
-      return v <= -3 ? A(0) : v >= 3 ? v : v * (v + 3) / 6;
+      return v <= -3 ? v * A(0) : v >= 3 ? v : v * (v + 3) / 6;  // -inf gives NaN, as torch
     case Function::mish:
       return v * c_tanh(softplus(v));
     case Function::tanh:
@@ -221,7 +221,7 @@ SENET_INLINE A derivative_of(Function f, A p0, A p1, A v) {
       return A(0.5) * (1 + t) + A(0.5) * v * (1 - t * t) * A(kGeluA) * (1 + 3 * A(kGeluB) * v * v);
     }
     case Function::hardswish:
-      return v <= -3 ? A(0) : v < 3 ? v / 3 + A(0.5) : A(1);
+      return v <= -3 ? A(0) : v >= 3 ? A(1) : v / 3 + A(0.5);
     case Function::mish: {
       const A t = c_tanh(softplus(v));
       return t + v * (1 - t * t) * logistic(v);
@@ -262,7 +262,11 @@ void apply_function(Function f, double p0, double p1, const A* v, A* out, int64_
 }
 template <class A>
 void function_backward(Function f, double p0, double p1, const A* v, const A* d, A* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = d[i] * derivative_of<A>(f, A(p0), A(p1), v[i]);
+  const bool flat = f == Function::relu || f == Function::relu6 || f == Function::hardswish || f == Function::hardsigmoid;
+  for (int64_t i = 0; i < count; ++i) {
+    const A slope = derivative_of<A>(f, A(p0), A(p1), v[i]);
+    out[i] = flat && slope == 0 ? A(0) : d[i] * slope;  // as torch: where the function is flat, not even NaN passes
+  }
 }
 template <class A>
 void function_backward_from_output(Function f, double p0, double, const A* value, const A* d, A* out, int64_t count) {
@@ -274,10 +278,10 @@ void function_backward_from_output(Function f, double p0, double, const A* value
       for (int64_t i = 0; i < count; ++i) out[i] = d[i] * (1 - value[i] * value[i]);
       return;
     case Function::hardsigmoid:
-      for (int64_t i = 0; i < count; ++i) out[i] = d[i] * (value[i] > 0 && value[i] < 1 ? A(p0) : A(0));
+      for (int64_t i = 0; i < count; ++i) out[i] = value[i] > 0 && value[i] < 1 ? d[i] * A(p0) : A(0);
       return;
     case Function::relu:
-      for (int64_t i = 0; i < count; ++i) out[i] = value[i] <= 0 ? d[i] * A(0) : d[i];
+      for (int64_t i = 0; i < count; ++i) out[i] = value[i] <= 0 ? A(0) : d[i];
       return;
     default:  // identity; the host file lets no other gate in
       for (int64_t i = 0; i < count; ++i) out[i] = d[i];

@@ -10,6 +10,7 @@ namespace SENET_ISA {
 // A block of a plane is summed by itself and then added to the total, so that rounding errors do not grow with m.
 constexpr int64_t kBlock = 64 * kGroup;
 constexpr int64_t kPixels = 32;
+constexpr int64_t kBytesAhead = 4096;
 
 template <class T>
 struct Accumulator {
@@ -54,9 +55,12 @@ void sum_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* sum) {
   }
 }
 
-// Adds term(p, i, count), summed over the pixels of a block, to sum[i].
-template <class A, class Term>
-SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, A* sum, A* scratch, const Term& term) {
+// Adds term(p, i, count), summed over the pixels of a block, to sum[i]. ahead(p, i) asks for what term will read: the
+// hardware's prefetchers do not follow four short rows at once (without it 8 GB/s a core, with it 20).
+template <class A, class Term, class Ahead>
+SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, int64_t row_bytes, A* sum, A* scratch,
+                                const Term& term, const Ahead& ahead) {
+  const int64_t rows_ahead = kBytesAhead / row_bytes / 4 * 4 + 4;
   for (int64_t i = c0; i < c1; ++i) sum[i] = 0;
   for (int64_t begin = 0; begin < m; begin += kPixels) {
     const int64_t end = begin + kPixels < m ? begin + kPixels : m;
@@ -66,6 +70,8 @@ SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, A* sum, A* sc
       const bool first = p == begin, last = left <= 4;
       for (int64_t i = c0; i < c1; i += kGroup) {
         const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
+        if (p + rows_ahead + 4 <= m)
+          for (int64_t q = 0; q < 4; ++q) ahead(p + rows_ahead + q, i);
         Group<A> s;
         if (left >= 4)
           s = (term(p, i, count) + term(p + 1, i, count)) + (term(p + 2, i, count) + term(p + 3, i, count));
@@ -88,11 +94,11 @@ SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, A* sum, A* sc
 template <class T>
 void sum_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, Acc<T>* sum, Acc<T>* scratch) {
   const T* base = static_cast<const T*>(x);
-  sum_of_pixels<Acc<T>>(m, c0, c1, sum, scratch,
-                        [base, c](int64_t p, int64_t i, int count) __attribute__((always_inline)) {
-                          const T* at = base + p * c + i;
-                          return load_upto(at, count);
-                        });
+  sum_of_pixels<Acc<T>>(
+      m, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
+      [base, c](int64_t p, int64_t i, int count)
+          __attribute__((always_inline)) { return load_upto(base + p * c + i, count); },
+      [base, c](int64_t p, int64_t i) __attribute__((always_inline)) { prefetch(base + p * c + i); });
 }
 
 template <class T>
@@ -189,13 +195,17 @@ void dot_pixels_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
   const T* dy = static_cast<const T*>(args.dy);
   T* out = static_cast<T*>(args.dresidual);
   const uint8_t* mask = args.mask;
-  sum_of_pixels<A>(args.rows, c0, c1, sum, scratch,
+  sum_of_pixels<A>(args.rows, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
                    [=](int64_t p, int64_t i, int count) __attribute__((always_inline)) {
                      const int64_t at = p * c + i;
                      const Group<A> g =
                          masked_gradient<T, kMask>(dy + at, kMask ? mask + p * mask_stride + i / 8 : nullptr,
                                                    kMask && out != nullptr ? out + at : nullptr, count);
                      return g * load_upto(x + at, count);
+                   },
+                   [=](int64_t p, int64_t i) __attribute__((always_inline)) {
+                     prefetch(dy + p * c + i);
+                     prefetch(x + p * c + i);
                    });
 }
 template <class T>

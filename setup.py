@@ -1,0 +1,55 @@
+"""Builds senet_fused. Metadata is in pyproject.toml; here is what gets compiled, and buildtools/ knows how.
+
+    pip install .                           or -e . for development
+    python setup.py build_ext --inplace     compile into the checkout; again after an edit, it is incremental
+
+buildtools/switches.py lists the environment variables that steer a build.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools 77 or later is needed, this is {setuptools.__version__}: pip install -U setuptools")
+sys.path.insert(0, str(Path(__file__).resolve().parent / "buildtools"))
+
+from ninja_build import FreshBuildPy, NinjaBuildExt, PythonModule, TorchLibrary, Unit  # noqa: E402
+from switches import no_extensions  # noqa: E402
+
+# The kernels are compiled once for each instruction set and the library picks one at run time:
+# one wheel serves every CPU of an architecture.
+ISA_FLAGS = {"baseline": ()}
+DISPATCH = ()
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ("-mavx2", "-mfma", "-mf16c")
+    ISA_FLAGS["avx512"] = (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    )
+    ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
+    DISPATCH = ("-DSENET_X86_DISPATCH=1",)
+
+# One entry for each shared object. A library for another kind of device is another entry.
+LIBRARIES = [
+    TorchLibrary(
+        "senet_fused._cpu",
+        [
+            Unit("csrc/library.cpp", DISPATCH),
+            Unit("csrc/cpu/squeeze_excite.cpp", DISPATCH),
+            Unit("csrc/plan/plan.cpp"),
+            *(Unit("csrc/cpu/kernels.cpp", (f"-DSENET_ISA={isa}", *f), isa) for isa, f in ISA_FLAGS.items()),
+        ],
+    ),
+    PythonModule(
+        "senet_fused._plan",
+        [Unit("csrc/plan/module.cpp", facts=True), Unit("csrc/plan/plan.cpp")],
+    ),
+]
+
+setuptools.setup(
+    ext_modules=[] if no_extensions() else LIBRARIES,
+    cmdclass={"build_py": FreshBuildPy, "build_ext": NinjaBuildExt},
+)
