@@ -1,0 +1,80 @@
+# The two commands: `make demo` and `make test`. Each makes the environment it needs, once.
+#   PYTHON=python3.12 make test                    another Python (with VENV=.venv-312 beside the first)
+#   TORCH=torch==2.11.0 VENV=.venv-211 make test   another torch
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+
+# The kernel tests ask for the numbers of threads they need themselves. Everything else is small, and as many
+# single-threaded workers as there are cores are faster than workers whose threads wait for each other.
+PYTEST_WORKERS ?= -n auto --maxprocesses=8 --dist=worksteal
+# More arguments for pytest, as in ARGS="-k gelu".
+ARGS ?=
+
+BENCH ?= --problem senet154 --batch 8 --device cpu --json build/bench.json --plot build/bench.png
+
+SELECT ?= tests/test_cpu_kernels.py
+
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env build test demo bench lint abi sanitize wheel sdist clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 11
+
+# One stamp for the torch that is installed, named after it: another TORCH is another stamp.
+torch_stamp := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
+installed := $(VENV)/.installed
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(torch_stamp): | $(PY)
+	$(PY) -m pip install '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(installed): $(torch_stamp) pyproject.toml setup.py
+	$(PY) -m pip install 'setuptools>=77' ninja 'pybind11>=2.13'
+	$(PY) -m pip install --no-build-isolation -e '.[bench,demo,test,lint]'
+	@touch $@
+
+env: $(installed) ## make .venv and install torch, the tools and this package (editable)
+
+build: $(installed) ## compile what changed, into the checkout
+	$(PY) setup.py -q build_ext --inplace
+
+test: build ## run the tests (ARGS="-k gelu" passes arguments on)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) $(ARGS)
+
+demo: build ## train a small SE-ResNet with the plain and the fused layer, side by side
+	$(VENV)/bin/senet-fused demo $(ARGS)
+
+bench: build ## the microbenchmark (BENCH="..." says which)
+	@mkdir -p build
+	$(VENV)/bin/senet-fused bench $(BENCH)
+
+lint: $(installed) ## ruff, clang-format, shell syntax
+	$(VENV)/bin/ruff check .
+	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	bash -n .ci/run benchmarks/gpu_check.sh tests/sanitize/run.sh
+
+abi: build ## is the library within LibTorch's stable ABI of the oldest supported torch?
+	$(PY) tests/abi/stable_abi.py
+
+sanitize: $(installed) ## the kernel tests under AddressSanitizer and UBSan (SELECT="..." for other tests)
+	PYTHON=$(PY) bash tests/sanitize/run.sh $(SELECT) $(ARGS)
+
+wheel: $(installed) ## a wheel for this Python, in dist/
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+sdist: $(installed) ## a source archive, in dist/
+	$(PY) setup.py -q sdist
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info senet_fused/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find senet_fused tests benchmarks buildtools -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## and the environment
+	rm -rf $(VENV)

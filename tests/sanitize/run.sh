@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, exercised by the kernel tests.
+#
+#   tests/sanitize/run.sh [pytest's arguments]      default: tests/test_cpu_kernels.py    (make sanitize)
+#
+# PYTHON names the environment's Python (default python3), SANITIZE_ISAS the instruction sets to go through
+# (default: all that this CPU has). Needs g++: the runtime that is preloaded into Python is gcc's.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+python=$(command -v "${PYTHON:-python3}")
+built=$PWD/build/sanitize
+export CXX=${CXX:-g++}
+sanitizers=address,undefined
+
+checked=tests/sanitize/checked_intrinsics.h
+
+# Instructions that touch memory and that gcc does not instrument: masked, streaming, gather, scatter.
+unseen='_mm[0-9]*_(mask\w*_\w*(load|store)|maskload|maskstore|stream|\w*gather|\w*scatter|mask_compressstore)\w*'
+for name in $(grep -rhoE "$unseen" csrc | sort -u); do
+  grep -q "#define $name(" $checked || { echo "$checked has no entry for $name"; exit 1; }
+done
+
+echo "== building with -fsanitize=$sanitizers"
+SENET_FUSED_SANITIZE=$sanitizers SENET_FUSED_CXXFLAGS="-include $checked" \
+  "$python" setup.py -q build --build-lib "$built"
+"$CXX" -std=c++17 -O1 -g -fPIC -shared -fsanitize=$sanitizers -fno-sanitize-recover=all \
+  -include $checked tests/sanitize/planted.cpp -o "$built/planted.so"
+
+# Leaks are not looked for: Python and torch keep much until the process ends.
+export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1
+export UBSAN_OPTIONS=print_stacktrace=1
+# More than one thread, and few enough for the slow-down to stay bearable.
+export OMP_NUM_THREADS=2
+# In front of any installed senet_fused.
+export PYTHONPATH=$built
+# libstdc++ comes along because the runtime looks for the functions that throw when it starts.
+preload="$("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)"
+
+sanitized() { LD_PRELOAD=$preload "$python" "$@"; }
+# Without the current folder on the path, where the checkout's own senet_fused would come first.
+outside='import sys; sys.path[:] = [p for p in sys.path if p]'
+
+echo "== planted faults"
+sanitized tests/sanitize/check_planted.py "$built/planted.so"
+
+sanitized -c "$outside
+import senet_fused
+from senet_fused.backends import native
+assert senet_fused.__file__.startswith('$built'), senet_fused.__file__
+assert native.problem() is None, native.problem()"
+nm -D "$built/senet_fused/_cpu.so" | grep __asan_report_store >/dev/null || {
+  echo "_cpu.so is not instrumented"
+  exit 1
+}
+
+covered=
+isas=$(sanitized -c "$outside
+from senet_fused import _plan
+print(_plan.build_info()['instruction_sets'])")
+for isa in ${SANITIZE_ISAS:-$isas}; do
+  export SENET_FUSED_ISA=$isa
+  if ! sanitized -c "$outside
+from senet_fused.backends import native
+assert native.instruction_set() == '$isa'" 2>"$built/refusal"; then
+    echo "== kernel tests, $isa: not on this CPU ($(tail -n 1 "$built/refusal"))"
+    continue
+  fi
+  echo "== kernel tests, $isa"
+  # Reports go to the terminal: an error ends the process, and what pytest captured would go down with it.
+  sanitized -c "$outside
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
+    "${@:-tests/test_cpu_kernels.py}"
+  covered="$covered $isa"
+done
+[[ $covered == *baseline* || -n ${SANITIZE_ISAS:-} ]] || { echo "not even the baseline ran"; exit 1; }
+echo "== no error under -fsanitize=$sanitizers:$covered"
