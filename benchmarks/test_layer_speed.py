@@ -1,0 +1,21 @@
+"""The layers of a network, cold: forward without grad, and forward + backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contender import prepare
+
+from senet_fused.bench.problems import DIRECTIONS, LAYOUTS, Case
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layer(benchmark, problem, batch, shape, provider_name, direction, dtype, layout):
+    case = Case(problem.name, batch, shape, problem.act, problem.gate, dtype, layout, direction)
+    benchmark.group = f"{case.problem} {case.label} {dtype} {layout} {direction}"
+    call, provider = prepare(case, provider_name, cold=benchmark.enabled)
+    with torch.set_grad_enabled(case.backward):
+        benchmark(call)
+    benchmark.extra_info.update(provider=provider_name, backend=provider.path(), passes=case.passes)

@@ -1,0 +1,377 @@
+"""The arguments of ``senet-fused bench``, and the run from arguments to exit status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import machine
+from .problems import ACTS, DIRECTIONS, DTYPES, GATES, LAYOUTS, POST_ACTS, RequestError, cases, problems
+
+if TYPE_CHECKING:
+    from .runner import Options
+
+__all__ = ["add_arguments", "run"]
+
+PROVIDERS = ("eager", "compile", "fused")
+_IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
+_MIB = 2**20
+_FORMS = {
+    "linear": "nn.Linear",
+    "conv": "1x1 convolutions",
+    "faster": "nn.Linear or 1x1 convolutions, whichever a short trial finds faster in the case",
+}
+
+_EPILOG = """\
+Every run is checked before it is timed: outputs, and with forward+backward every gradient for a random dy,
+against a float64 oracle in plain PyTorch. The fused provider may be off by twice stock PyTorch's own error in
+the same dtype plus one unit in the last place, the others by 16 times and 16 units; one that is off by more
+gets an error instead of a time.
+
+examples:
+  senet-fused bench --problem senet154 --quick
+  senet-fused bench --problem senet154 --batch 8 --dtype float32 bfloat16 --layout contiguous channels_last \\
+      --direction forward forward+backward --json out.json --plot out.png
+  senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
+
+exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met
+"""
+
+
+def _positive(kind: type) -> Any:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no positive {'integer' if kind is int else 'number'}"
+            )
+        return value
+
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the subcommand. Imports no torch."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    what = parser.add_argument_group("what is computed")
+    what.add_argument("--list", action="store_true", help="print the problems and their shapes, and stop")
+    what.add_argument(
+        "--problem",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"of {', '.join(problems())} (default: senet154 if no --shape is given)",
+    )
+    what.add_argument(
+        "--shape",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="N,C,R,H,W",
+        help="a single layer, also N,C,R,L or N,C,R,D,H,W; may be repeated",
+    )
+    what.add_argument(
+        "--batch",
+        nargs="+",
+        type=_positive(int),
+        default=[8],
+        metavar="N",
+        help="batch size(s) for --problem (default 8)",
+    )
+    what.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    what.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
+    what.add_argument(
+        "--direction",
+        nargs="+",
+        default=["forward"],
+        choices=DIRECTIONS,
+        help="forward is timed under no_grad (default)",
+    )
+    what.add_argument(
+        "--bias",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fully connected layers with bias, as in SENet-154 (default) or without",
+    )
+    what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer")
+    what.add_argument("--post-act", default="none", choices=POST_ACTS, help="take an activation at the end")
+    what.add_argument("--act", choices=ACTS, help="instead of the problem's activation")
+    what.add_argument("--gate", choices=GATES, help="instead of the problem's gate function")
+
+    who = parser.add_argument_group("who computes it")
+    who.add_argument(
+        "--providers",
+        nargs="+",
+        default=list(PROVIDERS),
+        choices=PROVIDERS,
+        help="default: all; a copy, the ceiling, is always measured with them",
+    )
+    who.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="of the fused provider: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+    )
+    who.add_argument(
+        "--eager-form",
+        default="faster",
+        choices=("faster", "linear", "conv"),
+        help="stock layer with nn.Linear, with 1x1 convolutions, or whichever a short trial finds faster "
+        "in each case (default); torch.compile gets the same",
+    )
+    who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    who.add_argument(
+        "--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
+    )
+
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument(
+        "--cache",
+        nargs="+",
+        choices=("cold", "warm"),
+        metavar="{cold,warm}",
+        help="cold (default): inputs rotate over buffers that exceed twice the last-level cache; warm: one "
+        "buffer again and again; on a GPU both by default",
+    )
+    how.add_argument(
+        "--cache-size",
+        type=_positive(float),
+        metavar="MIB",
+        help="the cache's size in MiB, if the system tells it wrong",
+    )
+    how.add_argument(
+        "--budget",
+        type=_positive(float),
+        metavar="SECONDS",
+        help="time for the samples of one case, all providers together (default 3)",
+    )
+    how.add_argument("--quick", action="store_true", help="a first look: little time per case, few samples")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="header, rows and summary")
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a picture (.png, .svg or .pdf); needs matplotlib"
+    )
+    output.add_argument(
+        "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
+    )
+
+
+def _list_problems() -> None:
+    for problem in problems().values():
+        tail = ", followed by + shortcut" if problem.residual else ""
+        print(f"{problem.name}: act {problem.act}, gate {problem.gate}{tail}")
+        for shape in problem.shapes:
+            spatial = "x".join(map(str, shape.spatial))
+            print(f"  {shape.channels}/{shape.rd_channels} @ {spatial}  x {shape.count}")
+
+
+def _require_writable(path: Path) -> None:
+    """Raises RequestError unless a file can be written there; leaves nothing behind."""
+    if path.is_dir():
+        raise RequestError(f"cannot write {path}: it is a folder")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
+    if not existed:
+        path.unlink()
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        _require_writable(args.json)
+    if args.plot is not None:
+        if args.plot.suffix not in _IMAGE_SUFFIXES:
+            raise RequestError(
+                f"cannot tell the picture's format from {args.plot.name!r}; end it in "
+                f"{', '.join(_IMAGE_SUFFIXES)}"
+            )
+        if importlib.util.find_spec("matplotlib") is None:
+            raise RequestError("--plot needs matplotlib: pip install 'senet-fused[bench]'")
+        _require_writable(args.plot)
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    import torch
+
+    from .. import backends
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        why = (
+            "this PyTorch is built without CUDA"
+            if torch.version.cuda is None
+            else "PyTorch finds no CUDA GPU"
+        )
+        raise RequestError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu")
+    if args.backend not in (None, "auto"):
+        known = {status.name: status for status in backends.status()}
+        if args.backend not in known:
+            raise RequestError(f"unknown backend {args.backend!r}; known: {', '.join(['auto', *known])}")
+        if not known[args.backend].available:
+            raise RequestError(f"backend {args.backend!r} cannot run here: {known[args.backend].reason}")
+
+
+def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
+    import torch
+
+    from .. import __version__
+
+    cpu = {
+        "type": "cpu",
+        "name": machine.cpu_name(),
+        "cpus": machine.cpus(),
+        "features": " ".join(machine.cpu_features()),
+    }
+    device = cpu
+    if args.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "type": "cuda",
+            "name": properties.name,
+            "sms": properties.multi_processor_count,
+            "compute": f"{properties.major}.{properties.minor}",
+            "host": cpu["name"],
+        }
+    size = f"{options.cache_bytes / _MIB:.0f} MiB"
+    if args.device == "cuda":
+        cold = (
+            f"before each replay a block of twice the L2 ({size}) is overwritten, "
+            "and each call of a replay reads inputs of its own"
+        )
+    else:
+        cold = (
+            "inputs rotate over distinct random buffers, shared by all providers, that together exceed "
+            f"twice the last-level cache of {size}"
+        )
+    texts = {"cold": f"cold: {cold}", "warm": "warm: one input buffer, again and again"}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    busy = f"the load average is {load:.1f} on {machine.cpus()} processors: other work disturbs the timing"
+    return {
+        "tool": "senet-fused bench",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["senet-fused", "bench", *command]),
+        "device": device,
+        "versions": {
+            "senet_fused": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "triton": machine.package_version("triton"),
+            "cuda": torch.version.cuda,
+        },
+        "threads": torch.get_num_threads(),
+        "revision": machine.revision(),
+        "load": load,
+        "samples": dataclasses.asdict(options.settings),
+        "warning": busy if load > 0.5 * machine.cpus() else None,
+        "cache": "; ".join(texts[cache] for cache in options.caches),
+        "cache_bytes": options.cache_bytes,
+        "byte_model": "passes = the tensor-sized reads and writes that the case needs at least; "
+        "GB/s = passes x bytes / median",
+        "copy": "x.clone() under the same rotation: 2 passes; copies = median / copy's median; "
+        "of copy = GB/s / copy's GB/s",
+        "baseline": f"eager: x.mean, two layers ({_FORMS[args.eager_form]}), gate, x * gate; "
+        "torch.compile gets the same module",
+    }
+
+
+def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
+    """Runs the benchmark and prints the report.
+
+    Args:
+        args: as parsed by a parser with :func:`add_arguments`.
+        command: the arguments as typed, for the header.
+
+    Returns:
+        0; 1 if a row has an error; 130 if interrupted (what is done is reported and written).
+
+    Raises:
+        RequestError: the request cannot be met; nothing has been measured.
+    """
+    if args.list:
+        _list_problems()
+        return 0
+    shapes = [text for group in args.shape for text in group]
+    names = args.problem or ([] if shapes else ["senet154"])
+    todo = cases(
+        names,
+        shapes,
+        batches=args.batch,
+        dtypes=args.dtype,
+        layouts=args.layout,
+        directions=args.direction,
+        bias=args.bias,
+        residual=args.residual,
+        post_act=args.post_act,
+        act=args.act,
+        gate=args.gate,
+    )
+    _check_outputs(args)
+    _check_device(args)
+
+    from . import cuda_timing, report, runner, timing
+    from .progress import open_progress
+
+    cuda = args.device == "cuda"
+    caches = tuple(dict.fromkeys(args.cache or (("cold", "warm") if cuda else ("cold",))))
+    cache_bytes = (
+        int(args.cache_size * _MIB)
+        if args.cache_size is not None
+        else cuda_timing.l2_bytes(0)
+        if cuda
+        else machine.last_level_cache_bytes()
+    )
+    settings = timing.QUICK if args.quick else timing.Settings()
+    if args.budget is not None:
+        settings = dataclasses.replace(settings, budget_s=args.budget)
+    options = runner.Options(
+        providers=tuple(name for name in PROVIDERS if name in args.providers),
+        backend=args.backend,
+        caches=caches,
+        cache_bytes=cache_bytes,
+        device=args.device,
+        eager_form=args.eager_form,
+        settings=settings,
+    )
+
+    rows: list[runner.Row] = []
+    interrupted = False
+    with runner.computing(args.threads):
+        header = _header(args, command, options)
+        try:
+            with open_progress(len(todo), args.plain) as progress:
+                runner.run(todo, options, progress, rows)
+        except KeyboardInterrupt:
+            interrupted = True
+            header["interrupted"] = f"after {len({_cell(row) for row in rows})} of {len(todo)} cases"
+    summary = report.summarise(rows)
+    report.render(header, rows, summary, sys.stdout, plain=args.plain)
+    if args.json is not None:
+        report.write_json(args.json, header, rows, summary)
+        print(f"\nwrote {args.json}")
+    if args.plot is not None and rows:
+        from .plot import draw
+
+        draw(header, rows, args.plot)
+        print(f"wrote {args.plot}")
+    if interrupted:
+        return 130
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+def _cell(row: dict) -> tuple:
+    return tuple(row[key] for key in ("problem", "shape", "dtype", "layout", "direction"))

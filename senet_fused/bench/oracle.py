@@ -1,0 +1,157 @@
+"""Correctness gates timing: the float64 oracle, the error measure and the bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .problems import Case
+
+__all__ = ["InputSet", "Verdict", "Weights", "judge", "oracle", "oracle_gate", "relative_error", "yardstick"]
+
+
+class InputSet(NamedTuple):
+    """What one call reads: x, the residual or None, and dy or None (forward only)."""
+
+    x: Tensor
+    residual: Tensor | None
+    dy: Tensor | None
+
+
+class Weights(NamedTuple):
+    """w1 [R, C], b1 [R] or None, w2 [C, R], b2 [C] or None, in the dtype of the case."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+# Stock's own error is the yardstick, so it has to be sane itself. Largest relative error per tensor.
+_STOCK_LIMIT = {"float64": 1e-9, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+
+
+def oracle_gate(case: Case, x: Tensor, weights: Weights) -> Tensor:
+    """The gate in float64, as [N, C, 1, ...]; differentiable with respect to x and the weights."""
+    w1, b1, w2, b2 = (None if w is None else w.double() for w in weights)
+    pooled = x.double().mean(tuple(range(2, x.dim())))
+    hidden = _FUNCTIONS[case.act](F.linear(pooled, w1, b1))
+    gate = _FUNCTIONS[case.gate](F.linear(hidden, w2, b2))
+    return gate.reshape(*gate.shape, *[1] * (x.dim() - 2))
+
+
+def oracle(case: Case, inputs: InputSet, weights: Weights) -> dict[str, Tensor]:
+    """y and every gradient in float64 by autograd through plain PyTorch, from the values in the case's dtype.
+
+    Keys: y, dx, dresidual (with a residual), dw1, db1, dw2, db2 (biases if there are any).
+    """
+    x = inputs.x.detach().double().requires_grad_()
+    residual = None if inputs.residual is None else inputs.residual.detach().double().requires_grad_()
+    double = Weights(*(None if w is None else w.detach().double().requires_grad_() for w in weights))
+    y = oracle_gate(case, x, double) * x
+    if residual is not None:
+        y = y + residual
+    if case.post_act == "relu":
+        y = F.relu(y)
+    wanted = {
+        "dx": x,
+        "dresidual": residual,
+        "dw1": double.w1,
+        "db1": double.b1,
+        "dw2": double.w2,
+        "db2": double.b2,
+    }
+    wanted = {name: tensor for name, tensor in wanted.items() if tensor is not None}
+    gradients = torch.autograd.grad(y, list(wanted.values()), inputs.dy.double())
+    return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """max |ours - exact| / max |exact|; infinite for NaN, and for a difference where all of exact is zero."""
+    if exact.numel() == 0:
+        return 0.0
+    difference = (ours.detach().double() - exact).abs().max().item()
+    scale = exact.abs().max().item()
+    if math.isnan(difference):
+        return math.inf
+    return difference / scale if scale else (math.inf if difference else 0.0)
+
+
+class Verdict(NamedTuple):
+    """The largest error of all tensors (infinite for NaN or a missing one), and what is wrong, or None."""
+
+    max_error: float
+    wrong: str | None
+
+
+def yardstick(case: Case, stock: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Stock PyTorch's error per tensor: the largest of several runs of the stock layer.
+
+    Several, because a tensor of a few elements can be exact by luck, and would then allow nobody anything.
+
+    Raises:
+        RuntimeError: stock itself is off by far more than rounding explains, so it can judge nobody.
+    """
+    errors = {name: max(run[name] for run in stock) for name in stock[0]}
+    for name, error in errors.items():
+        if not error <= _STOCK_LIMIT[case.dtype]:
+            raise RuntimeError(f"stock PyTorch's {name} is off by {error:.1e} from float64: no yardstick")
+    return errors
+
+
+def judge(
+    case: Case,
+    results: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    stock_errors: dict[str, float],
+    ours: bool,
+) -> Verdict:
+    """Compares a provider's tensors with the oracle's.
+
+    Args:
+        results: y, or y and every gradient, by the oracle's names.
+        stock_errors: what :func:`yardstick` gave.
+        ours: whether this package's own rule holds: twice stock PyTorch's error in the same dtype plus one
+            unit in the last place. Others are not held to it (torch.compile sums channels_last planes less
+            accurately than stock does); they may be off by 16 times and 16 units, which is still far from
+            anything computed wrongly.
+
+    In float64 the oracle itself is stock PyTorch and rounds as everybody does: there it is 64 units.
+    """
+    dtype = getattr(torch, case.dtype)
+    factor, units = (2, 1) if ours else (16, 16)
+    if dtype == torch.float64:
+        units = 64
+    worst, complaints = 0.0, []
+    for name in exact if case.backward else ("y",):
+        if name not in results:
+            return Verdict(math.inf, f"wrong output: {name} is missing")
+        found, wanted = results[name], exact[name]
+        if found.shape != wanted.shape or found.dtype != dtype:
+            text = f"{list(found.shape)} {found.dtype}, expected {list(wanted.shape)} {dtype}"
+            return Verdict(math.inf, f"wrong output: {name} is {text}")
+        error = relative_error(found, wanted)
+        worst = max(worst, error)
+        bound = factor * stock_errors[name] + units * torch.finfo(dtype).eps
+        if not error <= bound:
+            complaints.append(f"{name} is off by {error:.1e}, allowed {bound:.1e}")
+    return Verdict(worst, f"wrong output: {'; '.join(complaints)}" if complaints else None)

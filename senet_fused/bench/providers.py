@@ -1,0 +1,196 @@
+"""What is compared, behind one interface: stock eager, torch.compile, this package, and a copy as ceiling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import senet_fused
+from senet_fused.modules import FusedSE
+
+from .buffers import torch_dtype
+from .oracle import InputSet, Weights
+from .problems import Case
+
+__all__ = ["BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "results", "step"]
+
+STOCK_FORMS = ("linear", "conv")
+
+_STOCK_FUNCTIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": lambda: nn.ReLU(inplace=True),
+    "relu6": lambda: nn.ReLU6(inplace=True),
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
+}
+
+
+class StockSE(nn.Module):
+    """The SE layer as people write it, in one of two forms: with nn.Linear, or timm's 1x1 convolutions.
+
+    The shortcut is added and the outer ReLU taken in place, as networks do.
+    """
+
+    def __init__(self, case: Case, weights: Weights, form: str) -> None:
+        super().__init__()
+        c, r = case.shape.channels, case.shape.rd_channels
+        options = {"bias": case.bias, "device": weights.w1.device, "dtype": torch_dtype(case)}
+        if form == "linear":
+            self.fc1, self.fc2 = nn.Linear(c, r, **options), nn.Linear(r, c, **options)
+        else:
+            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(case.shape.spatial) - 1]
+            self.fc1, self.fc2 = conv(c, r, 1, **options), conv(r, c, 1, **options)
+        self.act, self.gate = _STOCK_FUNCTIONS[case.act](), _STOCK_FUNCTIONS[case.gate]()
+        self.plane_dims = tuple(range(2, len(case.size)))
+        self.keepdim = form == "conv"
+        self.ones = [1] * len(self.plane_dims)
+        self.post_relu = case.post_act == "relu"
+        _load(self, weights)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        gate = self.gate(self.fc2(self.act(self.fc1(x.mean(self.plane_dims, keepdim=self.keepdim)))))
+        y = x * (gate if self.keepdim else gate.view(*gate.shape, *self.ones))
+        if residual is not None:
+            y += residual
+        return y.relu_() if self.post_relu else y
+
+
+@dataclasses.dataclass
+class Provider:
+    """One contender in one case.
+
+    forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, in any
+    shape that flattens to the oracle's. path() says what ran since the provider was built. form is the stock
+    layer's form.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor | None], Tensor]
+    parameters: list[Tensor]
+    path: Callable[[], str]
+    form: str | None = None
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    found = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
+    return [parameter for parameter in found if parameter is not None]
+
+
+@torch.no_grad()
+def _load(module: nn.Module, weights: Weights) -> None:
+    given = [weight for weight in weights if weight is not None]
+    for parameter, weight in zip(_parameters(module), given, strict=True):
+        parameter.copy_(weight.view_as(parameter))
+
+
+def eager(case: Case, weights: Weights, form: str) -> Provider:
+    """Stock PyTorch, in one of STOCK_FORMS."""
+    module = StockSE(case, weights, form)
+    return Provider("eager", module, _parameters(module), lambda: "aten", form)
+
+
+def _eager(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+    return eager(case, weights, form)
+
+
+def _compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+    # Every case is compiled afresh for its own static shape, as the best case for the compiler.
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    module = StockSE(case, weights, form)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+
+    def path() -> str:
+        if graphs["unique_graphs"] == before:
+            raise RuntimeError("torch.compile compiled nothing; is it disabled by the environment?")
+        return "inductor"
+
+    return Provider("compile", compiled, _parameters(module), path, form)
+
+
+def _fused(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+    module = FusedSE(
+        case.shape.channels,
+        rd_channels=case.shape.rd_channels,
+        bias=case.bias,
+        act=case.act,
+        gate=case.gate,
+        post_act=None if case.post_act == "none" else case.post_act,
+        backend=backend,
+        device=weights.w1.device,
+        dtype=torch_dtype(case),
+    )
+    _load(module, weights)
+    before = Counter(senet_fused.call_counts())
+
+    def path() -> str:
+        """The backends that the operator's own counters have seen, each in every direction of the case.
+
+        The reference counts no backward: PyTorch's autograd differentiates it.
+        """
+        ran = {key for key, calls in (Counter(senet_fused.call_counts()) - before).items() if calls}
+        names = sorted({key.rpartition(".")[0] for key in ran})
+        if not names:
+            raise RuntimeError("no backend counted a call")
+        for name in names:
+            for direction in (
+                ("forward", "backward") if case.backward and name != "reference" else ("forward",)
+            ):
+                if f"{name}.{direction}" not in ran:
+                    raise RuntimeError(f"the backend {name!r} counted no {direction} call")
+        return "+".join(names)
+
+    return Provider("fused", module, _parameters(module), path)
+
+
+BUILDERS: dict[str, Callable[[Case, Weights, str, str | None], Provider]] = {
+    "eager": _eager,
+    "compile": _compile,
+    "fused": _fused,
+}
+
+
+def copy_ceiling() -> Provider:
+    """``x.clone()``: one read and one write of the tensor, allocating its result as every layer does."""
+    return Provider("copy", lambda x, residual: x.clone(), [], lambda: "aten")
+
+
+def step(provider: Provider, inputs: InputSet) -> tuple[Tensor, Sequence[Tensor]]:
+    """Forward and backward with a given dy. Nothing accumulates: autograd.grad returns fresh gradients."""
+    y = provider.forward(inputs.x, inputs.residual)
+    if inputs.residual is None:
+        return y, torch.autograd.grad(y, (inputs.x, *provider.parameters), inputs.dy)
+    return y, torch.autograd.grad(y, (inputs.x, inputs.residual, *provider.parameters), inputs.dy)
+
+
+def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tensor]:
+    """One call of the provider, its tensors named as the oracle's: y, with a backward every gradient too."""
+    if not case.backward:
+        with torch.no_grad():
+            return {"y": provider.forward(inputs.x, inputs.residual)}
+    y, gradients = step(provider, inputs)
+    r, c = case.shape.rd_channels, case.shape.channels
+    shapes: dict[str, tuple[int, ...]] = {"dx": case.size}
+    if inputs.residual is not None:
+        shapes["dresidual"] = case.size
+    shapes |= (
+        {"dw1": (r, c), "db1": (r,), "dw2": (c, r), "db2": (c,)}
+        if case.bias
+        else {"dw1": (r, c), "dw2": (c, r)}
+    )
+    named = dict(zip(shapes, gradients, strict=True))
+    for name in named.keys() - {"dx", "dresidual"}:
+        if named[name].numel() == torch.Size(shapes[name]).numel():
+            named[name] = named[name].reshape(shapes[name])
+    return {"y": y.detach(), **named}

@@ -1,0 +1,73 @@
+"""The command line: ``senet-fused bench | doctor | demo``, also ``python -m senet_fused``.
+
+A subcommand's module is imported only when it runs, so ``--help`` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
+    "doctor": "what is installed, which backends can run here and why not, and whether they are right",
+    "demo": "train a small SE-ResNet on handwritten digits with the stock layer and with FusedSE",
+}
+_DESCRIPTION = "Fused Squeeze-and-Excitation for PyTorch: measure it, examine the installation, see it train."
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with the options of the one subcommand that is going to run."""
+    parser = argparse.ArgumentParser(prog="senet-fused", description=_DESCRIPTION)
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, about in _COMMANDS.items():
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        if name == command:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def _module(command: str):
+    if command == "bench":
+        from .bench import command as module
+    elif command == "doctor":
+        from . import doctor as module
+    else:
+        from .train import digits as module
+    return module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status (2 for a request that cannot be met)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv[0] if argv and argv[0] in _COMMANDS else None
+    parser = _parser(command)
+    args = parser.parse_args(argv)
+    if args.version:
+        from . import __version__
+
+        print(f"senet-fused {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        if command == "bench":
+            from .bench.problems import RequestError
+
+            try:
+                return _module(command).run(args, argv[1:])
+            except RequestError as error:
+                print(f"senet-fused bench: error: {error}", file=sys.stderr)
+                return 2
+        return _module(command).run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,314 @@
+"""``senet-fused doctor``: what is installed, which backends can run here and why not, are they right."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import sys
+from pathlib import Path
+
+from . import machine
+
+__all__ = ["add_arguments", "run"]
+
+_PACKAGES = ("torch", "numpy", "triton", "rich", "matplotlib", "scikit-learn")
+_OLDEST_TORCH = (2, 11)
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+)
+_PREFIX = "SENET_FUSED_"
+_ENVIRONMENT = {
+    "SENET_FUSED_BACKEND": "the backend of calls that name none",
+    "SENET_FUSED_ISA": "the instruction set to stay within",
+    "SENET_FUSED_NO_EXT": "read by the build: install without compiled code",
+    "SENET_FUSED_SANITIZE": "read by the build: compile with sanitizers",
+    "SENET_FUSED_CXXFLAGS": "read by the build: more compiler flags",
+}
+_REINSTALL = (
+    "install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and reinstall "
+    "without SENET_FUSED_NO_EXT: pip install --force-reinstall --no-deps ."
+)
+
+_EPILOG = """\
+The self-test runs every backend that is available, forward and backward, in every dtype and layout, against
+float64.
+
+exit status: 0 all in order, 1 something that was asked for is broken (a self-test fails; --backend or
+SENET_FUSED_BACKEND names a backend that cannot run here), 2 wrong usage
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the subcommand."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="backends that have to be available: cpu, reference, ...",
+    )
+
+
+class _Report:
+    """Prints facts as they come and collects what is wrong, with what to do about it."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+
+    def section(self, title: str) -> None:
+        print(f"\n{title}")
+
+    def fact(self, name: str, value: object) -> None:
+        print(f"  {name:<14} {value}")
+
+    def problem(self, what: str, remedy: str) -> None:
+        if (what, remedy) not in self.problems:
+            self.problems.append((what, remedy))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self) -> int:
+        for text in self.notes:
+            print(f"\nnote: {text}")
+        for what, remedy in self.problems:
+            print(f"\nPROBLEM: {what}\n  to do: {remedy}")
+        print(f"\n{len(self.problems)} problem(s)" if self.problems else "\nall in order")
+        return 1 if self.problems else 0
+
+
+def _installation(report: _Report) -> None:
+    import torch
+
+    from . import __version__
+
+    report.section("installed")
+    report.fact("senet_fused", f"{__version__} in {Path(__file__).parent}")
+    revision = machine.revision()
+    if revision is not None:
+        report.fact("revision", revision)
+    report.fact("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in _PACKAGES:
+        report.fact(name, machine.package_version(name) or "not installed")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST_TORCH:
+        report.problem(
+            f"torch {torch.__version__} is older than any this package is tried with",
+            f"pip install 'torch>={'.'.join(map(str, _OLDEST_TORCH))}'",
+        )
+    try:
+        from . import _plan
+    except ImportError as error:
+        files = [
+            path.name for path in Path(__file__).parent.glob("_plan.*") if path.suffix in (".so", ".pyd")
+        ]
+        report.fact("built with", "no compiled parts" if not files else f"cannot tell: {error}")
+        if files:
+            report.problem(
+                f"the compiled module {files[0]} does not import: {error}",
+                "it was built for another Python; " + _REINSTALL,
+            )
+        return
+    facts = dict(_plan.build_info())
+    report.fact("built with", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    if facts.get("version") not in (None, "unknown", __version__):
+        report.problem(
+            f"the compiled parts are of version {facts['version']}, the Python files of {__version__}",
+            "build again: pip install --force-reinstall --no-deps .",
+        )
+
+
+def _processor(report: _Report) -> None:
+    import torch
+
+    report.section("processor")
+    report.fact("cpu", f"{machine.cpu_name()}, {machine.cpus()} usable of {os.cpu_count()}")
+    report.fact("features", " ".join(machine.cpu_features()) or "the system does not say")
+    report.fact("last cache", f"{machine.last_level_cache_bytes() / 2**20:.0f} MiB")
+    report.fact("threads", f"{torch.get_num_threads()} (PyTorch, intra-op)")
+    gpus = torch.cuda.device_count()
+    if torch.version.cuda is None and torch.version.hip is None:
+        gpu = "this PyTorch is built without GPU support"
+    else:
+        gpu = ", ".join(torch.cuda.get_device_name(number) for number in range(gpus)) or "none found"
+    report.fact("gpu", gpu)
+    if torch.get_num_threads() > machine.cpus():
+        report.note(
+            f"PyTorch uses {torch.get_num_threads()} threads on {machine.cpus()} processors; one each is "
+            "faster: OMP_NUM_THREADS or torch.set_num_threads()"
+        )
+
+
+def _environment(report: _Report, available: dict[str, str | None], isa: str | None) -> None:
+    report.section("environment")
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX)}
+    threads = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+    for name, value in (found | threads).items():
+        about = _ENVIRONMENT.get(name, "")
+        report.fact(name, f"= {value}" + (f"  ({about})" if about else ""))
+        if name.startswith(_PREFIX) and not about:
+            report.note(f"{name} is no variable of this package; it has {', '.join(_ENVIRONMENT)}")
+    if not found and not threads:
+        report.fact("none", f"of {_PREFIX}* and the thread settings")
+
+    asked = found.get("SENET_FUSED_BACKEND")
+    if asked and asked != "auto":
+        _require(report, asked, "SENET_FUSED_BACKEND", available)
+    asked = found.get("SENET_FUSED_ISA")
+    if asked and isa is not None and isa != asked:
+        report.problem(
+            f"SENET_FUSED_ISA asks for {asked!r}, but the kernels run with {isa!r}",
+            "unset it, or name an instruction set that the library was built with and the processor has",
+        )
+
+
+def _require(report: _Report, name: str, who: str, available: dict[str, str | None]) -> None:
+    """Records a problem if a backend that was asked for is unknown or cannot run."""
+    if name not in available:
+        report.problem(
+            f"{who} names an unknown backend {name!r}", f"known: {', '.join(['auto', *available])}"
+        )
+    elif available[name] is not None:
+        remedy = _REINSTALL if name == "cpu" else f"ask for another one: {', '.join(['auto', *available])}"
+        report.problem(
+            f"{who} asks for the backend {name!r}, which cannot run here: {available[name]}", remedy
+        )
+
+
+def _self_test(name: str) -> tuple[int, float, list[str]]:
+    """Runs a backend forward and backward on small tensors against float64.
+
+    A tensor may be off by twice stock PyTorch's error in the same dtype plus one unit in the last place; in
+    float64, where the oracle rounds as everybody does, plus 64.
+
+    Returns:
+        How many tensors were judged, the largest error as a fraction of what is allowed, and a line for each
+        one that is off by more.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from . import call_counts, squeeze_excite
+
+    def plain(x, residual, w1, b1, w2, b2):
+        gate = torch.sigmoid(F.linear(F.relu(F.linear(x.mean((2, 3)), w1, b1)), w2, b2))
+        y = x * gate[:, :, None, None]
+        return y if residual is None else F.relu(y + residual)
+
+    def fused(x, residual, w1, b1, w2, b2):
+        post_act = None if residual is None else "relu"
+        return squeeze_excite(x, w1, w2, b1, b2, residual=residual, post_act=post_act, backend=name)
+
+    def run(function, tensors, dy):
+        tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        y = function(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t is not None], dy)]
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    judged, worst, wrong = 0, 0.0, []
+    n, c, r, size = 2, 24, 3, (2, 24, 5, 7)
+    for dtype, tail in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True)
+    ):
+        names = ["y", "dx", *(["dresidual"] if tail else []), "dw1", "db1", "dw2", "db2"]
+        ours, stock = (dict.fromkeys(names, 0.0) for _ in range(2))
+        for memory_format, _ in itertools.product((torch.contiguous_format, torch.channels_last), range(3)):
+            big = [random(*size) + random(n, c, 1, 1), random(*size), random(*size)]
+            x, dy, residual = (t.to(dtype).contiguous(memory_format=memory_format) for t in big)
+            small = [random(r, c) / c**0.5, random(r), random(c, r) / r**0.5, random(c)]
+            tensors = [x, residual if tail else None, *(t.to(dtype) for t in small)]
+            before = call_counts().get(f"{name}.forward", 0)
+            results = run(fused, tensors, dy)
+            if call_counts().get(f"{name}.forward", 0) == before:
+                return judged, worst, ["another backend served the calls"]
+            exact = run(plain, [None if t is None else t.double() for t in tensors], dy.double())
+            for errors, found in ((ours, results), (stock, run(plain, tensors, dy))):
+                for tensor, a, e in zip(names, found, exact, strict=True):
+                    error = (a.double() - e).abs().max().div(e.abs().max()).item()
+                    errors[tensor] = max(errors[tensor], error if error == error else float("inf"))
+        for tensor in names:
+            allowed = 2 * stock[tensor] + torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)
+            judged += 1
+            worst = max(worst, ours[tensor] / allowed)
+            if not ours[tensor] <= allowed:
+                what = f"{dtype}{' with residual and relu' if tail else ''}".removeprefix("torch.")
+                wrong.append(f"{what}: {tensor} is off by {ours[tensor]:.1e}, allowed {allowed:.1e}")
+    return judged, worst, wrong
+
+
+def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
+    """Prints the backends and their self-tests; returns why each cannot run, and the kernels' ISA."""
+    import torch
+
+    from . import backends, explain, use_backend
+
+    report.section("backends")
+    available: dict[str, str | None] = {}
+    isa = None
+    for status in backends.status():
+        available[status.name] = None if status.available else status.reason
+        report.fact(status.name, f"{'available' if status.available else 'not available'}: {status.reason}")
+        if not status.available:
+            continue
+        try:
+            judged, worst, wrong = _self_test(status.name)
+        except Exception as error:  # a broken backend is what this command is here to report
+            judged, worst, wrong = 0, 0.0, [f"{type(error).__name__}: {error}"]
+        if wrong:
+            report.fact("", f"self-test FAILED: {len(wrong)} of {judged or 1} tensors")
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            report.problem(
+                f"the self-test of {status.name!r} fails: {'; '.join(wrong[:3])}{more}",
+                "do not trust this backend; use another one (SENET_FUSED_BACKEND), rebuild "
+                "(pip install --force-reinstall --no-deps .), and report it with this output",
+            )
+        else:
+            report.fact(
+                "", f"self-test passed: {judged} tensors, largest error {worst:.0%} of what is allowed"
+            )
+    if available.get("cpu", "") is None:
+        isa = backends.native.instruction_set()
+    with use_backend("auto"):
+        automatic = explain(torch.empty(1, 1, 1, 1)).backend
+    report.fact("auto", f"takes {automatic!r} for CPU tensors")
+    if automatic == "reference" and "cpu" in available:
+        report.note(
+            "nothing is fused on this installation, all calls run in plain PyTorch; "
+            f"to change that: {_REINSTALL}"
+        )
+    return available, isa
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; returns 0, 1 if something asked for is broken, or 2 for an unknown backend name."""
+    from . import backends
+
+    known = [status.name for status in backends.status()]
+    for name in args.backend:
+        if name not in known:
+            print(
+                f"senet-fused doctor: error: unknown backend {name!r}; known: {', '.join(known)}",
+                file=sys.stderr,
+            )
+            return 2
+    report = _Report()
+    _installation(report)
+    _processor(report)
+    available, isa = _backends(report)
+    _environment(report, available, isa)
+    for name in args.backend:
+        _require(report, name, "--backend", available)
+    return report.finish()
