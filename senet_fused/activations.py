@@ -150,7 +150,7 @@ class Activation:
         if isinstance(function, Activation):
             return function
         if isinstance(function, str):
-            return _parse(function)
+            return _BY_NAME.get(function) or _parse(function)
         if isinstance(function, type) and issubclass(function, nn.Module):
             if function not in _MODULES:
                 raise ValueError(_unknown_module(function))
@@ -220,6 +220,9 @@ _KERNEL_CODES = {
     )
 }  # fmt: skip
 
+# torch.compile reads this, where it warns of a cached function.
+_BY_NAME = {name: Activation(name) for name in (*_KERNEL_CODES, *_ALIASES) if name != "gelu_tanh"}
+
 _SQRT_HALF = 0.5**0.5
 _INV_SQRT_2PI = 0.3989422804014327
 _GELU_TANH_A, _GELU_TANH_B = 0.7978845608028654, 0.044715  # sqrt(2 / pi), Hendrycks & Gimpel 2016
@@ -250,11 +253,12 @@ def _d_mish(v: Tensor) -> Tensor:
 
 
 def _d_hardswish(v: Tensor) -> Tensor:
-    return torch.where(v <= -3, torch.zeros_like(v), torch.where(v < 3, v / 3 + 0.5, torch.ones_like(v)))
+    return torch.where(v <= -3, torch.zeros_like(v), torch.where(v >= 3, torch.ones_like(v), v / 3 + 0.5))
 
 
 def _hardsigmoid(v: Tensor, slope: float, offset: float) -> Tensor:
-    return torch.clamp(slope * v + offset, 0, 1)
+    v = slope * v + offset
+    return torch.where((v > 0) & (v < 1), v, v.detach().clamp(0, 1))  # flat at its corners, as F.hardsigmoid is
 
 
 def _d_hardsigmoid(v: Tensor, slope: float, offset: float) -> Tensor:

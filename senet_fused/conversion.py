@@ -5,6 +5,8 @@ Only structure is looked at, never class names or modules, so nothing is importe
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -85,10 +87,14 @@ def _naming(keys: Mapping[str, Any]) -> tuple[str, str] | None:
 
 _ACT_ATTRIBUTES = ("activation", "act", "act1", "relu")
 _GATE_ATTRIBUTES = ("scale_activation", "gate", "sigmoid")
+_SCALES = (1, 10, 100, 1000)  # of the samples tried: relu and relu6, say, differ far from zero only
+_BOUND = 1e-6  # a layer may round to float32 on its way
 
 
 def from_module(cls: type, layer: nn.Module) -> Any:
     """See ``FusedSE.from_module``."""
+    if isinstance(layer, cls):
+        return copy.deepcopy(layer)
     kind = type(layer).__name__
     own = layer.state_dict(keep_vars=False)
     naming = _naming(own)
@@ -111,7 +117,10 @@ def _functions(layer: nn.Module) -> tuple[Activation, Activation]:
     """The functions between and behind the two layers: children by their usual names, or in order of registration."""
     sequence = getattr(layer, "fc", None)
     if isinstance(sequence, nn.Sequential) and len(sequence) == 4:
-        return Activation.of(sequence[1]), Activation.of(sequence[3])
+        return _activation(sequence[1]), _activation(sequence[3])
+    behind = [getattr(getattr(layer, name, None), "activate", None) for name in ("conv1", "conv2")]
+    if all(isinstance(child, nn.Module) for child in behind):  # OpenMMLab's ConvModule
+        return _activation(behind[0]), _activation(behind[1])
 
     def find(names: tuple[str, ...], default: str) -> Activation:
         for name in names:
@@ -127,10 +136,10 @@ def _activation(child: nn.Module) -> Activation:
     try:
         return Activation.of(child)
     except ValueError:
-        # Libraries have classes of their own for the common functions: try each on a grid and take the one that agrees.
+        # Libraries have classes of their own for the common functions: take the one that agrees on a grid.
         grid = torch.linspace(-8, 8, 257, dtype=torch.float64)
-        with torch.no_grad():
-            values = child(grid.clone())
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            values = _bare_copy(child).double()(grid.clone())
         for name in ("relu", "silu", "sigmoid", "hardsigmoid", "hardswish", "mish", "relu6", "tanh", "gelu", "identity"):
             if torch.allclose(values, Activation(name)(grid), rtol=1e-9, atol=1e-9):
                 return Activation(name)
@@ -138,31 +147,59 @@ def _activation(child: nn.Module) -> Activation:
 
 
 def _prove(layer: nn.Module, fused: nn.Module, kind: str) -> None:
-    weight = fused.fc1.weight
-    if weight.is_meta:
+    """Raises ValueError unless both compute the same. Copies run, in float64: nothing of the layer changes."""
+    if fused.fc1.weight.is_meta:
         raise ValueError(f"{kind} is on the meta device, so it cannot be compared; materialise it first")
+    layer, fused = _bare_copy(layer).double(), copy.deepcopy(fused).double()
     generator = torch.Generator().manual_seed(0)
-    shape = (2, fused.channels, *(5, 3, 2)[: _spatial_dimensions(layer)])
-    x = torch.randn(shape, generator=generator).to(weight)
-    with torch.no_grad():
-        try:
-            expected = layer(x)
-        except Exception as error:
-            raise ValueError(f"{kind} does not run on an input {list(shape)}: {error}") from error
-        got = fused(x)
+    known = _spatial_dimensions(layer)
+    failure = None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for dimensions in (2, 1, 3) if known is None else (known,):
+            shape = (4, fused.channels, *(5, 3, 2)[:dimensions])
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            for sample, scale in zip(x, _SCALES, strict=True):
+                sample *= scale
+            x = x.to(fused.fc1.weight.device)
+            try:
+                expected = layer(x.clone())
+            except Exception as error:
+                failure = failure or (f"{kind} does not run on an input {list(shape)}: {error}", error)
+                continue
+            break
+        else:
+            raise ValueError(failure[0]) from failure[1]
+        got, with_input = fused(x), fused(x, x)
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         what = f"a {list(expected.shape)} tensor" if isinstance(expected, Tensor) else type(expected).__name__
         raise ValueError(f"{kind} returns {what} for an input {list(shape)}, not the scaled input")
-    error = (got.double() - expected.double()).abs().max().item()
-    bound = 64 * torch.finfo(weight.dtype).eps * expected.double().abs().max().item()
-    if not error <= bound:
+    if (error := _distance(got, expected, x)) <= _BOUND:
+        return
+    if _distance(with_input, expected, x) <= _BOUND:
         raise ValueError(
-            f"{kind} looks like an SE layer, but differs from FusedSE by {error:.3g} on random input (bound {bound:.3g}); "
-            "it does something else as well"
+            f"{kind} adds its input to the result, which is no part of FusedSE; load its weights with "
+            "FusedSE.from_state_dict and call that as layer(x, residual=x)"
         )
+    raise ValueError(
+        f"{kind} looks like an SE layer, but differs from FusedSE by {error:.3g} times its random input "
+        f"(bound {_BOUND:.0e}); it does something else as well"
+    )
 
 
-def _spatial_dimensions(layer: nn.Module) -> int:
+def _bare_copy(layer: nn.Module) -> nn.Module:
+    """A deep copy without hooks: they are not the layer's arithmetic, and may hold on to anything."""
+    hooks = (v for m in layer.modules() for k, v in vars(m).items() if k.endswith("_hooks"))
+    return copy.deepcopy(layer, {id(registry): type(registry)() for registry in hooks})
+
+
+def _distance(a: Tensor, b: Tensor, x: Tensor) -> float:
+    """The largest difference in units of the sample's largest x, infinite if there is a NaN."""
+    worst = ((a - b).abs().flatten(1).amax(1) / x.abs().flatten(1).amax(1)).max().item()
+    return worst if worst == worst else math.inf
+
+
+def _spatial_dimensions(layer: nn.Module) -> int | None:
+    """As many as the layer's pooling or convolutions have, None if it has neither."""
     for module in layer.modules():
         for count, kinds in (
             (1, (nn.Conv1d, nn.AdaptiveAvgPool1d)),
@@ -171,4 +208,4 @@ def _spatial_dimensions(layer: nn.Module) -> int:
         ):
             if isinstance(module, kinds):
                 return count
-    return 2
+    return None

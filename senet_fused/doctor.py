@@ -8,8 +8,12 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import machine
+
+if TYPE_CHECKING:
+    from .backends import BackendStatus
 
 __all__ = ["add_arguments", "run"]
 
@@ -25,7 +29,7 @@ _THREAD_VARIABLES = (
 _PREFIX = "SENET_FUSED_"
 _ENVIRONMENT = {
     "SENET_FUSED_BACKEND": "the backend of calls that name none",
-    "SENET_FUSED_ISA": "the instruction set to stay within",
+    "SENET_FUSED_ISA": "the instruction set of the CPU kernels",
     "SENET_FUSED_NO_EXT": "read by the build: install without compiled code",
     "SENET_FUSED_SANITIZE": "read by the build: compile with sanitizers",
     "SENET_FUSED_CXXFLAGS": "read by the build: more compiler flags",
@@ -98,7 +102,9 @@ def _installation(report: _Report) -> None:
         report.fact("revision", revision)
     report.fact("python", f"{platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:
-        report.fact(name, machine.package_version(name) or "not installed")
+        # torch's own text tells its CPU and CUDA builds apart.
+        version = torch.__version__ if name == "torch" else machine.package_version(name)
+        report.fact(name, version or "not installed")
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TORCH:
         report.problem(
@@ -164,11 +170,23 @@ def _environment(report: _Report, available: dict[str, str | None], isa: str | N
     if asked and asked != "auto":
         _require(report, asked, "SENET_FUSED_BACKEND", available)
     asked = found.get("SENET_FUSED_ISA")
+    remedy = "unset it, or name an instruction set that the library was built with and the processor has"
     if asked and isa is not None and isa != asked:
-        report.problem(
-            f"SENET_FUSED_ISA asks for {asked!r}, but the kernels run with {isa!r}",
-            "unset it, or name an instruction set that the library was built with and the processor has",
-        )
+        report.problem(f"SENET_FUSED_ISA asks for {asked!r}, but the kernels run with {isa!r}", remedy)
+    elif asked and "SENET_FUSED_ISA" in (available.get("cpu") or ""):
+        report.problem(f"SENET_FUSED_ISA asks for {asked!r}: {available['cpu']}", remedy)
+
+
+def _statuses() -> list[BackendStatus]:
+    """Every backend's state; the compiled ones cannot even tell theirs where SENET_FUSED_ISA is wrong."""
+    from . import backends
+
+    try:
+        return backends.status()
+    except RuntimeError as error:
+        states = {name: (name == "reference", str(error)) for name in backends.NAMES}
+        states["reference"] = (True, "plain PyTorch, any device")
+        return [backends.BackendStatus(name, *state) for name, state in states.items()]
 
 
 def _require(report: _Report, name: str, who: str, available: dict[str, str | None]) -> None:
@@ -258,7 +276,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     report.section("backends")
     available: dict[str, str | None] = {}
     isa = None
-    for status in backends.status():
+    for status in _statuses():
         available[status.name] = None if status.available else status.reason
         report.fact(status.name, f"{'available' if status.available else 'not available'}: {status.reason}")
         if not status.available:
@@ -294,9 +312,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; returns 0, 1 if something asked for is broken, or 2 for an unknown backend name."""
-    from . import backends
-
-    known = [status.name for status in backends.status()]
+    known = [status.name for status in _statuses()]
     for name in args.backend:
         if name not in known:
             print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -65,17 +67,19 @@ def squeeze_excite(
         TypeError: an argument that is no tensor, or not floating point.
         BackendUnavailableError: the named backend cannot serve this call.
     """
+    act, gate = Activation.of(act), Activation.of(gate)
     tensors = (x, w1, w2, b1, b2, residual)
     if has_torch_function(tensors):
+        # Text for act and gate: an FX graph holds nothing else of that kind.
         return handle_torch_function(
-            squeeze_excite, tensors, x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual,
-            post_act=post_act, backend=backend, return_gate=return_gate,
+            squeeze_excite, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze,
+            residual=residual, post_act=post_act, backend=backend, return_gate=return_gate,
         )  # fmt: skip
-    act, gate = Activation.of(act), Activation.of(gate)
-    _check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     compiling = torch.compiler.is_compiling()
+    check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
+    check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     chosen = select.choose(backend, x.device.type, x.dtype).backend
-    if chosen == "reference" or torch.onnx.is_in_onnx_export() or (not compiling and _needs_plain_operators()):
+    if chosen == "reference" or torch.onnx.is_in_onnx_export() or _needs_plain_operators():
         y, g = reference.squeeze_excite(
             x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act
         )
@@ -83,8 +87,10 @@ def squeeze_excite(
             ops.count_call("reference.forward")
         return (y, g) if return_gate else y
 
+    gate_dtype = None
     if residual is not None and residual.dtype != x.dtype:
         # Kernels are written for one dtype; widening both is exact, and what the sum would do anyway.
+        gate_dtype = reference.accumulate_dtype(x)
         wider = torch.result_type(x, residual)
         x, residual = x.to(wider), residual.to(wider)
     operator = ops.OPERATORS[chosen]
@@ -101,6 +107,8 @@ def squeeze_excite(
         y, g, _, _ = operator.eager(*arguments, True)
     else:
         y, g = operator.infer(*arguments, return_gate)
+    if gate_dtype is not None and g is not None:
+        g = g.to(gate_dtype)
     if not x.is_contiguous() and ops.layout_of(x) is None:
         y = torch.empty_like(x).copy_(y)  # empty_like keeps the order of x's strides, as x * gate does
     return (y, g) if return_gate else y
@@ -117,6 +125,11 @@ def _needs_plain_operators() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
+# enters transforms while it traces, so the answer is right, and guards on those that are outside.
+_needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
@@ -145,15 +158,19 @@ def _check(
         raise TypeError(f"x must be a tensor [N, C, *spatial], got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; convert it, e.g. x.float()")
+    _check_dense("x", x)
     shape = x.shape
     if not 3 <= len(shape) <= 5:
         raise ValueError(
             f"x must be [N, C, *spatial] with one to three spatial dimensions, got {_sizes(x)}"
-            + ("; for pooled features use x[..., None]" if len(shape) == 2 else "")
+            + ("; for pooled features use x[..., None]" if len(shape) == 2 else "; use x.flatten(2)" if shape[5:] else "")
         )
     channels = shape[1]
     if channels == 0 or 0 in shape[2:]:
-        raise ValueError(f"x must have at least one channel and one spatial position, got {_sizes(x)}")
+        raise ValueError(
+            f"x must have at least one channel and one spatial position, got {_sizes(x)}; "
+            "only N may be 0: leave empty images out, or pad them"
+        )
     if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
         raise TypeError(f"w1 and w2 must be tensors, got {type(w1).__name__} and {type(w2).__name__}")
     _check_weight("w1", w1)
@@ -163,7 +180,8 @@ def _check(
         raise ValueError(f"w1 must be [R, C] with R >= 1, got {_sizes(w1)}; check the reduction ratio")
     if w1.shape[1] != channels:
         raise ValueError(
-            f"x has {channels} channels, but w1 {_sizes(w1)} is for {w1.shape[1]} (w1 is [R, C], w2 is [C, R])"
+            f"x {_sizes(x)} has {channels} channels, but w1 {_sizes(w1)} is for {w1.shape[1]}; "
+            f"{_channel_fix(x, w1)} (w1 is [R, C], w2 is [C, R])"
         )
     if w2.shape[0] != channels or w2.shape[1] != reduced:
         raise ValueError(f"w2 must be [C, R] = [{channels}, {reduced}] to go with w1 {_sizes(w1)}, got {_sizes(w2)}")
@@ -177,12 +195,19 @@ def _check(
     if residual is not None:
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
             raise TypeError(f"residual must be a floating-point tensor or None, got {_kind(residual)}")
+        _check_dense("residual", residual)
         if residual.shape != shape:
-            raise ValueError(f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; it is not broadcast")
+            raise ValueError(
+                f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; "
+                "it is not broadcast: use residual.expand_as(x), or project the shortcut"
+            )
     device = x.device
     for name, t in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2), ("residual", residual)):
         if t is not None and t.device != device:
-            raise ValueError(f"all tensors must be on one device: x is on {device}, {name} on {t.device}")
+            raise ValueError(
+                f"all tensors must be on one device: x is on {device}, {name} on {t.device}; "
+                f"move one, e.g. the layer with layer.to({str(device)!r})"
+            )
     if act.name not in ACT_NAMES:
         raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
     if gate.name not in GATE_NAMES:
@@ -193,13 +218,36 @@ def _check(
         raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
 
 
+def _check_while_tracing(*arguments: object) -> None:
+    """TorchScript's tracer warns of every size that Python compares; these comparisons are no part of the result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        _check(*arguments)
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else t.layout
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; convert it, e.g. {name}.to_dense()")
+
+
 def _check_weight(name: str, w: Tensor) -> None:
     if not w.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {w.dtype}")
+        raise TypeError(f"{name} must be floating point, got {w.dtype}; convert it, e.g. {name}.float()")
+    _check_dense(name, w)
     shape = w.shape
-    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+    if len(shape) != 2 and (len(shape) < 2 or any(size != 1 for size in shape[2:])):
         layout = "[R, C]" if name == "w1" else "[C, R]"
         raise ValueError(f"{name} must be {layout}, or a 1x1 convolution's weight, got {_sizes(w)}")
+
+
+def _channel_fix(x: Tensor, w1: Tensor) -> str:
+    wanted = w1.shape[1]
+    if x.shape[-1] == wanted:
+        return "if x is [N, *spatial, C], use x.movedim(-1, 1)"
+    if x.shape[0] == wanted:
+        return "if x is one sample without a batch, use x[None]"
+    return f"make the layer for {x.shape[1]} channels"
 
 
 def _sizes(t: Tensor) -> str:

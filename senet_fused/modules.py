@@ -30,8 +30,8 @@ class FusedSE(nn.Module):
         channels: C of x [N, C, *spatial], one to three spatial dimensions.
         reduction: R = max(1, channels // reduction), unless one of the next two says otherwise.
         rd_channels: R itself.
-        rd_divisor: timm's rule: R = channels / reduction rounded to a multiple of rd_divisor, at least rd_divisor, and
-            never below 90 % of the unrounded number where the rule for EfficientNet asks so.
+        rd_divisor: the rule of timm's SEModule: R = channels / reduction rounded to the nearest multiple of rd_divisor
+            (upwards from halfway), at least rd_divisor.
         bias: whether fc1 and fc2 have one (the original Caffe networks, timm and torchvision: yes; SELayer: no).
         act, gate, squeeze, post_act, backend: as in :func:`senet_fused.squeeze_excite`.
         device, dtype: of the parameters.
@@ -75,7 +75,7 @@ class FusedSE(nn.Module):
         self.backend = backend
         self.fc1 = nn.Linear(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Linear(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
-        self._captured: list[Tensor] | None = None
+        self._captured: _Call | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], see squeeze_excite for dtypes and errors."""
@@ -97,7 +97,7 @@ class FusedSE(nn.Module):
         if self._captured is None:
             return result
         y, gate = result
-        self._captured.append(gate)
+        self._captured = _Call(gate, self._captured)
         return y
 
     @classmethod
@@ -105,8 +105,8 @@ class FusedSE(nn.Module):
         """A FusedSE with a copy of another SE layer's weights, which computes what that layer computes.
 
         Knows, by structure, the layers of torchvision, timm (SEModule, SqueezeExcite, legacy), MONAI's ChannelSELayer
-        and the ``fc``/``fc1, fc2`` layers that most repositories have. Both are run on random input before the new one
-        is returned.
+        and the ``fc``/``fc1, fc2`` layers that most repositories have. Copies of both are run on random input before
+        the new one is returned.
 
         Raises:
             ValueError: the layer is not understood, or does not compute the same; the message says why.
@@ -137,12 +137,59 @@ class FusedSE(nn.Module):
         return ", ".join(parts)
 
 
+class _Call:
+    """One recorded call: its gate, and the call before; the first of a recording has neither.
+
+    Not a list: torch.compile would guard on its length, and compile again for every call.
+    """
+
+    __slots__ = ("before", "gate")
+
+    def __init__(self, gate: Tensor | None, before: _Call | None) -> None:
+        self.gate, self.before = gate, before
+
+
+class CapturedGates(Mapping[str, list[Tensor]]):
+    """What :func:`capture_gates` has recorded so far: a read-only dict from a layer's name to the list of its gates."""
+
+    def __init__(self, layers: dict[str, FusedSE]) -> None:
+        self._layers = layers
+        self._calls: dict[str, _Call] = {}
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        call = self._calls[name] if name in self._calls else self._layers[name]._captured
+        gates = []
+        while call is not None and call.gate is not None:
+            gates.append(call.gate)
+            call = call.before
+        gates.reverse()
+        return gates
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _start(self) -> None:
+        for layer in self._layers.values():
+            layer._captured = _Call(None, None)
+
+    def _stop(self) -> None:
+        for name, layer in self._layers.items():
+            self._calls[name], layer._captured = layer._captured, None
+
+
 @contextlib.contextmanager
-def capture_gates(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def capture_gates(model: nn.Module) -> Iterator[CapturedGates]:
     """Records the gates of every FusedSE in a model by the layer's name ("" if the model itself is one).
 
     The value is a list with one [N, C] tensor a call, in the order of the calls: float32 (float64 for float64 input),
-    differentiable, so that a penalty on gates can be trained. Layers that were not called have an empty list.
+    differentiable, so that a penalty on gates can be trained. Layers that were not called have an empty list. It can be
+    read within the block and after it. A compiled model is compiled once more, for recording.
 
     Raises:
         ValueError: the model has no FusedSE.
@@ -156,14 +203,12 @@ def capture_gates(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         raise ValueError(f"capture_gates: {type(model).__name__} has no FusedSE layer")
     if any(layer._captured is not None for layer in layers.values()):
         raise RuntimeError("capture_gates: the gates of this model are being recorded already")
-    gates: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for name, layer in layers.items():
-        layer._captured = gates[name]
+    gates = CapturedGates(layers)
+    gates._start()
     try:
         yield gates
     finally:
-        for layer in layers.values():
-            layer._captured = None
+        gates._stop()
 
 
 def reduced_channels(

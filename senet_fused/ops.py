@@ -286,9 +286,13 @@ def _define(backend: str, device_key: str, launch_forward: Callable[..., None], 
         ctx.save_for_backward(x, w1, b1, w2, b2, gate, saved, mask)
         ctx.options = (act, gate_fn, squeeze, post_act)
         ctx.has_residual = residual is not None
+        ctx.mark_non_differentiable(saved, mask)
+        ctx.set_materialize_grads(False)
 
     def rule(ctx, run_backward, dy, dgate):
         """The one backward rule; run_backward is the registered operator or its kernel called directly."""
+        if dy is None and dgate is None:
+            return (None,) * 11  # a second derivative comes by here: gate is an input of the backward
         x, w1, b1, w2, b2, gate, saved, mask = ctx.saved_tensors
         act, gate_fn, squeeze, post_act = ctx.options
         masked = post_act == "relu"
@@ -328,14 +332,10 @@ def _define(backend: str, device_key: str, launch_forward: Callable[..., None], 
         def forward(ctx, *inputs):
             outputs = forward(*inputs)
             setup_context(ctx, inputs, outputs)
-            ctx.mark_non_differentiable(outputs[2], outputs[3])
-            ctx.set_materialize_grads(False)
             return outputs
 
         @staticmethod
         def backward(ctx, dy, dgate, _dsaved, _dmask):
-            if dy is None and dgate is None:
-                return (None,) * 11
             return rule(ctx, registered_backward if torch.is_grad_enabled() else backward, dy, dgate)
 
     return Operator(registered, SqueezeExcite.apply, infer)

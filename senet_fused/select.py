@@ -44,8 +44,8 @@ def check_name(name: str | None, where: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls and modules that name no backend themselves use this one.
 
-    The choice is a plain global of the process, read when a call is traced: it holds for all threads, and a function
-    that torch.compile has already compiled keeps the backend it was compiled with.
+    The choice is a plain global of the process, read when a call is traced: it holds for all threads, a function
+    under torch.compile is compiled once for each choice it meets, and an exported program keeps the choice made then.
 
     Raises:
         ValueError: an unknown name.

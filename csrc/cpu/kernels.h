@@ -36,9 +36,9 @@ struct ApplyArgs {  // (B6) for one sample
   const uint8_t* mask;  // or null: g is masked already, or there is no post_act
   const void* x;        // with a peak, else null
   const A* gate;        // [c]
-  const A* shift;       // [c] what every position gets
+  const A* shift;       // [c] what every position gets, with a peak those below it
   const A* peak;        // [c] or null
-  const A* share;       // [c] what each position gets that attains the peak
+  const A* at_peak;     // [c] what the positions get that attain the peak
   void* dx;
   int64_t rows, columns;
   bool stream;

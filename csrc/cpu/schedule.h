@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <memory>
 
 #include "../plan/plan.h"
@@ -249,8 +248,8 @@ struct Backward : Layer<A> {
     }
   }
 
-  // (B5), and what each position of a channel gets from it: `shift` everywhere, `share` where the peak is attained.
-  void reduce(int64_t n0, int64_t n1, int64_t c0, int64_t c1, const A* dpreact, A* shift, A* share) const {
+  // (B5), and what each position of a channel gets from it: `at_peak` where the maximum is attained, else `shift`.
+  void reduce(int64_t n0, int64_t n1, int64_t c0, int64_t c1, const A* dpreact, A* shift, A* at_peak) const {
     const Problem& p = this->problem;
     this->weight->columns_dot(w1, p.c, dpreact + n0 * p.r, p.r, shift + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
     const Squeeze kind = this->options.squeeze;
@@ -262,16 +261,16 @@ struct Backward : Layer<A> {
         continue;
       }
       for (int64_t c = c0; c < c1; ++c) {
-        const A dpooled = s[c];
-        share[n * p.c + c] = dpooled * part / ties(n)[c];
-        s[c] = kind == Squeeze::avgmax ? dpooled * mean : A(0);
-        // A plane with NaN has no position that equals its maximum; its gradient is NaN throughout, as torch.amax's.
-        if (ties(n)[c] == 0) s[c] = std::numeric_limits<A>::quiet_NaN();
+        const A share = s[c] * part / ties(n)[c], rest = kind == Squeeze::avgmax ? s[c] * mean : A(0);
+        at_peak[n * p.c + c] = rest + share;
+        // As torch.amax, whose gradient is share * [x == maximum]: one that is not finite (a plane with NaN has no
+        // ties) makes NaN of every other position.
+        s[c] = rest + share * A(0);
       }
     }
   }
 
-  void apply(int64_t n, int64_t r0, int64_t r1, const A* shift, const A* share) const {  // (B6)
+  void apply(int64_t n, int64_t r0, int64_t r1, const A* shift, const A* at_peak) const {  // (B6)
     const Problem& p = this->problem;
     const bool masked_already = mask != nullptr && dresidual != nullptr;
     const ApplyArgs<A> args{masked_already ? dresidual + sample(n) : dy + this->bytes(n * dy_stride),
@@ -280,7 +279,7 @@ struct Backward : Layer<A> {
                             gate + n * p.c,
                             shift + n * p.c,
                             this->has_peak() ? peak(n) : nullptr,
-                            share + n * p.c,
+                            at_peak + n * p.c,
                             dx + sample(n),
                             this->rows(),
                             this->columns(),
@@ -322,7 +321,7 @@ struct Backward : Layer<A> {
   void run() const {
     const Problem& p = this->problem;
     const Scratch<A> dlogit(p.n * p.c), dpreact(p.n * p.r), shift(p.n * p.c);
-    const Scratch<A> share(this->has_peak() ? p.n * p.c : 0);
+    const Scratch<A> at_peak(this->has_peak() ? p.n * p.c : 0);
     const bool into_x = dx != nullptr;
     if (this->plan.strategy == CpuStrategy::phases) {
       this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
@@ -332,19 +331,19 @@ struct Backward : Layer<A> {
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });
       if (into_x) {
         this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
-          reduce(0, p.n, c0, c1, dpreact.get(), shift.get(), share.get());
+          reduce(0, p.n, c0, c1, dpreact.get(), shift.get(), at_peak.get());
         });
         this->over_pieces(this->rows(), 1,
-                          [&](int64_t n, int64_t r0, int64_t r1) { apply(n, r0, r1, shift.get(), share.get()); });
+                          [&](int64_t n, int64_t r0, int64_t r1) { apply(n, r0, r1, shift.get(), at_peak.get()); });
       }
     } else {
       this->over_samples([&](int64_t n, A* scratch) { squeeze(n, 0, p.c, dlogit.get(), scratch); },
                          [&](int64_t n0, int64_t n1) {
                            expand(n0, n1, 0, p.r, dlogit.get(), dpreact.get());
-                           if (into_x) reduce(n0, n1, 0, p.c, dpreact.get(), shift.get(), share.get());
+                           if (into_x) reduce(n0, n1, 0, p.c, dpreact.get(), shift.get(), at_peak.get());
                          },
                          [&](int64_t n) {
-                           if (into_x) apply(n, 0, this->rows(), shift.get(), share.get());
+                           if (into_x) apply(n, 0, this->rows(), shift.get(), at_peak.get());
                          });
     }
     if (dw1 != nullptr) weights(dlogit.get(), dpreact.get());

@@ -411,12 +411,11 @@ SENET_INLINE Group<A> relu(const Group<A>& g) {
   return out;
 }
 
-// value where a == b, else 0.
+// yes where a == b, else no.
 template <class A>
-SENET_INLINE Group<A> where_equal(const Group<A>& a, const Group<A>& b, const Group<A>& value) {
+SENET_INLINE Group<A> where_equal(const Group<A>& a, const Group<A>& b, const Group<A>& yes, const Group<A>& no) {
   Group<A> out;
-  for (int i = 0; i < Group<A>::kVecs; ++i)
-    out.v[i] = (typename Lanes<A>::Vec)((typename Lanes<A>::Int)value.v[i] & (a.v[i] == b.v[i]));
+  for (int i = 0; i < Group<A>::kVecs; ++i) out.v[i] = a.v[i] == b.v[i] ? yes.v[i] : no.v[i];
   return out;
 }
 

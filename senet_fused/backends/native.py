@@ -26,6 +26,10 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the compiled library does not load: {error}"
+    try:
+        torch.ops.senet_fused._cpu_instruction_set()
+    except RuntimeError as error:  # SENET_FUSED_ISA asks for what this CPU or this build has not
+        return str(error).splitlines()[0].rpartition("senet_fused: ")[2]
     return None
 
 

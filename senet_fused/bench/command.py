@@ -219,7 +219,10 @@ def _check_device(args: argparse.Namespace) -> None:
         )
         raise RequestError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu")
     if args.backend not in (None, "auto"):
-        known = {status.name: status for status in backends.status()}
+        try:
+            known = {status.name: status for status in backends.status()}
+        except RuntimeError as error:
+            raise RequestError(f"backend {args.backend!r}: {error}") from None
         if args.backend not in known:
             raise RequestError(f"unknown backend {args.backend!r}; known: {', '.join(['auto', *known])}")
         if not known[args.backend].available:

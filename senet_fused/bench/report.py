@@ -137,8 +137,8 @@ def _result_cells(row: Row) -> dict[str, str]:
 def _result_tables(rows: Sequence[Row]) -> list[_Table]:
     tables = []
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    for group in dict.fromkeys((row["direction"], row["dtype"]) for row in rows):
-        members = [row for row in rows if (row["direction"], row["dtype"]) == group]
+    for group in dict.fromkeys((row["problem"], row["direction"], row["dtype"]) for row in rows):
+        members = [row for row in rows if (row["problem"], row["direction"], row["dtype"]) == group]
         members.sort(key=lambda row: layouts.index(row["layout"]))
         lines, last = [], None
         for row in members:
@@ -148,8 +148,7 @@ def _result_tables(rows: Sequence[Row]) -> list[_Table]:
                 cells |= {"N x C/R @ plane": "", "layout": ""}
             last = where
             lines.append(cells)
-        problems = ", ".join(dict.fromkeys(row["problem"] for row in members))
-        tables.append(_Table(f"{problems}: {', '.join(group)}", lines))
+        tables.append(_Table(f"{group[0]}: {', '.join(group[1:])}", lines))
     return tables
 
 

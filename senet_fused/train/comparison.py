@@ -49,9 +49,9 @@ class DemoFailure(Exception):
 class Options:
     """What to train, and how; see ``senet-fused demo --help``."""
 
-    epochs: int = 6
-    batch_size: int = 32
-    image_size: int = 32
+    epochs: int = 10
+    batch_size: int = 64
+    image_size: int = 24
     seed: int = 0
     backend: str | None = None
     fuse_tail: bool = False

@@ -11,7 +11,7 @@ __all__ = ["WIDTHS", "SEResNet", "SeparateTail", "TutorialSE", "inputs_of"]
 
 # Widths of the 3x3 convolutions and blocks of each stage; the SE layers see four times as many channels.
 WIDTHS = (16, 32, 64)
-BLOCKS = (1, 2, 1)
+BLOCKS = (1, 1, 2)
 EXPANSION = 4
 CLASSES = 10
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 __all__ = ["Contender", "LayerTimes", "accuracy", "relative_error", "time_layers", "train"]
 
-PEAK_LEARNING_RATE = 0.2
+PEAK_LEARNING_RATE = 0.3
 WARM_UP = 0.25
 UNTIMED_ROUNDS = 3
 

@@ -102,14 +102,12 @@ void apply_rows(const ApplyArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
     T* dx = static_cast<T*>(args.dx) + r * columns;
     const uint8_t* mask = kMask ? args.mask + r * mask_stride : nullptr;
     const PerChannel<A, kPixelRows> gate(args.gate, r), shift(args.shift, r);
-    const PerChannel<A, kPixelRows> peak(kPeak ? args.peak : nullptr, r), share(kPeak ? args.share : nullptr, r);
+    const PerChannel<A, kPixelRows> peak(kPeak ? args.peak : nullptr, r), at_peak(kPeak ? args.at_peak : nullptr, r);
     const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
       const Group<A> gradient = masked_gradient<T, kMask>(g + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
-      Group<A> v = fma(gate.at(i, count), gradient, shift.at(i, count));
-      if (kPeak) {
-        const Group<A> here = load_upto(x + i, count);
-        v = v + where_equal(here, peak.at(i, count), share.at(i, count));
-      }
+      Group<A> rest = shift.at(i, count);
+      if (kPeak) rest = where_equal(load_upto(x + i, count), peak.at(i, count), at_peak.at(i, count), rest);
+      const Group<A> v = fma(gate.at(i, count), gradient, rest);
       put<kStream>(dx + i, v, count);
     };
     int64_t i = 0;

@@ -1,0 +1,819 @@
+"""senet_fused.bench: problems, judgement, timing, report. No test asserts on a measured time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import senet_fused
+from senet_fused.bench import buffers, cuda_timing, oracle, problems, providers, report, runner, timing
+from senet_fused.bench.problems import Case, RequestError, Shape
+
+CPU = torch.device("cpu")
+FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=3)
+
+
+class Quiet:
+    def case(self, case): ...
+    def stage(self, text): ...
+    def tick(self): ...
+    def done(self): ...
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_case(**changes) -> Case:
+    case = Case("shape", 2, Shape(24, 5, (7, 9)), direction="forward+backward")
+    return dataclasses.replace(case, **changes)
+
+
+def measure(cases, **options):
+    options = {"providers": ("eager", "fused"), "cache_bytes": 2**12, "settings": FAST} | options
+    return runner.run(cases, runner.Options(**options), Quiet())
+
+
+def by_provider(rows):
+    return {row["provider"]: row for row in rows}
+
+
+# ------------------------------------------------------------------------------------------------ problems
+
+
+def test_the_shipped_problems_are_the_published_ones():
+    table = problems.problems()
+    assert set(table) == {
+        "senet154",
+        "se_resnet50",
+        "se_resnext101_32x4d",
+        "mobilenet_v3_large",
+        "efficientnet_b0",
+        "regnet_y_16gf",
+    }
+    layers = [(s.channels * math.prod(s.spatial) * s.count) for s in table["senet154"].shapes]
+    assert sum(s.count for s in table["senet154"].shapes) == 50
+    assert sum(layers) == 13_146_112  # 13.15 million SE inputs an image
+    weights = sum((2 * s.channels * s.rd_channels + s.channels + s.rd_channels) * s.count
+                  for s in table["senet154"].shapes)  # fmt: skip
+    assert round(weights / 1e6, 2) == 6.63
+    assert (table["mobilenet_v3_large"].gate, table["efficientnet_b0"].act) == ("hardsigmoid", "silu")
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "shape"),
+    [
+        ("8,256,16,56,48", 8, Shape(256, 16, (56, 48))),
+        ("1,16,4,9", 1, Shape(16, 4, (9,))),
+        ("2,8,1,3,5,7", 2, Shape(8, 1, (3, 5, 7))),
+    ],
+)
+def test_shapes_are_read(text, batch, shape):
+    assert problems.shape_of(text) == (batch, shape)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8,256,16", "8,256,16,0,56", "8,256,16,-1,56", "8;256", "1,2,3,4,5,6,7", "a,b,c,d"]
+)
+def test_a_shape_that_cannot_be_read_is_named(text):
+    with pytest.raises(RequestError, match="N,C,R,H,W"):
+        problems.shape_of(text)
+
+
+def test_cases_are_every_combination_and_share_oracles_in_a_row():
+    found = problems.cases(
+        ["senet154"],
+        ["1,8,2,4,4"],
+        batches=[2, 4],
+        dtypes=["float32", "bfloat16"],
+        layouts=["contiguous", "channels_last"],
+        directions=["forward", "forward+backward"],
+    )
+    assert len(found) == len(set(found)) == (4 * 2 + 1) * 2 * 2 * 2
+    keys = [dataclasses.replace(case, layout="", direction="") for case in found]
+    assert sum(a != b for a, b in zip(keys, keys[1:], strict=False)) == len(set(keys)) - 1
+
+
+def test_a_problem_brings_its_functions_unless_others_are_given():
+    assert {(c.act, c.gate) for c in problems.cases(["mobilenet_v3_large"])} == {("relu", "hardsigmoid")}
+    assert {(c.act, c.gate) for c in problems.cases(["mobilenet_v3_large"], act="mish")} == {
+        ("mish", "hardsigmoid")
+    }
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"names": ["resnet"]}, "unknown problem 'resnet'.*senet154"),
+        ({"names": ["senet154"], "dtypes": ["int8"]}, "unknown dtype 'int8'.*bfloat16"),
+        ({"names": ["senet154"], "batches": [0]}, "batch size"),
+        ({"shapes": ["1,8,2,9"], "layouts": ["channels_last"]}, "channels_last needs"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_why(request_, message):
+    with pytest.raises(RequestError, match=message):
+        problems.cases(**request_)
+
+
+@pytest.mark.parametrize(
+    ("direction", "residual", "post_act", "passes"),
+    [
+        ("forward", False, "none", 2),
+        ("forward", True, "none", 3),
+        ("forward", True, "relu", 3),
+        ("forward+backward", False, "none", 5),
+        ("forward+backward", False, "relu", 5),
+        ("forward+backward", True, "none", 6),
+        ("forward+backward", True, "relu", 7),
+    ],
+)
+def test_the_byte_model_counts_the_resident_floor(direction, residual, post_act, passes):
+    assert small_case(direction=direction, residual=residual, post_act=post_act).passes == passes
+
+
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_judged_inputs_stay_clear_of_every_kink_and_spread_the_gates(dtype, bias):
+    case = small_case(dtype=dtype, bias=bias, residual=True, post_act="relu")
+    weights = buffers.make_weights(case, CPU)
+    inputs = buffers.check_inputs(case, weights, CPU)
+    w1, b1 = weights.w1.double(), 0 if weights.b1 is None else weights.b1.double()
+    preact = inputs.x.detach().double().mean((2, 3)) @ w1.T + b1
+    assert 0.4 < preact.abs().min() and preact.abs().max() < 1.6
+    gate = oracle.oracle_gate(case, inputs.x.detach(), weights)
+    assert gate.max() - gate.min() > 0.1
+    assert (gate * inputs.x.detach() + inputs.residual.detach()).abs().min() > 0.2
+
+
+def test_judged_inputs_are_the_same_numbers_in_both_layouts():
+    first, last = (
+        buffers.check_inputs(case, buffers.make_weights(case, CPU), CPU)
+        for case in (small_case(residual=True), small_case(residual=True, layout="channels_last"))
+    )
+    for a, b in zip(first, last, strict=True):
+        assert a.is_contiguous() and b.is_contiguous(memory_format=torch.channels_last)
+        assert not b.is_contiguous()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("spatial", "layout", "memory_format"),
+    [
+        ((7, 9), "contiguous", torch.contiguous_format),
+        ((7, 9), "channels_last", torch.channels_last),
+        ((3, 5, 7), "channels_last", torch.channels_last_3d),
+        ((11,), "contiguous", torch.contiguous_format),
+    ],
+)
+def test_rotating_buffers_exceed_the_size_asked_for_and_are_apart(spatial, layout, memory_format):
+    case = small_case(shape=Shape(24, 5, spatial), layout=layout, residual=True)
+    sets = buffers.BufferPool(CPU).sets(case, at_least_bytes=200_000)
+    tensors = [tensor for inputs in sets for tensor in inputs]
+    assert sum(t.numel() * t.element_size() for t in tensors) > 200_000
+    assert sum(t.numel() * t.element_size() for t in tensors[3:]) <= 200_000  # and by no more than one set
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(start % 64 == spans[0][0] % 64 for start, _ in spans)
+    for x, residual, dy in sets:
+        assert x.requires_grad and residual.requires_grad and not dy.requires_grad
+        for tensor in (x, residual, dy):
+            assert tensor.shape == case.size and tensor.is_contiguous(memory_format=memory_format)
+            assert not tensor._is_view()
+            assert tensor.detach().std() > 0.5
+
+
+def test_the_buffer_pool_serves_one_dtype_after_another():
+    pool = buffers.BufferPool(CPU)
+    for dtype in ("float32", "bfloat16", "float64"):
+        (inputs,) = pool.sets(small_case(dtype=dtype, direction="forward"), 0)
+        assert inputs.x.dtype == getattr(torch, dtype)
+        assert not inputs.x.requires_grad and inputs.dy is None and inputs.residual is None
+
+
+# ----------------------------------------------------------------------------------------------- judgement
+
+
+def judged(case, change=None, ours=True):
+    """The verdict on stock PyTorch's own results, changed."""
+    weights = buffers.make_weights(case, CPU)
+    inputs = buffers.check_inputs(case, weights, CPU)
+    exact = oracle.oracle(case, inputs, weights)
+    results = providers.results(providers.eager(case, weights, "linear"), case, inputs)
+    errors = {name: oracle.relative_error(tensor, exact[name]) for name, tensor in results.items()}
+    if change is not None:
+        change(results)
+    return oracle.judge(case, results, exact, errors, ours)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_stock_results_are_right(dtype, residual):
+    case = small_case(dtype=dtype, residual=residual, post_act="relu" if residual else "none")
+    assert judged(case).wrong is None
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dresidual", "dw1", "db1", "dw2", "db2"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_one_wrong_element_of_any_tensor_is_found(name, ours):
+    def change(results):
+        results[name] = results[name].clone()
+        results[name].view(-1)[-1] += 1e-4 * results[name].abs().max()
+
+    wrong = judged(small_case(residual=True), change, ours).wrong
+    assert wrong is not None and wrong.startswith(f"wrong output: {name} is off by") and ";" not in wrong
+
+
+def test_our_own_bound_is_twice_stock_and_one_unit():
+    def change(results):
+        results["dw2"] = results["dw2"] + 6e-7 * results["dw2"].abs().max()
+
+    assert "dw2" in judged(small_case(), change, ours=True).wrong
+    assert judged(small_case(), change, ours=False).wrong is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gate_that_ignores_its_input_is_found(dtype):
+    case = small_case(dtype=dtype)
+    weights = buffers.make_weights(case, CPU)
+    constant = oracle.oracle_gate(case, torch.zeros(case.size), weights)
+
+    def change(results):
+        x = buffers.check_inputs(case, weights, CPU).x.detach()
+        results["y"] = (x * constant).to(x.dtype)
+
+    assert "y is off" in judged(case, change).wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(dx=r["dx"] * math.nan), "dx is off by inf"),
+        (lambda r: r.update(dx=r["dx"].double()), "dx is .*float64, expected .*float32"),
+        (lambda r: r.update(dw1=r["dw1"].T), r"dw1 is \[24, 5\]"),
+        (lambda r: r.pop("db2"), "db2 is missing"),
+    ],
+)
+def test_a_tensor_of_the_wrong_kind_is_found(change, message):
+    verdict = judged(small_case(), change)
+    assert verdict.wrong is not None
+    assert re.search(message, verdict.wrong)
+    assert verdict.max_error == math.inf
+
+
+def test_forward_judges_the_output_only():
+    assert judged(small_case(direction="forward")).wrong is None
+    weights = buffers.make_weights(small_case(), CPU)
+    case = small_case(direction="forward")
+    results = providers.results(
+        providers.eager(case, weights, "conv"), case, buffers.check_inputs(case, weights, CPU)
+    )
+    assert set(results) == {"y"} and not results["y"].requires_grad
+
+
+def test_a_broken_yardstick_judges_nobody():
+    with pytest.raises(RuntimeError, match="no yardstick"):
+        oracle.yardstick(small_case(), [{"y": 1e-7, "dx": 1e-7}, {"y": 1e-7, "dx": 0.5}])
+    assert oracle.yardstick(small_case(), [{"y": 1e-7}, {"y": 3e-7}]) == {"y": 3e-7}
+
+
+@pytest.mark.parametrize("spatial", [(9,), (7, 9), (3, 5, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_stock_forms_are_the_same_layer(spatial, bias):
+    case = small_case(dtype="float64", shape=Shape(24, 5, spatial), bias=bias, residual=True, post_act="relu",
+                      act="silu", gate="hardsigmoid")  # fmt: skip
+    weights = buffers.make_weights(case, CPU)
+    inputs = buffers.check_inputs(case, weights, CPU)
+    exact = oracle.oracle(case, inputs, weights)
+    for form in providers.STOCK_FORMS:
+        results = providers.results(providers.eager(case, weights, form), case, inputs)
+        assert (
+            set(results)
+            == set(exact)
+            == {"y", "dx", "dresidual", "dw1", "dw2"} | ({"db1", "db2"} if bias else set())
+        )
+        assert all(oracle.relative_error(results[name], exact[name]) < 1e-14 for name in exact)
+
+
+# -------------------------------------------------------------------------------------------------- timing
+
+
+def test_one_cursor_rotates_for_all():
+    rotation = timing.Rotation(3)
+    assert [rotation.take(2), rotation.take(3), rotation.take(1)] == [[0, 1], [2, 0, 1], [2]]
+
+
+def test_statistics_are_median_and_interquartile_range():
+    statistics = timing.Statistics.of([4.0, 1.0, 3.0, 2.0, 100.0], inner=7)
+    assert (statistics.median_s, statistics.iqr_s, statistics.samples, statistics.inner) == (3.0, 2.0, 5, 7)
+    assert timing.Statistics.of([2.0], 1) == timing.Statistics(2.0, 0.0, 1, 1)
+
+
+def test_contenders_alternate_on_all_buffers_and_a_failing_one_drops_out():
+    log = []
+
+    def failing(number):
+        log.append(("late", number))
+        if len([name for name, _ in log if name == "late"]) > 12:
+            raise RuntimeError("out of patience\nand more")
+
+    def broken(number):
+        raise ValueError("never runs")
+
+    settings = timing.Settings(budget_s=0.0, min_rounds=5, sample_s=1e-9)
+    outcomes = timing.interleave(
+        {
+            "a": lambda n: log.append(("a", n)),
+            "late": failing,
+            "broken": broken,
+            "b": lambda n: log.append(("b", n)),
+        },
+        timing.Rotation(4),
+        settings,
+    )
+    assert outcomes["broken"] == timing.Outcome(None, "ValueError: never runs")
+    assert (
+        outcomes["late"] == timing.Outcome(None, "RuntimeError: out of patience")
+        or outcomes["late"].statistics
+    )
+    assert outcomes["a"].statistics.samples == outcomes["b"].statistics.samples == 5
+    for name in "ab":
+        assert {number for who, number in log if who == name} == {0, 1, 2, 3}
+    tail = [name for name, _ in log[-8:]]
+    assert "a" in tail and "b" in tail
+
+
+def test_an_error_in_the_middle_of_the_samples_drops_the_contender():
+    calls = []
+
+    def failing(number):
+        calls.append(number)
+        if len(calls) > 30:
+            raise RuntimeError("gone")
+
+    settings = timing.Settings(budget_s=0.0, min_rounds=40, sample_s=1e-9)
+    outcomes = timing.interleave({"a": lambda n: None, "late": failing}, timing.Rotation(4), settings)
+    assert outcomes["late"] == timing.Outcome(None, "RuntimeError: gone")
+    assert outcomes["a"].statistics.samples == 40
+
+
+def test_rounds_end_with_the_budget_or_their_number():
+    settings = timing.Settings(budget_s=1e9, min_rounds=1, max_rounds=6, sample_s=1e-9)
+    ticks = []
+    outcomes = timing.interleave(
+        {"a": lambda n: None}, timing.Rotation(1), settings, tick=lambda: ticks.append(1)
+    )
+    assert outcomes["a"].statistics.samples == len(ticks) == 6
+
+
+# ---------------------------------------------------------------------------------------------- the runner
+
+
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+@pytest.mark.parametrize("layout", problems.LAYOUTS)
+def test_rows_hold_what_was_measured(direction, layout):
+    case = small_case(direction=direction, layout=layout)
+    rows = measure([case], backend="reference")
+    assert [row["provider"] for row in rows] == ["eager", "fused", "copy"]
+    eager, fused, copy = rows
+    for row in rows:
+        assert row["error"] is None and row["median_s"] > 0 and row["iqr_s"] >= 0 and row["samples"] == 2
+        assert (row["problem"], row["shape"], row["count"]) == ("shape", "2,24,5,7,9", 1)
+        assert (row["dtype"], row["layout"], row["direction"], row["cache"]) == (
+            "float32",
+            layout,
+            direction,
+            "cold",
+        )
+        passes = 2 if row is copy else {"forward": 2, "forward+backward": 5}[direction]
+        assert row["passes"] == passes
+        assert row["gbps"] == pytest.approx(passes * 2 * 24 * 63 * 4 / row["median_s"] / 1e9)
+        assert row["copies"] == pytest.approx(row["median_s"] / copy["median_s"])
+        assert row["fraction_of_copy"] == pytest.approx(row["gbps"] / copy["gbps"])
+        assert row["speedup_vs_eager"] == pytest.approx(eager["median_s"] / row["median_s"])
+    assert (eager["backend"], fused["backend"], copy["backend"]) == ("aten", "reference", "aten")
+    assert eager["form"] in providers.STOCK_FORMS
+    assert 0 < fused["max_error"] < 1e-5
+
+
+def test_every_dtype_and_tail_is_measured():
+    cases = [
+        small_case(dtype=dtype, residual=residual, post_act="relu", bias=not residual)
+        for dtype in problems.DTYPES
+        for residual in (False, True)
+    ]
+    rows = measure(cases)
+    assert [row["error"] for row in rows] == [None] * 24
+
+
+def test_the_backend_that_ran_is_recorded_and_a_named_one_is_insisted_on(monkeypatch):
+    assert by_provider(measure([small_case()], backend="reference"))["fused"]["backend"] == "reference"
+    auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
+    assert by_provider(measure([small_case()], backend="auto"))["fused"]["backend"] == auto
+
+    counts = {"elsewhere.forward": 0, "elsewhere.backward": 0}
+
+    def counted():
+        return {key: value + 1 for key, value in counts.items()}
+
+    snapshots = iter([{}, counted(), counted()])
+    monkeypatch.setattr(senet_fused, "call_counts", lambda: next(snapshots))
+    row = by_provider(measure([small_case()], backend="reference"))["fused"]
+    assert row["error"] == "RuntimeError: backend 'reference' was asked for, but 'elsewhere' ran"
+    assert row["median_s"] is None
+
+
+def test_an_operator_that_counts_nothing_or_half_is_no_proof(monkeypatch):
+    monkeypatch.setattr(senet_fused, "call_counts", dict)
+    assert by_provider(measure([small_case()]))["fused"]["error"] == "RuntimeError: no backend counted a call"
+    snapshots = iter([{}, {"cpu.forward": 3}])
+    monkeypatch.setattr(senet_fused, "call_counts", lambda: next(snapshots))
+    error = by_provider(measure([small_case()]))["fused"]["error"]
+    assert error == "RuntimeError: the backend 'cpu' counted no backward call"
+
+
+class WrongOutput(nn.Module):
+    """The stock layer with one of its results a little off."""
+
+    def __init__(self, inner: nn.Module, what: str) -> None:
+        super().__init__()
+        self.inner, self.what = inner, what
+
+    def forward(self, x, residual=None):
+        y = self.inner(x, residual)
+        if self.what == "y":
+            return y * 1.001
+        return y + 0.001 * (y - y.detach())  # the value of y, the gradient of 1.001 y
+
+
+def wrong_fused(what):
+    def build(case, weights, form, backend):
+        inner = providers.eager(case, weights, "linear")
+        return dataclasses.replace(inner, name="fused", forward=WrongOutput(inner.forward, what))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("what", "direction", "found"),
+    [
+        ("y", "forward", True),
+        ("y", "forward+backward", True),
+        ("dy", "forward", False),
+        ("dy", "forward+backward", True),
+    ],
+)
+def test_a_wrong_provider_gets_an_error_and_no_time(monkeypatch, what, direction, found):
+    monkeypatch.setitem(providers.BUILDERS, "fused", wrong_fused(what))
+    rows = by_provider(measure([small_case(direction=direction)]))
+    assert rows["eager"]["error"] is None and rows["copy"]["error"] is None
+    fused = rows["fused"]
+    if not found:
+        assert fused["error"] is None and fused["median_s"] > 0
+        return
+    assert fused["error"].startswith("wrong output: ")
+    assert ("y is off" in fused["error"]) == (what == "y")
+    for key in ("median_s", "iqr_s", "speedup_vs_eager", "copies", "gbps", "fraction_of_copy", "backend"):
+        assert fused[key] is None
+    assert 5e-4 < fused["max_error"] < 2e-3
+
+
+def test_a_provider_that_cannot_be_built_is_a_row_of_its_own(monkeypatch):
+    def no_compiler(module, **options):
+        raise RuntimeError("no C++ compiler\nwith a long story")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    rows = by_provider(measure([small_case()], providers=("eager", "compile", "fused")))
+    assert rows["compile"]["error"] == "RuntimeError: no C++ compiler" and rows["compile"]["median_s"] is None
+    assert rows["eager"]["error"] is rows["fused"]["error"] is None
+
+
+def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    rows = by_provider(measure([small_case(direction="forward")], providers=("compile",)))
+    assert "compiled nothing" in rows["compile"]["error"]
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+    reason="no C++ compiler for torch.compile",
+)
+def test_compile_is_measured():
+    rows = by_provider(measure([small_case(direction="forward")], providers=("eager", "compile")))
+    assert rows["compile"]["error"] is None
+    assert (rows["compile"]["backend"], rows["compile"]["form"]) == ("inductor", rows["eager"]["form"])
+
+
+def test_a_case_that_cannot_be_set_up_does_not_end_the_run(monkeypatch):
+    def no_memory(*arguments):
+        raise MemoryError("too large")
+
+    real = buffers.BufferPool.sets
+    monkeypatch.setattr(
+        buffers.BufferPool,
+        "sets",
+        lambda self, case, *rest: (no_memory if case.batch == 3 else real)(self, case, *rest),
+    )
+    rows = measure([small_case(batch=3), small_case()])
+    assert [row["error"] for row in rows] == ["MemoryError: too large"] * 3 + [None] * 3
+
+
+def test_stock_pytorch_that_is_broken_is_no_yardstick(monkeypatch):
+    real = providers.StockSE.forward
+    monkeypatch.setattr(
+        providers.StockSE, "forward", lambda self, x, residual=None: real(self, x, residual) * 2
+    )
+    rows = measure([small_case()])
+    assert all("no yardstick" in row["error"] and row["median_s"] is None for row in rows)
+
+
+@pytest.mark.parametrize("form", providers.STOCK_FORMS)
+def test_the_stock_form_can_be_chosen(form):
+    assert by_provider(measure([small_case()], eager_form=form))["eager"]["form"] == form
+
+
+def test_the_faster_form_is_the_one_with_the_smaller_median(monkeypatch):
+    def interleave(calls, rotation, settings, **options):
+        return {
+            name: timing.Outcome(timing.Statistics(1.0 if name == "conv" else 2.0, 0, 1, 1)) for name in calls
+        }
+
+    monkeypatch.setattr(runner, "interleave", interleave)
+    assert by_provider(measure([small_case()]))["eager"]["form"] == "conv"
+
+
+def test_timing_accumulates_no_gradients_and_runs_forward_without_grad(monkeypatch):
+    seen, built, backward = [], [], []
+
+    def watching(case, weights, form, backend):
+        inner = providers.eager(case, weights, form)
+        built.append(inner)
+
+        def forward(x, residual):
+            seen.append((case.direction, torch.is_grad_enabled(), x.grad))
+            y = inner.forward(x, residual)
+            if y.requires_grad:
+                y.register_hook(lambda dy: backward.append(dy.std().item()))
+            return y
+
+        return dataclasses.replace(inner, forward=forward)
+
+    monkeypatch.setitem(providers.BUILDERS, "eager", watching)
+    measure([small_case(direction=direction) for direction in problems.DIRECTIONS])
+    assert all(parameter.grad is None for provider in built for parameter in provider.parameters)
+    assert {(direction, grad) for direction, grad, _ in seen} == {
+        ("forward", False),
+        ("forward+backward", True),
+    }
+    assert all(gradient is None for _, _, gradient in seen)
+    assert len(backward) == len([1 for direction, _, _ in seen if direction == "forward+backward"]) > 3
+    assert min(backward) > 0.5  # a random dy, not that of a sum
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("caches", "buffers_read"), [(("cold",), 12), (("warm",), 1)])
+def test_cold_inputs_rotate_and_warm_ones_stay(monkeypatch, caches, buffers_read):
+    read = set()
+    real = runner.bind
+
+    def bind(provider, sets, case):
+        assert len(sets) == buffers_read
+        call = real(provider, sets, case)
+
+        def watched(number):
+            read.add(number)
+            return call(number)
+
+        return watched
+
+    monkeypatch.setattr(runner, "bind", bind)
+    settings = dataclasses.replace(FAST, min_rounds=20, max_rounds=20)
+    case = small_case(direction="forward")
+    size = 2 * 24 * 63 * 4
+    rows = measure([case], caches=caches, cache_bytes=11 * size // 2, settings=settings, eager_form="linear")
+    assert {row["cache"] for row in rows} == set(caches)
+    assert read == set(range(buffers_read))
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stands in for the parts of torch.cuda that timing uses, and counts; nothing runs on a device."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+        def synchronize(self): ...
+
+        def elapsed_time(self, end):
+            return 8.0  # milliseconds
+
+    class Stream:
+        def wait_stream(self, other): ...
+
+    @contextlib.contextmanager
+    def capture(graph):
+        log.append("capture")
+        yield
+        log.append("captured")
+
+    fakes = {
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "Stream": Stream,
+        "graph": capture,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": Stream,
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**12),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log
+
+
+def test_graph_replays_are_timed_per_call(fake_cuda):
+    called = []
+
+    def uncapturable(number):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    settings = timing.Settings(budget_s=0.0, min_rounds=3)
+    outcomes = cuda_timing.replay(
+        {"a": called.append, "bad": uncapturable}, [0, 1, 2, 3], settings, device=CPU, cold=True
+    )
+    assert called == [0, 1, 2, 0, 1, 2, 3]  # three calls to warm up, then the capture
+    assert outcomes["a"] == timing.Outcome(timing.Statistics(0.002, 0.0, 3, 4))
+    assert "not permitted" in outcomes["bad"].error
+    assert fake_cuda.count("capture") == 1 and fake_cuda.count("replay") == 1 + 3
+
+
+def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda):
+    options = runner.Options(
+        providers=("eager", "fused"), caches=("cold", "warm"), cache_bytes=2**12, settings=FAST
+    )
+    machine = runner._Runner(options, Quiet())
+    machine.cuda, machine.synchronize = True, torch.cuda.synchronize
+    rows = machine.case(small_case())
+    assert [(row["cache"], row["provider"]) for row in rows] == [
+        (cache, provider) for cache in ("cold", "warm") for provider in ("eager", "fused", "copy")
+    ]
+    for row in rows:
+        assert row["error"] is None
+        calls = 8 if row["cache"] == "cold" else 20
+        assert row["calls_per_sample"] == calls
+        assert row["median_s"] == pytest.approx(0.008 / calls)
+        assert row["wall_median_s"] > 0 and row["wall_iqr_s"] >= 0
+    assert rows[0]["wall_speedup_vs_eager"] == 1.0
+    out = io.StringIO()
+    report.render({}, rows, report.summarise(rows), out)
+    assert "wall vs eager" in out.getvalue() and "warm" in out.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def made_row(provider="fused", speedup=2.0, **changes):
+    row = dict(
+        problem="senet154",
+        shape="8,256,16,56,56",
+        count=3,
+        dtype="float32",
+        layout="contiguous",
+        direction="forward",
+        cache="cold",
+        provider=provider,
+        backend="cpu",
+        form=None,
+        median_s=1e-3 / speedup,
+        iqr_s=1e-5,
+        samples=9,
+        calls_per_sample=1,
+        speedup_vs_eager=speedup,
+        copies=3 / speedup,
+        passes=2,
+        gbps=10.0,
+        fraction_of_copy=0.5,
+        max_error=1e-7,
+        error=None,
+    )
+    return row | changes
+
+
+def failed_row(provider="compile", **changes):
+    times = ("median_s", "iqr_s", "speedup_vs_eager", "copies", "gbps", "fraction_of_copy", "backend")
+    error = "wrong output: y is off by 1.0e+00"
+    return made_row(provider, **dict.fromkeys(times), error=error) | changes
+
+
+def test_the_summary_takes_geometric_means_and_names_the_slowest_cell():
+    rows = [
+        made_row(speedup=4.0),
+        made_row(speedup=0.5, layout="channels_last", shape="8,2048,128,7,7"),
+        made_row(speedup=2.0, shape="8,1024,64,14,14"),
+        made_row(speedup=8.0, dtype="bfloat16"),
+        made_row("eager", 1.0),
+        failed_row(),
+    ]
+    entries = {(e["dtype"], e["provider"]): e for e in report.summarise(rows)}
+    fused = entries["float32", "fused"]
+    assert fused["speedup_vs_eager"] == pytest.approx(4 ** (1 / 3))
+    assert fused["copies"] == pytest.approx(3 / 4 ** (1 / 3))
+    assert (fused["slowest"], fused["slowest_at"]) == (0.5, "8 x 2048/128 @ 7x7 channels_last")
+    assert (fused["behind"], fused["measured"], fused["cells"]) == (1, 3, 3)
+    assert entries["bfloat16", "fused"]["speedup_vs_eager"] == pytest.approx(8.0)
+    failed = entries["float32", "compile"]
+    assert failed["speedup_vs_eager"] is None and (failed["measured"], failed["cells"]) == (0, 1)
+
+
+def test_several_problems_are_summarised_apart_and_together():
+    rows = [made_row(speedup=2.0), made_row(speedup=8.0, problem="efficientnet_b0")]
+    found = {entry["problem"]: entry["speedup_vs_eager"] for entry in report.summarise(rows)}
+    assert found == pytest.approx({"senet154": 2.0, "efficientnet_b0": 8.0, "all": 4.0})
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+@pytest.mark.parametrize("kind", ["rich", "plain", "file", "no rich"])
+def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    if kind == "rich":
+        pytest.importorskip("rich")
+    if kind == "no rich":
+        monkeypatch.setitem(sys.modules, "rich", None)
+    rows = [made_row("eager", 1.0, form="linear", backend="aten"), failed_row(), made_row(speedup=2.0)]
+    out = io.StringIO() if kind == "file" else Terminal()
+    header = {"device": {"name": "a CPU"}, "cache": "cold: inputs rotate", "revision": None}
+    report.render(header, rows, report.summarise(rows), out, plain=kind == "plain")
+    text = out.getvalue()
+    assert "cold: inputs rotate" in text and "a CPU" in text and "revision" not in text
+    assert "wrong output: y is off by 1.0e+00" in text.replace("\n", " ")
+    assert "500 us" in text and "2.00" in text and "Geometric means" in text
+    assert ("\x1b[" in text) == (kind == "rich")
+
+
+def test_json_is_plain_json(tmp_path):
+    rows = [made_row(), failed_row()]
+    report.write_json(tmp_path / "out.json", {"threads": 2}, rows, report.summarise(rows))
+    data = json.loads((tmp_path / "out.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert data["rows"] == rows and data["header"] == {"threads": 2}
+    assert [entry["provider"] for entry in data["summary"]] == ["fused", "compile"]
+
+
+def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    from senet_fused.bench import plot
+
+    header = {
+        "device": {"name": "a CPU"},
+        "threads": 2,
+        "versions": {"torch": "2", "senet_fused": "0"},
+        "date": "2020-01-01T00:00",
+    }
+    full = [
+        row | {"layout": layout, "dtype": dtype}
+        for layout in problems.LAYOUTS
+        for dtype in ("float32", "bfloat16")
+        for row in (made_row("eager", 1.0), failed_row(), made_row(), made_row("copy", 3.0))
+    ]
+    shapes = []
+    for number, rows in enumerate((full, [made_row(speedup=2.0, speedup_vs_eager=None)], [failed_row()])):
+        path = tmp_path / f"{number}.png"
+        plot.draw(header, rows, path)
+        picture = imread(path)
+        assert picture[..., :3].std() > 0.01
+        shapes.append(picture.shape)
+    assert shapes[0] > shapes[1]

@@ -1,0 +1,211 @@
+"""senet-fused doctor: it reports what is there, and notices what is broken."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import senet_fused
+from senet_fused import backends, cli, doctor, machine
+
+REAL = senet_fused.squeeze_excite
+UNAVAILABLE = [
+    backends.BackendStatus("cpu", False, "the compiled library is not there"),
+    backends.BackendStatus("reference", True, "plain PyTorch"),
+]
+REFERENCE_ONLY = UNAVAILABLE[1:]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("SENET_FUSED_BACKEND", "SENET_FUSED_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def examine(capsys):
+    def run(*argv):
+        status = cli.main(["doctor", *argv])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_it_says_what_is_installed_and_tests_every_backend(examine):
+    status, text = examine()
+    assert status == 0, text
+    assert "all in order" in text and "PROBLEM" not in text
+    for fact in (senet_fused.__version__, torch.__version__, "threads", "features", "environment"):
+        assert fact in text
+    for backend in backends.status():
+        assert f"  {backend.name:<14} {'available' if backend.available else 'not available'}: " in text
+    assert text.count("self-test passed: 52 tensors") == sum(
+        backend.available for backend in backends.status()
+    )
+
+
+def test_a_missing_backend_is_in_order_unless_it_is_asked_for(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: UNAVAILABLE)
+    monkeypatch.setattr(backends, "refusal", lambda name, *_: "not there" if name == "cpu" else None)
+    status, text = examine()
+    assert status == 0 and "not available: the compiled library is not there" in text
+    assert "note: nothing is fused" in text
+
+    status, text = examine("--backend", "reference", "cpu")
+    assert status == 1
+    assert (
+        "PROBLEM: --backend asks for the backend 'cpu', which cannot run here: the compiled library" in text
+    )
+    assert "to do: install a C++ compiler" in text
+
+    monkeypatch.setenv("SENET_FUSED_BACKEND", "cpu")
+    status, text = examine()
+    assert status == 1 and "PROBLEM: SENET_FUSED_BACKEND asks for the backend 'cpu'" in text
+
+
+def test_an_unknown_backend_in_the_environment_is_a_problem(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setenv("SENET_FUSED_BACKEND", "gpu")
+    status, text = examine()
+    assert status == 1
+    assert (
+        "PROBLEM: SENET_FUSED_BACKEND names an unknown backend 'gpu'\n  to do: known: auto, reference" in text
+    )
+
+
+def test_an_unknown_backend_on_the_command_line_is_wrong_usage(capsys):
+    assert cli.main(["doctor", "--backend", "gpu"]) == 2
+    output = capsys.readouterr()
+    assert "unknown backend 'gpu'; known: " in output.err and output.out == ""
+
+
+def test_a_misspelt_variable_is_noticed(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setenv("SENET_FUSED_BAKEND", "cpu")
+    status, text = examine()
+    assert status == 0 and "note: SENET_FUSED_BAKEND is no variable of this package" in text
+
+
+class OffBackward(torch.autograd.Function):
+    """The identity, with a backward that is a little off."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.05
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (lambda y: y * 1.05, "float32: y is off"),
+        (lambda y: torch.where(torch.arange(y.shape[-1]) == 6, torch.nan, y), "y is off by inf"),
+        (OffBackward.apply, "float32: dx is off"),
+    ],
+)
+def test_a_backend_that_computes_wrongly_fails_its_self_test(monkeypatch, examine, wrong, names):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setattr(senet_fused, "squeeze_excite", lambda *args, **options: wrong(REAL(*args, **options)))
+    status, text = examine()
+    assert status == 1
+    assert "self-test FAILED" in text and "PROBLEM: the self-test of 'reference' fails: " in text
+    assert names in text and "to do: do not trust this backend" in text
+
+
+def test_a_self_test_that_another_backend_answers_fails(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: [backends.BackendStatus("cpu", True, "so it says")])
+    monkeypatch.setattr(backends.native, "instruction_set", lambda: "baseline")
+    monkeypatch.setattr(
+        senet_fused,
+        "squeeze_excite",
+        lambda *args, **options: REAL(*args, **(options | {"backend": "reference"})),
+    )
+    status, text = examine()
+    assert status == 1 and "the self-test of 'cpu' fails: another backend served the calls" in text
+
+
+def test_a_backend_that_raises_is_reported(monkeypatch, examine):
+    def broken(*args, **options):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setattr(senet_fused, "squeeze_excite", broken)
+    status, text = examine()
+    assert status == 1 and "fails: RuntimeError: illegal instruction" in text
+
+
+def test_an_instruction_set_that_was_not_taken_is_a_problem(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: [backends.BackendStatus("cpu", True, "kernels")])
+    monkeypatch.setattr(doctor, "_self_test", lambda name: (1, 0.5, []))
+    monkeypatch.setattr(backends.native, "instruction_set", lambda: "avx2")
+    monkeypatch.setenv("SENET_FUSED_ISA", "avx2")
+    assert examine()[0] == 0
+    monkeypatch.setenv("SENET_FUSED_ISA", "avx512")
+    status, text = examine()
+    assert status == 1 and "SENET_FUSED_ISA asks for 'avx512', but the kernels run with 'avx2'" in text
+
+
+def test_an_instruction_set_that_nobody_knows_is_a_problem(monkeypatch, examine):
+    def status():
+        raise RuntimeError("SENET_FUSED_ISA must be baseline, avx2 or avx512; got sse9")
+
+    monkeypatch.setattr(backends, "status", status)
+    monkeypatch.setenv("SENET_FUSED_ISA", "sse9")
+    status, text = examine()
+    assert status == 1
+    assert "cpu            not available: SENET_FUSED_ISA must be" in text
+    assert "PROBLEM: SENET_FUSED_ISA asks for 'sse9': SENET_FUSED_ISA must be baseline" in text
+
+
+def test_more_threads_than_processors_are_noted(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setattr(machine, "cpus", lambda: 1)
+    torch.set_num_threads(2)
+    assert "note: PyTorch uses 2 threads on 1 processors" in examine()[1]
+
+
+# ------------------------------------------------------------------------------------------- machine facts
+
+
+def test_the_machine_is_known():
+    assert machine.cpu_name() and machine.cpus() >= 1
+    assert machine.last_level_cache_bytes() >= 2**18
+    assert machine.package_version("torch").split("+")[0] == torch.__version__.split("+")[0]
+    assert machine.package_version("no-such-package") is None
+
+
+def test_the_revision_is_that_of_the_checkout_and_only_of_it(monkeypatch, tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("git is missing")
+
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    file, copy = tmp_path / "machine.py", tmp_path / "installed.py"
+    file.write_text("one")
+    copy.write_text("an untracked copy")
+    monkeypatch.setattr(machine, "__file__", str(file))
+    assert machine.revision() is None  # no repository
+    git("init")
+    git("add", "machine.py")
+    assert machine.revision() is None  # no commit
+    git("commit", "-m", "first", "--no-verify")
+    assert machine.revision() == git("rev-parse", "HEAD")
+    file.write_text("two")
+    assert machine.revision() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(machine, "__file__", str(copy))
+    assert machine.revision() is None
