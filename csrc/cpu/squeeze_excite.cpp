@@ -1,10 +1,11 @@
 #include "squeeze_excite.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 #include "../check.h"
 #include "schedule.h"
@@ -37,17 +38,23 @@ const Kernels& kernels() {
   return table;
 }
 
-int64_t cache_bytes(int name, int64_t otherwise) {
-  const int64_t bytes = name < 0 ? 0 : sysconf(name);
-  return bytes > 0 ? bytes : otherwise;
+// Of the largest data cache of a level, from the kernel. (sysconf is no help: on some AMD machines it gives the L3 of
+// all sockets' worth of cores, ten times too much.)
+int64_t cache_bytes(int level, int64_t otherwise) {
+  int64_t largest = 0;
+  for (int index = 0; index < 8; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    int its_level = 0;
+    int64_t size = 0;
+    char unit = 0;
+    std::ifstream(folder + "level") >> its_level;
+    std::ifstream(folder + "size") >> size >> unit;
+    if (its_level == level) largest = std::max(largest, unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : size);
+  }
+  return largest > 0 ? largest : otherwise;
 }
 CpuFacts facts() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-  static const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 16 << 20);
-#else
-  static const int64_t l2 = cache_bytes(-1, 1 << 20), l3 = cache_bytes(-1, 16 << 20);
-#endif
+  static const int64_t l2 = cache_bytes(2, 1 << 20), l3 = cache_bytes(3, 16 << 20);
   return {torch::stable::get_num_threads(), l2, l3};
 }
 

@@ -13,6 +13,9 @@ constexpr int64_t kSerialBytes = 64 * 1024;
 // here on.
 constexpr int64_t kPhaseWeightBytes = 1024 * 1024;
 
+// An output of more than this part of the L3 is large.
+constexpr int64_t kLargeOutput = 4;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -27,15 +30,17 @@ CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
   CpuPlan plan{};
   plan.samples_at_a_time = 1;
   plan.pieces_per_sample = 1;
-  // An output that outlives the L3 together with its input is better not read before it is written.
-  plan.stream_stores = 2 * p.n * tensor > facts.l3_bytes;
+  // The next layer would not find much of a large output in the L3; reading it before it is written, and pushing x out
+  // of the cache for it, costs more.
+  plan.stream_stores = kLargeOutput * p.n * tensor > facts.l3_bytes;
 
-  const int64_t per_thread = ceil_div(p.n, threads);
+  // As few samples at a time as make reading the weights cheap beside them, and no more than stay near.
+  const int64_t per_thread = std::max<int64_t>(1, ceil_div(p.n, threads));
   const int64_t near = facts.l2_bytes / 2 + facts.l3_bytes / (2 * threads);
-  plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, per_thread));
+  const int64_t fitting = std::clamp<int64_t>(near / sample, 1, per_thread);
+  plan.samples_at_a_time = std::clamp<int64_t>(ceil_div(weights, sample), 1, fitting);
   if (threads == 1 || p.n == 0 || p.n * sample + weights <= kSerialBytes) {
     plan.strategy = CpuStrategy::serial;
-    plan.samples_at_a_time = std::clamp<int64_t>(near / std::max<int64_t>(1, sample), 1, std::max<int64_t>(1, p.n));
     plan.reason = threads == 1 ? "one thread" : "too little work to wake a second thread";
     return plan;
   }
