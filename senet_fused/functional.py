@@ -54,7 +54,8 @@ def squeeze_excite(
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
         backend: "auto", "cpu" or "reference"; None takes the innermost ``use_backend``, then the environment variable
-            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back.
+            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's transforms,
+            forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is named.
         return_gate: also return the gate.
 
     Returns:

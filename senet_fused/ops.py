@@ -197,7 +197,7 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 class Operator(NamedTuple):
     """One backend's ways into its kernels; all take the arguments of :data:`FORWARD_SCHEMA`.
 
-    ``registered`` is the dispatcher's operator, for torch.compile, torch.export, functorch and tensor subclasses.
+    ``registered`` is the dispatcher's operator, for torch.compile, torch.export, dispatch modes and tensor subclasses.
     The others are for plain tensors in eager mode and run the same kernels with less host time: ``eager`` has the same
     backward rule; ``infer`` has no backward, returns (y, gate), and keeps nothing else (gate is None where the last
     argument, here "is the gate wanted", is False).
@@ -206,6 +206,18 @@ class Operator(NamedTuple):
     registered: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     eager: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     infer: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _watched(*gradients: Tensor | None) -> bool:
+    """Whether a backward that autograd runs for plain tensors is seen by more than autograd.
+
+    By a dispatch mode, by torch.func, or by the older vmap that is_grads_batched and jacobian(vectorize=True) use.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    )
 
 
 def _define(backend: str, device_key: str, launch_forward: Callable[..., None], launch_backward: Callable[..., None]):
@@ -336,7 +348,8 @@ def _define(backend: str, device_key: str, launch_forward: Callable[..., None], 
 
         @staticmethod
         def backward(ctx, dy, dgate, _dsaved, _dmask):
-            return rule(ctx, registered_backward if torch.is_grad_enabled() else backward, dy, dgate)
+            watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(dy, dgate)
+            return rule(ctx, registered_backward if watched else backward, dy, dgate)
 
     return Operator(registered, SqueezeExcite.apply, infer)
 

@@ -30,8 +30,8 @@ SENET_FUSED_SANITIZE=$sanitizers SENET_FUSED_CXXFLAGS="-include $checked" \
 # Leaks are not looked for: Python and torch keep much until the process ends.
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1
 export UBSAN_OPTIONS=print_stacktrace=1
-# More than one thread, and few enough for the slow-down to stay bearable.
-export OMP_NUM_THREADS=2
+# Kernels with two threads, that sleep while they wait: pytest's workers share the cores as well.
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 # In front of any installed senet_fused.
 export PYTHONPATH=$built
 # libstdc++ comes along because the runtime looks for the functions that throw when it starts.
@@ -71,6 +71,7 @@ assert native.instruction_set() == '$isa'" 2>"$built/refusal"; then
   sanitized -c "$outside
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
+    -n auto --maxprocesses=8 --dist=worksteal \
     "${@:-tests/test_cpu_kernels.py}"
   covered="$covered $isa"
 done

@@ -1,0 +1,192 @@
+"""Which backend serves a call: precedence, refusals with their reason, and the reason auto gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import senet_fused
+from senet_fused import BackendUnavailableError, FusedSE, backends, explain, select, use_backend
+from senet_fused.backends import native
+
+REASON = "the compiled library is not installed"
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    monkeypatch.setattr(select, "_environment", None)
+
+
+@pytest.fixture(autouse=True)
+def _clean(no_environment):
+    yield
+    assert select._override is None
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """As if the compiled library were there; nothing is run with it."""
+    monkeypatch.setattr(native, "_problem", None)
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(native, "_problem", REASON)
+
+
+X = torch.ones(1, 8, 2, 2)
+
+
+def test_precedence(library, monkeypatch):
+    """Call and module before use_backend, that before the environment, that before auto."""
+    assert explain(X) == ("cpu", "cpu: serves cpu tensors")
+    monkeypatch.setattr(select, "_environment", "reference")
+    assert explain(X) == ("reference", "asked for by the environment variable SENET_FUSED_BACKEND")
+    with use_backend("cpu"):
+        assert explain(X) == ("cpu", "asked for by use_backend")
+        assert explain(X, backend="reference") == ("reference", "asked for by the call or the module")
+    with use_backend("auto"):
+        assert explain(X).backend == "cpu"
+    assert explain(X, backend="cpu").backend == "cpu"
+    assert explain(X, backend="auto").backend == "cpu"
+    assert explain(X).backend == "reference"
+
+
+def _ran(call):
+    senet_fused.reset_call_counts()
+    call()
+    return senet_fused.call_counts()
+
+
+@pytest.mark.skipif(native.problem() is not None, reason="the compiled CPU library is not installed")
+def test_precedence_by_what_runs(monkeypatch):
+    monkeypatch.setattr(select, "_environment", "reference")
+    default, named = FusedSE(8, 4), FusedSE(8, 4, backend="cpu")
+    weights = default.fc1.weight, default.fc2.weight
+    assert _ran(lambda: default(X)) == {"reference.forward": 1}
+    assert _ran(lambda: named(X)) == {"cpu.forward": 1}
+    with use_backend("cpu"):
+        assert _ran(lambda: default(X)) == {"cpu.forward": 1}
+        assert _ran(lambda: FusedSE(8, 4, backend="reference")(X)) == {"reference.forward": 1}
+        assert _ran(lambda: senet_fused.squeeze_excite(X, *weights, backend="reference")) == {
+            "reference.forward": 1
+        }
+    monkeypatch.setattr(select, "_environment", None)
+    assert _ran(lambda: default(X)) == {"cpu.forward": 1}
+
+
+@pytest.mark.skipif(native.problem() is not None, reason="the compiled CPU library is not installed")
+def test_the_backward_is_the_forwards():
+    """Whatever is asked for by then."""
+    layer = FusedSE(8, 4)
+    y = layer(X)
+    with use_backend("reference"):
+        assert _ran(lambda: y.sum().backward()) == {"cpu.backward": 1}
+
+
+def test_use_backend_nests_and_ends_with_its_block():
+    with use_backend("reference"):
+        with use_backend("cpu"):
+            assert select.requested(None) == ("cpu", "use_backend")
+        assert select.requested(None)[0] == "reference"
+        with pytest.raises(ZeroDivisionError):
+            with use_backend("cpu"):
+                raise ZeroDivisionError
+        assert select.requested(None)[0] == "reference"
+        with pytest.raises(ValueError, match="use_backend: unknown backend 'gpu'"):
+            with use_backend("gpu"):
+                pass
+        assert select.requested(None)[0] == "reference"
+    assert select.requested(None) == ("auto", "the default")
+
+
+def test_use_backend_takes_none_for_nothing():
+    with use_backend("reference"), use_backend(None):
+        assert select.requested(None) == ("auto", "the default")
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda", "mps", "xpu"])
+def test_what_the_cpu_backend_refuses(library, device):
+    refusal = f"it serves CPU tensors, got {device} tensors"
+    assert select.choose(None, device, torch.float32) == (
+        "reference", f"not cpu: {refusal}; reference: serves {device} tensors",
+    )  # fmt: skip
+    with pytest.raises(BackendUnavailableError) as error:
+        select.choose("cpu", device, torch.float32)
+    assert (
+        str(error.value)
+        == f"backend 'cpu', asked for by the call or the module, cannot serve this call: {refusal}"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_of_the_cpu_backend(library, dtype):
+    assert select.choose("cpu", "cpu", dtype).backend == "cpu"
+
+
+def test_a_dtype_without_kernels(library):
+    choice = select.choose(None, "cpu", torch.float8_e4m3fn)
+    assert (
+        choice.backend == "reference"
+        and "not cpu: it has no kernels for torch.float8_e4m3fn" in choice.reason
+    )
+    with pytest.raises(BackendUnavailableError, match="no kernels for torch.float8_e4m3fn"):
+        select.choose("cpu", "cpu", torch.float8_e4m3fn)
+
+
+def test_without_the_library(no_library, monkeypatch):
+    """auto falls back and says why; a backend asked for by name does not fall back, whoever asked."""
+    layer = FusedSE(8, 4)
+    assert explain(X) == ("reference", f"not cpu: {REASON}; reference: serves cpu tensors")
+    assert _ran(lambda: layer(X).sum().backward()) == {"reference.forward": 1}
+    with pytest.raises(
+        BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"
+    ):
+        explain(X, backend="cpu")
+    with pytest.raises(BackendUnavailableError, match=REASON):
+        FusedSE(8, 4, backend="cpu")(X)
+    with (
+        use_backend("cpu"),
+        pytest.raises(BackendUnavailableError, match=f"asked for by use_backend.*{REASON}"),
+    ):
+        layer(X)
+    monkeypatch.setattr(select, "_environment", "cpu")
+    with pytest.raises(BackendUnavailableError, match=f"variable SENET_FUSED_BACKEND, cannot.*{REASON}"):
+        layer(X)
+    with use_backend("auto"):
+        layer(X)
+
+
+def test_status(no_library):
+    assert backends.status() == [("cpu", False, REASON), ("reference", True, "plain PyTorch, any device")]
+    with pytest.raises(RuntimeError, match=REASON):
+        native.instruction_set()
+
+
+@pytest.mark.skipif(native.problem() is not None, reason="the compiled CPU library is not installed")
+def test_status_with_the_library():
+    status = {s.name: s for s in backends.status()}
+    assert status["cpu"].available and native.instruction_set() in status["cpu"].reason
+
+
+def test_loading_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    assert "not installed" in native._load() and "SENET_FUSED_NO_EXT" in native._load()
+    native.LIBRARY.write_bytes(b"no library")
+    assert native._load().startswith("the compiled library does not load: ")
+
+
+def test_names():
+    assert select.BACKEND_CHOICES == ("auto", "cpu", "reference")
+    for name in select.BACKEND_CHOICES:
+        select.check_name(name, "here")
+    select.check_name(None, "here")
+    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, reference$"):
+        select.check_name("CPU", "here")
+
+
+def test_choosing_never_looks_at_sizes():
+    """Or torch.compile would make a graph for each."""
+    import inspect
+
+    assert list(inspect.signature(select.choose).parameters) == ["backend", "device_type", "dtype"]
