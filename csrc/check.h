@@ -46,9 +46,9 @@ inline int64_t check_samples(const Tensor& t, const char* name, bool channels_la
   STD_TORCH_CHECK(t.dim() >= 3, "senet_fused: ", name, " must be [N, C, *spatial], got ", text(t));
   int64_t expected = 1;
   const auto dense = [&](int64_t d) {
-    STD_TORCH_CHECK(t.size(0) == 0 || t.size(d) == 1 || t.stride(d) == expected, "senet_fused: ", name, " is not dense in ",
-                    channels_last ? "channels_last" : "contiguous", " order: dimension ", d, " of ", text(t),
-                    " has stride ", t.stride(d));
+    STD_TORCH_CHECK(t.size(0) == 0 || t.size(d) == 1 || t.stride(d) == expected, "senet_fused: ", name,
+                    " is not dense in ", channels_last ? "channels_last" : "contiguous", " order: dimension ", d,
+                    " of ", text(t), " has stride ", t.stride(d));
     expected *= t.size(d);
   };
   if (channels_last) dense(1);

@@ -86,6 +86,7 @@ def _naming(keys: Mapping[str, Any]) -> tuple[str, str] | None:
 # ---------------------------------------------------------------------------------------------------- from_module
 
 _ACT_ATTRIBUTES = ("activation", "act", "act1", "relu")
+_COMMON_FUNCTIONS = tuple("relu silu sigmoid hardsigmoid hardswish mish relu6 tanh gelu identity".split())
 _GATE_ATTRIBUTES = ("scale_activation", "gate", "sigmoid")
 _SCALES = (1, 10, 100, 1000)  # of the samples tried: relu and relu6, say, differ far from zero only
 _BOUND = 1e-6  # a layer may round to float32 on its way
@@ -140,7 +141,7 @@ def _activation(child: nn.Module) -> Activation:
         grid = torch.linspace(-8, 8, 257, dtype=torch.float64)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             values = _bare_copy(child).double()(grid.clone())
-        for name in ("relu", "silu", "sigmoid", "hardsigmoid", "hardswish", "mish", "relu6", "tanh", "gelu", "identity"):
+        for name in _COMMON_FUNCTIONS:
             if torch.allclose(values, Activation(name)(grid), rtol=1e-9, atol=1e-9):
                 return Activation(name)
         raise

@@ -54,8 +54,9 @@ def squeeze_excite(
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
         backend: "auto", "cpu" or "reference"; None takes the innermost ``use_backend``, then the environment variable
-            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's transforms,
-            forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is named.
+            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's
+            transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is
+            named.
         return_gate: also return the gate.
 
     Returns:
@@ -162,10 +163,8 @@ def _check(
     _check_dense("x", x)
     shape = x.shape
     if not 3 <= len(shape) <= 5:
-        raise ValueError(
-            f"x must be [N, C, *spatial] with one to three spatial dimensions, got {_sizes(x)}"
-            + ("; for pooled features use x[..., None]" if len(shape) == 2 else "; use x.flatten(2)" if shape[5:] else "")
-        )
+        fix = "; for pooled features use x[..., None]" if len(shape) == 2 else "; use x.flatten(2)" if shape[5:] else ""
+        raise ValueError(f"x must be [N, C, *spatial] with one to three spatial dimensions, got {_sizes(x)}{fix}")
     channels = shape[1]
     if channels == 0 or 0 in shape[2:]:
         raise ValueError(

@@ -17,7 +17,7 @@ __all__ = ["FusedSE", "capture_gates", "reduced_channels"]
 
 
 class FusedSE(nn.Module):
-    """A Squeeze-and-Excitation layer (Hu et al. 2018), fused; takes the place of the usual ``SELayer(channel, reduction)``.
+    """A Squeeze-and-Excitation layer (Hu et al. 2018), fused, in the place of the usual ``SELayer(channel, reduction)``.
 
     Equivalent to::
 
@@ -37,8 +37,8 @@ class FusedSE(nn.Module):
         device, dtype: of the parameters.
 
     State dicts load strictly in each of these namings, 2-D or 4-D: ``fc1/fc2`` (torchvision, timm, legacy SENet, our
-    own), ``fc.0/fc.2`` (SELayer, MONAI), ``conv_reduce/conv_expand`` (EfficientNet in timm), ``squeeze/expand`` (NVIDIA),
-    ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C], ``fc2.weight`` [C, R] (+ biases).
+    own), ``fc.0/fc.2`` (SELayer, MONAI), ``conv_reduce/conv_expand`` (EfficientNet in timm), ``squeeze/expand``
+    (NVIDIA), ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C], ``fc2.weight`` [C, R] (+ biases).
 
     Raises:
         ValueError: sizes that are no positive integers, two rules for R at once, or unknown names.
@@ -78,7 +78,7 @@ class FusedSE(nn.Module):
         self._captured: _Call | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], see squeeze_excite for dtypes and errors."""
+        """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], dtypes and errors as in squeeze_excite."""
         fc1, fc2 = self.fc1, self.fc2
         result = squeeze_excite(
             x,
@@ -214,7 +214,7 @@ def capture_gates(model: nn.Module) -> Iterator[CapturedGates]:
 def reduced_channels(
     channels: int, reduction: int = 16, rd_channels: int | None = None, rd_divisor: int | None = None
 ) -> int:
-    """R, the width of the bottleneck; see :class:`FusedSE`. Raises ValueError for sizes that are no positive integers."""
+    """R, the width of the bottleneck (see :class:`FusedSE`). Raises ValueError unless all are positive integers."""
     _positive("channels", channels)
     if rd_channels is not None:
         if rd_divisor is not None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 
 import oracle
 import pytest
 import torch
-from oracle import ACTS, DTYPES, GATES, LAYOUTS, SQUEEZES, Case, check, draw, layer, run, run_counted
+from oracle import ACTS, DTYPES, GATES, LAYOUTS, SQUEEZES, Case, check, draw, run, run_counted
 
 import senet_fused
-from senet_fused import ops
+from senet_fused import machine, ops
 from senet_fused.backends import native
 
 pytestmark = [
@@ -489,21 +488,13 @@ def test_small_sigmoids_have_all_their_digits(low):
 # ---------------------------------------------------------------------------------------------------- size
 
 
-def last_level_cache() -> int:
-    """Bytes, as the kernels see them (glibc's _SC_LEVEL3_CACHE_SIZE); 16 MiB where the system does not say."""
-    try:
-        return max(os.sysconf(194), 2**24)
-    except (ValueError, OSError):
-        return 2**24
-
-
 @pytest.mark.parametrize(("dtype", "layout"), VENUES, ids=name_of)
 def test_outputs_beyond_the_caches(dtype, layout):
-    """Large outputs are written past the caches: the same bits. x is one sample many times, so only outputs are large."""
+    """Large outputs are written past the caches: the same bits. x is one sample many times: only outputs are large."""
     case = Case((1, 64, 32, 32), 16, dtype, layout, squeeze="avgmax")
     for options in ({}, {"post_act": "relu", "residual": True}):
         alone = draw(case.replace(**options), 0)
-        many = 1 + last_level_cache() // (alone["x"].numel() * alone["x"].element_size())
+        many = 1 + machine.last_level_cache_bytes() // (alone["x"].numel() * alone["x"].element_size())
         batch = {
             k: t.expand(many, *t.shape[1:]) if k in ("x", "residual", "dy", "dgate") else t for k, t in alone.items()
         }
@@ -511,3 +502,78 @@ def test_outputs_beyond_the_caches(dtype, layout):
         for name in ("y", "dx", "dresidual"):
             if name in one:
                 assert (all_of_them[name] == one[name]).all(), name
+
+
+HUGE = (1, 64, 4097, 8192)  # 2^31 + 524 288 elements, 4 GiB in bfloat16
+
+
+def available_bytes() -> int:
+    """Memory that can still be had; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")), 0)
+    except OSError:
+        return 0
+
+
+def huge_tensor(layout: str, seed: int) -> torch.Tensor:
+    """Random bfloat16 in 10^6 values that repeat, in step with neither rows nor channels."""
+    t = torch.empty(HUGE, dtype=torch.bfloat16, memory_format=getattr(torch, f"{layout}_format", torch.channels_last))
+    flat = t.view(-1) if layout == "contiguous" else t.permute(0, 2, 3, 1).view(-1)
+    tile = (torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)) + 0.25).bfloat16()
+    whole = flat.numel() // tile.numel() * tile.numel()
+    flat[:whole].view(-1, tile.numel()).copy_(tile)
+    flat[whole:].copy_(tile[: flat.numel() - whole])
+    return t
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def test_more_than_2_to_the_31_elements(direction, layout):
+    """Every element of y and dx, from the kernel's own gate; that from sums in float64."""
+    torch.use_deterministic_algorithms(False)  # filling the outputs first takes as long as all the rest
+    tensors = 2 if direction == "forward" else 3
+    needed, available = tensors * 2 * math.prod(HUGE) + 2**31, available_bytes()
+    if available < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory, there are {available / 2**30:.1f}")
+    n, c, *spatial = HUGE
+    m, r = math.prod(spatial), 16
+    x = huge_tensor(layout, 0)
+    generator = torch.Generator().manual_seed(2)
+    w1, w2 = torch.randn(r, c, generator=generator), torch.randn(c, r, generator=generator)
+    b1, b2 = torch.randn(r, generator=generator), torch.randn(c, generator=generator)
+
+    def parts(*tensors: torch.Tensor):
+        """[C, some positions] of each, again and again until all are through."""
+        step = 2**19
+        for at in range(0, m, step):
+            yield [t.flatten(2)[0, :, at : at + step] for t in tensors]
+
+    options = "relu", "sigmoid", "avg", ""
+    y, gate, saved, mask = torch.ops.senet_fused.squeeze_excite_cpu(x, w1, b1, w2, b2, None, *options, True)
+    assert y.stride() == x.stride()
+    sums = sum(part.sum(1, dtype=torch.float64) for (part,) in parts(x))
+    preact = w1.double() @ (sums / m) + b1
+    exact_gate = torch.sigmoid(w2.double() @ preact.relu() + b2)
+    torch.testing.assert_close(gate[0].double(), exact_gate, rtol=1e-5, atol=1e-6)
+    for part, result in parts(x, y):
+        assert torch.equal(result, (part.float() * gate[0, :, None]).bfloat16())
+    if direction == "forward":
+        return
+    del y
+    dy = huge_tensor(layout, 1)
+    dx, dw1, db1, dw2, db2, _ = torch.ops.senet_fused.squeeze_excite_cpu_backward(
+        dy, None, x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, False
+    )
+    dgate = sum((a.float() * b.float()).sum(1, dtype=torch.float64) for a, b in parts(x, dy))
+    dlogit = dgate * exact_gate * (1 - exact_gate)
+    dpreact = (dlogit @ w2.double()) * (preact > 0)
+    shift = (dpreact @ w1.double() / m)[:, None]
+    for found, exact in ((db2, dlogit), (db1, dpreact), (dw2, dlogit[:, None] * preact.relu())):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    torch.testing.assert_close(dw1.double(), dpreact[:, None] * (sums / m), rtol=1e-4, atol=1e-2)
+    for cotangent, result in parts(dy, dx):
+        expected = cotangent.float() * gate[0, :, None] + shift
+        error = (result.float() - expected).abs()
+        assert (error <= torch.finfo(torch.bfloat16).eps * expected.abs() + 1e-4 * shift.abs()).all()

@@ -1,4 +1,4 @@
-"""The C++ kernels against the float64 oracle on whatever hypothesis draws: shapes, strides, dtypes, options, threads."""
+"""The C++ kernels against the float64 oracle on whatever hypothesis draws: shapes, strides, dtypes, options."""
 
 from __future__ import annotations
 

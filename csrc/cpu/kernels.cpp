@@ -27,17 +27,9 @@ constexpr FunctionKernels<A> function_kernels() {
 }
 
 const Kernels kTable{
-    SENET_NAME(SENET_ISA),
-    tensor_kernels<float>(),
-    tensor_kernels<bfloat16>(),
-    tensor_kernels<float16>(),
-    tensor_kernels<double>(),
-    weight_kernels<float>(),
-    weight_kernels<bfloat16>(),
-    weight_kernels<float16>(),
-    weight_kernels<double>(),
-    function_kernels<float>(),
-    function_kernels<double>(),
+    SENET_NAME(SENET_ISA),    tensor_kernels<float>(),   tensor_kernels<bfloat16>(), tensor_kernels<float16>(),
+    tensor_kernels<double>(), weight_kernels<float>(),   weight_kernels<bfloat16>(), weight_kernels<float16>(),
+    weight_kernels<double>(), function_kernels<float>(), function_kernels<double>(),
 };
 
 }  // namespace

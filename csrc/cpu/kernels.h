@@ -70,8 +70,8 @@ struct WeightKernels {
   void (*rows_dot)(const void* w, const A* bias, const A* v, int64_t v_stride, A* out, int64_t out_stride, int64_t n,
                    int64_t row0, int64_t row1, int64_t k);
   // out[i, col] = sum_j v[i, j] * w[j, col]                 columns [col0, col1), w is [j, width]
-  void (*columns_dot)(const void* w, int64_t width, const A* v, int64_t v_stride, A* out, int64_t out_stride,
-                      int64_t n, int64_t col0, int64_t col1, int64_t j);
+  void (*columns_dot)(const void* w, int64_t width, const A* v, int64_t v_stride, A* out, int64_t out_stride, int64_t n,
+                      int64_t col0, int64_t col1, int64_t j);
   // dw[row, k] = sum_i a[i, row] * b[i, k]                  rows [row0, row1), dw is [*, k]
   void (*outer_sum)(const A* a, int64_t a_stride, const A* b, int64_t b_stride, void* dw, int64_t n, int64_t row0,
                     int64_t row1, int64_t k);

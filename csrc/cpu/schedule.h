@@ -330,9 +330,8 @@ struct Backward : Layer<A> {
       });
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });
       if (into_x) {
-        this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
-          reduce(0, p.n, c0, c1, dpreact.get(), shift.get(), at_peak.get());
-        });
+        this->over_blocks(
+            p.c, [&](int64_t c0, int64_t c1) { reduce(0, p.n, c0, c1, dpreact.get(), shift.get(), at_peak.get()); });
         this->over_pieces(this->rows(), 1,
                           [&](int64_t n, int64_t r0, int64_t r1) { apply(n, r0, r1, shift.get(), at_peak.get()); });
       }

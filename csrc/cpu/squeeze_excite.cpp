@@ -116,7 +116,7 @@ Problem problem(const Tensor& x, const Tensor& w1, bool channels_last, bool back
   for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
   STD_TORCH_CHECK(m > 0 && x.size(1) > 0 && w1.size(0) > 0, "senet_fused: empty channels or positions: x ", text(x),
                   ", w1 ", text(w1));
-  return {x.size(0), x.size(1),     w1.size(0), m, element_size(x.scalar_type()), element_size(w1.scalar_type()),
+  return {x.size(0),     x.size(1), w1.size(0), m, element_size(x.scalar_type()), element_size(w1.scalar_type()),
           channels_last, backward};
 }
 
@@ -185,9 +185,9 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
 }
 
 template <class A>
-void backward(const Problem& p, const Options& o, const Tensor& dy, const std::optional<Tensor>& dgate,
-              const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& gate, const Tensor& saved,
-              const Tensor& mask, std::optional<Tensor>& dx, std::optional<Tensor>& dw1, std::optional<Tensor>& db1,
+void backward(const Problem& p, const Options& o, const Tensor& dy, const std::optional<Tensor>& dgate, const Tensor& x,
+              const Tensor& w1, const Tensor& w2, const Tensor& gate, const Tensor& saved, const Tensor& mask,
+              std::optional<Tensor>& dx, std::optional<Tensor>& dw1, std::optional<Tensor>& db1,
               std::optional<Tensor>& dw2, std::optional<Tensor>& db2, std::optional<Tensor>& dresidual) {
   Backward<A> call{};
   fill_layer<A>(call, p, o, x, w1, w2);

@@ -9,7 +9,8 @@ namespace senet {
 
 using torch::stable::Tensor;
 
-// Fills y, and those of gate, saved and mask that are there. x and residual are dense within a sample, in contiguous or channels_last order.
+// Fills y, and those of gate, saved and mask that are there. x and residual are dense within a sample, in contiguous or
+// channels_last order.
 void squeeze_excite_cpu(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                         std::optional<Tensor> residual, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
                         double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor y,

@@ -1,5 +1,5 @@
-// The vector helpers: sixteen elements at a time, whatever the instruction set. A Group is 1, 2 or 4 registers wide, and
-// every sum over its lanes has the same order on every instruction set.
+// The vector helpers: sixteen elements at a time, whatever the instruction set. A Group is 1, 2 or 4 registers wide,
+// and every sum over its lanes has the same order on every instruction set.
 //
 // Compiled once per instruction set, in a namespace of its own. Only C functions are used beside what stands here: an
 // inline function of the C++ library would be merged across the three builds, and an old CPU would run the wrong one.
@@ -71,12 +71,12 @@ SENET_INLINE Group<A> splat(A value) {
   return g;
 }
 
-#define SENET_BINARY(op)                                               \
-  template <class A>                                                   \
+#define SENET_BINARY(op)                                                    \
+  template <class A>                                                        \
   SENET_INLINE Group<A> operator op(const Group<A>& a, const Group<A>& b) { \
-    Group<A> g;                                                        \
-    for (int i = 0; i < Group<A>::kVecs; ++i) g.v[i] = a.v[i] op b.v[i]; \
-    return g;                                                          \
+    Group<A> g;                                                             \
+    for (int i = 0; i < Group<A>::kVecs; ++i) g.v[i] = a.v[i] op b.v[i];    \
+    return g;                                                               \
   }
 SENET_BINARY(+)
 SENET_BINARY(-)
@@ -456,8 +456,8 @@ SENET_INLINE Group<float> exp(const Group<float>& g) {
     const L::Vec value = (L::Vec)((L::Int)p + exponent);
     const L::Vec inf = __builtin_inff() - L::Vec{};
     const L::Int nan = g.v[i] != g.v[i];  // the exponent of a NaN with a payload would make it a number
-    out.v[i] = (L::Vec)(((L::Int)value & ~overflow & ~underflow & ~nan) | ((L::Int)inf & overflow) |
-                        ((L::Int)g.v[i] & nan));
+    out.v[i] =
+        (L::Vec)(((L::Int)value & ~overflow & ~underflow & ~nan) | ((L::Int)inf & overflow) | ((L::Int)g.v[i] & nan));
   }
   return out;
 }

@@ -28,7 +28,8 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("stream_stores", &senet::CpuPlan::stream_stores)
       .def_readonly("reason", &senet::CpuPlan::reason)
       .def("__repr__", [](const senet::CpuPlan& p) {
-        return py::str("CpuPlan(strategy={!r}, samples_at_a_time={}, pieces_per_sample={}, stream_stores={}, reason={!r})")
+        return py::str(
+                   "CpuPlan(strategy={!r}, samples_at_a_time={}, pieces_per_sample={}, stream_stores={}, reason={!r})")
             .format(senet::name(p.strategy), p.samples_at_a_time, p.pieces_per_sample, p.stream_stores, p.reason);
       });
 

@@ -1,8 +1,8 @@
 // The two small matrix products of (E2), (E3), (B4), (B5), the weight gradients (B7), and the elementwise functions.
 //
-// A BLAS picks its kernel, and so its summation order, by the size of the batch. Here each output is one sum in one order
-// (vector lanes over k, or j in sequence), whatever else shares the registers: a sample alone gives the same bits as a
-// sample in a batch.
+// A BLAS picks its kernel, and so its summation order, by the size of the batch. Here each output is one sum in one
+// order (vector lanes over k, or j in sequence), whatever else shares the registers: a sample alone gives the same bits
+// as a sample in a batch.
 #pragma once
 #include "../kernels.h"
 #include "../vec.h"
@@ -42,8 +42,7 @@ SENET_INLINE void rows_dot_block(const W* w, const Acc<W>* bias, const Acc<W>* v
     }
   }
   for (int i = 0; i < kN; ++i)
-    for (int r = 0; r < kR; ++r)
-      out[i * out_stride + r] = sum_of_lanes(sum[i][r]) + (bias != nullptr ? bias[r] : A(0));
+    for (int r = 0; r < kR; ++r) out[i * out_stride + r] = sum_of_lanes(sum[i][r]) + (bias != nullptr ? bias[r] : A(0));
 }
 
 template <class W, int kR>
@@ -63,8 +62,7 @@ void rows_dot(const void* weights, const Acc<W>* bias, const Acc<W>* v, int64_t 
   int64_t row = row0;
   for (; row + kRows <= row1; row += kRows)
     rows_dot_samples<W, kRows>(w + row * k, bias_at(row), v, v_stride, out + row, out_stride, n, k);
-  for (; row < row1; ++row)
-    rows_dot_samples<W, 1>(w + row * k, bias_at(row), v, v_stride, out + row, out_stride, n, k);
+  for (; row < row1; ++row) rows_dot_samples<W, 1>(w + row * k, bias_at(row), v, v_stride, out + row, out_stride, n, k);
 }
 
 // Sums over j are taken in parts, each by itself and then added to the total: one running sum of 2048 float32 terms has
@@ -113,8 +111,8 @@ SENET_INLINE void columns_dot_block(const W* w, int64_t width, const Acc<W>* v, 
 }
 
 template <class W>
-void columns_dot(const void* weights, int64_t width, const Acc<W>* v, int64_t v_stride, Acc<W>* out,
-                 int64_t out_stride, int64_t n, int64_t col0, int64_t col1, int64_t j) {
+void columns_dot(const void* weights, int64_t width, const Acc<W>* v, int64_t v_stride, Acc<W>* out, int64_t out_stride,
+                 int64_t n, int64_t col0, int64_t col1, int64_t j) {
   const W* w = static_cast<const W*>(weights) + col0;
   int64_t i = 0;
   for (; i + kSamples <= n; i += kSamples)
@@ -150,8 +148,7 @@ void outer_sum(const Acc<W>* a, int64_t a_stride, const Acc<W>* b, int64_t b_str
   int64_t row = row0;
   for (; row + 4 <= row1; row += 4)
     outer_sum_block<W, 4>(a + row, a_stride, b, b_stride, static_cast<W*>(dw) + row * k, n, k);
-  for (; row < row1; ++row)
-    outer_sum_block<W, 1>(a + row, a_stride, b, b_stride, static_cast<W*>(dw) + row * k, n, k);
+  for (; row < row1; ++row) outer_sum_block<W, 1>(a + row, a_stride, b, b_stride, static_cast<W*>(dw) + row * k, n, k);
 }
 
 // ------------------------------------------------------------------------------------------------ functions
@@ -273,7 +270,8 @@ void apply_function(Function f, double p0, double p1, const A* v, A* out, int64_
 }
 template <class A>
 void function_backward(Function f, double p0, double p1, const A* v, const A* d, A* out, int64_t count) {
-  const bool flat = f == Function::relu || f == Function::relu6 || f == Function::hardswish || f == Function::hardsigmoid;
+  const bool flat =
+      f == Function::relu || f == Function::relu6 || f == Function::hardswish || f == Function::hardsigmoid;
   for (int64_t i = 0; i < count; ++i) {
     const A slope = derivative_of<A>(f, A(p0), A(p1), v[i]);
     out[i] = flat && slope == 0 ? A(0) : d[i] * slope;  // as torch: where the function is flat, not even NaN passes

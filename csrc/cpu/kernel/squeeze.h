@@ -49,9 +49,8 @@ void sum_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* sum) {
   using A = Acc<T>;
   for (int64_t c = c0; c < c1; ++c) {
     const T* plane = static_cast<const T*>(x) + c * m;
-    sum[c] = sum_of_groups<A>(m, [plane](int64_t i, int count, const Group<A>& s) __attribute__((always_inline)) {
-      return s + load_upto(plane + i, count);
-    });
+    sum[c] = sum_of_groups<A>(m, [plane](int64_t i, int count, const Group<A>& s)
+                                     __attribute__((always_inline)) { return s + load_upto(plane + i, count); });
   }
 }
 
@@ -173,8 +172,8 @@ void dot_planes_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
     const uint8_t* mask = kMask ? args.mask + c * mask_stride : nullptr;
     T* out = kMask && args.dresidual != nullptr ? static_cast<T*>(args.dresidual) + c * m : nullptr;
     sum[c] = sum_of_groups<A>(m, [=](int64_t i, int count, const Group<A>& s) __attribute__((always_inline)) {
-      const Group<A> g = masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr,
-                                                   out != nullptr ? out + i : nullptr, count);
+      const Group<A> g =
+          masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr, out != nullptr ? out + i : nullptr, count);
       return fma(g, load_upto(x + i, count), s);
     });
   }
@@ -195,18 +194,18 @@ void dot_pixels_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
   const T* dy = static_cast<const T*>(args.dy);
   T* out = static_cast<T*>(args.dresidual);
   const uint8_t* mask = args.mask;
-  sum_of_pixels<A>(args.rows, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
-                   [=](int64_t p, int64_t i, int count) __attribute__((always_inline)) {
-                     const int64_t at = p * c + i;
-                     const Group<A> g =
-                         masked_gradient<T, kMask>(dy + at, kMask ? mask + p * mask_stride + i / 8 : nullptr,
-                                                   kMask && out != nullptr ? out + at : nullptr, count);
-                     return g * load_upto(x + at, count);
-                   },
-                   [=](int64_t p, int64_t i) __attribute__((always_inline)) {
-                     prefetch(dy + p * c + i);
-                     prefetch(x + p * c + i);
-                   });
+  sum_of_pixels<A>(
+      args.rows, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
+      [=](int64_t p, int64_t i, int count) __attribute__((always_inline)) {
+        const int64_t at = p * c + i;
+        const Group<A> g = masked_gradient<T, kMask>(dy + at, kMask ? mask + p * mask_stride + i / 8 : nullptr,
+                                                     kMask && out != nullptr ? out + at : nullptr, count);
+        return g * load_upto(x + at, count);
+      },
+      [=](int64_t p, int64_t i) __attribute__((always_inline)) {
+        prefetch(dy + p * c + i);
+        prefetch(x + p * c + i);
+      });
 }
 template <class T>
 void dot_pixels(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>* sum, Acc<T>* scratch) {
