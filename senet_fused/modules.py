@@ -17,7 +17,7 @@ __all__ = ["FusedSE", "capture_gates", "reduced_channels"]
 
 
 class FusedSE(nn.Module):
-    """A Squeeze-and-Excitation layer (Hu et al. 2018), fused, in the place of the usual ``SELayer(channel, reduction)``.
+    """A Squeeze-and-Excitation layer (Hu et al. 2018), fused, in place of the usual ``SELayer(channel, reduction)``.
 
     Equivalent to::
 
@@ -38,7 +38,8 @@ class FusedSE(nn.Module):
 
     State dicts load strictly in each of these namings, 2-D or 4-D: ``fc1/fc2`` (torchvision, timm, legacy SENet, our
     own), ``fc.0/fc.2`` (SELayer, MONAI), ``conv_reduce/conv_expand`` (EfficientNet in timm), ``squeeze/expand``
-    (NVIDIA), ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C], ``fc2.weight`` [C, R] (+ biases).
+    (NVIDIA), ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C] and ``fc2.weight``
+    [C, R] (+ biases).
 
     Raises:
         ValueError: sizes that are no positive integers, two rules for R at once, or unknown names.
