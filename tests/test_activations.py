@@ -145,7 +145,7 @@ def test_codes_are_distinct():
         (3, TypeError, "got int"),
         (torch.zeros(1), TypeError, "got Tensor"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_what_is_no_activation(function, error, message):
     with pytest.raises(error, match=message):

@@ -132,6 +132,19 @@ def test_ends_of_pixel_blocks(pixels):
         check(Case((3, 20, pixels), 4, layout="channels_last", squeeze=squeeze, post_act="relu"), draws=6)
 
 
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("positions", [5_000, 2**15, 2**18 + 5])
+def test_long_sums_lose_no_digits(positions, layout):
+    """Volumes and long signals of one sign: errors must not grow with the number of blocks."""
+
+    def positive(t: oracle.Tensors) -> None:
+        for name in ("x", "dy"):
+            t[name].abs_()
+
+    for squeeze in ("avg", "avgmax"):
+        check(Case((1, 5, positions), 3, layout=layout, act="silu", squeeze=squeeze), draws=3, change=positive)
+
+
 # ---------------------------------------------------------------------------------------------------- layouts
 
 RANKS = ((4, 20, 30), (4, 20, 5, 6), (3, 20, 2, 3, 4))

@@ -53,7 +53,7 @@ struct TensorKernels {
   // the maximum over m and how many positions attain it
   void (*peak_planes)(const void* x, int64_t m, int64_t c0, int64_t c1, A* peak, A* ties);
   void (*peak_pixels)(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, A* peak, A* ties);
-  // sum of g * x; the scratch of the pixel form holds c values
+  // sum of g * x; the scratch of the pixel form holds 2 c values
   void (*dot_planes)(const DotArgs<A>& args, int64_t c0, int64_t c1, A* sum);
   void (*dot_pixels)(const DotArgs<A>& args, int64_t c0, int64_t c1, A* sum, A* scratch);
   // the second sweeps, rows [r0, r1)

@@ -79,7 +79,7 @@ struct Layer {
   template <class First, class Middle, class Last>
   void over_samples(const First& first, const Middle& middle, const Last& last) const {
     const auto run = [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch(problem.c);
+      const Scratch<A> scratch(2 * problem.c);
       for (int64_t n0 = begin; n0 < end; n0 += plan.samples_at_a_time) {
         const int64_t n1 = std::min(end, n0 + plan.samples_at_a_time);
         for (int64_t n = n0; n < n1; ++n) first(n, scratch.get());
@@ -176,7 +176,7 @@ struct Forward : Layer<A> {
     const Scratch<A> hidden(p.n * p.r);
     if (this->plan.strategy == CpuStrategy::phases) {
       this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
-        const Scratch<A> scratch(p.c);
+        const Scratch<A> scratch(2 * p.c);
         squeeze(n, c0, c1, scratch.get());
       });
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { reduce(0, p.n, r0, r1, hidden.get()); });
@@ -325,7 +325,7 @@ struct Backward : Layer<A> {
     const bool into_x = dx != nullptr;
     if (this->plan.strategy == CpuStrategy::phases) {
       this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
-        const Scratch<A> scratch(p.c);
+        const Scratch<A> scratch(2 * p.c);
         squeeze(n, c0, c1, dlogit.get(), scratch.get());
       });
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });

@@ -7,7 +7,8 @@
 namespace senet {
 namespace SENET_ISA {
 
-// A block of a plane is summed by itself and then added to the total, so that rounding errors do not grow with m.
+// A block of a plane is summed by itself and then added to the total, so that rounding errors do not grow with m. Many
+// blocks are summed in parts of about their square root, for the same reason.
 constexpr int64_t kBlock = 64 * kGroup;
 constexpr int64_t kPixels = 32;
 constexpr int64_t kBytesAhead = 4096;
@@ -23,10 +24,19 @@ struct Accumulator<double> {
 template <class T>
 using Acc = typename Accumulator<T>::type;
 
+// How many blocks make a part of their sum.
+SENET_INLINE int64_t blocks_of_part(int64_t blocks) {
+  if (blocks <= 128) return blocks;
+  int64_t part = 64;
+  while (part * part < blocks) part *= 2;
+  return part;
+}
+
 // Adds term(i, count) for the groups of [0, m): count is 16 but for the last, shorter one.
 template <class A, class Term>
 SENET_INLINE A sum_of_groups(int64_t m, const Term& term) {
-  Group<A> total = splat<A>(0);
+  const int64_t part_end = blocks_of_part((m + kBlock - 1) / kBlock) * kBlock;
+  Group<A> total = splat<A>(0), part = total;
   for (int64_t begin = 0; begin < m; begin += kBlock) {
     const int64_t end = begin + kBlock < m ? begin + kBlock : m;
     Group<A> s0 = splat<A>(0), s1 = s0, s2 = s0, s3 = s0;
@@ -39,7 +49,11 @@ SENET_INLINE A sum_of_groups(int64_t m, const Term& term) {
     }
     for (; i + kGroup <= end; i += kGroup) s0 = term(i, kGroup, s0);
     if (i < end) s1 = term(i, int(end - i), s1);
-    total = total + ((s0 + s1) + (s2 + s3));
+    part = part + ((s0 + s1) + (s2 + s3));
+    if (end == m || end % part_end == 0) {
+      total = total + part;
+      part = splat<A>(0);
+    }
   }
   return sum_of_lanes(total);
 }
@@ -57,10 +71,12 @@ void sum_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* sum) {
 // Adds term(p, i, count), summed over the pixels of a block, to sum[i]. ahead(p, i) asks for what term will read: the
 // hardware's prefetchers do not follow four short rows at once (without it 8 GB/s a core, with it 20).
 template <class A, class Term, class Ahead>
-SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, int64_t row_bytes, A* sum, A* scratch,
+SENET_INLINE void sum_of_pixels(int64_t c, int64_t m, int64_t c0, int64_t c1, int64_t row_bytes, A* sum, A* scratch,
                                 const Term& term, const Ahead& ahead) {
   const int64_t rows_ahead = kBytesAhead / row_bytes / 4 * 4 + 4;
-  for (int64_t i = c0; i < c1; ++i) sum[i] = 0;
+  const int64_t part_end = blocks_of_part((m + kPixels - 1) / kPixels) * kPixels;
+  A* part = part_end < m ? scratch + c : sum;
+  for (int64_t i = c0; i < c1; ++i) sum[i] = part[i] = 0;
   for (int64_t begin = 0; begin < m; begin += kPixels) {
     const int64_t end = begin + kPixels < m ? begin + kPixels : m;
     int64_t p = begin;
@@ -81,12 +97,17 @@ SENET_INLINE void sum_of_pixels(int64_t m, int64_t c0, int64_t c1, int64_t row_b
         if (!first) s = load_upto(scratch + i, count) + s;
         A* to = scratch;
         if (last) {
-          s = load_upto(sum + i, count) + s;
-          to = sum;
+          s = load_upto(part + i, count) + s;
+          to = part;
         }
         store_upto(to + i, s, count);
       }
     }
+    if (part != sum && (end == m || end % part_end == 0))
+      for (int64_t i = c0; i < c1; ++i) {
+        sum[i] += part[i];
+        part[i] = 0;
+      }
   }
 }
 
@@ -94,7 +115,7 @@ template <class T>
 void sum_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, Acc<T>* sum, Acc<T>* scratch) {
   const T* base = static_cast<const T*>(x);
   sum_of_pixels<Acc<T>>(
-      m, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
+      c, m, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
       [base, c](int64_t p, int64_t i, int count)
           __attribute__((always_inline)) { return load_upto(base + p * c + i, count); },
       [base, c](int64_t p, int64_t i) __attribute__((always_inline)) { prefetch(base + p * c + i); });
@@ -195,7 +216,7 @@ void dot_pixels_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
   T* out = static_cast<T*>(args.dresidual);
   const uint8_t* mask = args.mask;
   sum_of_pixels<A>(
-      args.rows, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
+      c, args.rows, c0, c1, c * int64_t(sizeof(T)), sum, scratch,
       [=](int64_t p, int64_t i, int count) __attribute__((always_inline)) {
         const int64_t at = p * c + i;
         const Group<A> g = masked_gradient<T, kMask>(dy + at, kMask ? mask + p * mask_stride + i / 8 : nullptr,
