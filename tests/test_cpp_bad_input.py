@@ -66,9 +66,7 @@ SAMPLES = ("x", "dy", "residual", "y", "dx", "dresidual")
 def shapes_beside(t: Tensor) -> list[tuple[int, ...]]:
     """Shapes one step off: a size more or less, nothing, a dimension less or more, two sizes swapped."""
     shape = tuple(t.shape)
-    sizes = (
-        (*shape[:d], size + by, *shape[d + 1 :]) for d, size in enumerate(shape) for by in (-1, 1, -size)
-    )
+    sizes = ((*shape[:d], size + by, *shape[d + 1 :]) for d, size in enumerate(shape) for by in (-1, 1, -size))
     beside = [*sizes, (), shape[1:], (*shape, 2), (1, *shape), (t.numel(),), shape[::-1]]
     return [s for s in beside if s != shape]
 

@@ -15,9 +15,7 @@ from senet_fused.backends import native
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
 sizes = st.integers(1, 20)
-spatial = st.one_of(
-    st.tuples(st.integers(1, 200)), st.tuples(sizes, sizes), st.tuples(*(st.integers(1, 7),) * 3)
-)
+spatial = st.one_of(st.tuples(st.integers(1, 200)), st.tuples(sizes, sizes), st.tuples(*(st.integers(1, 7),) * 3))
 weight_dtypes = st.dictionaries(
     st.sampled_from(("w1", "b1", "w2", "b2", "residual")), st.sampled_from(DTYPES), max_size=3
 )

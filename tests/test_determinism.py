@@ -39,9 +39,7 @@ PROBLEMS = {
 }
 CASES = [
     Case(shape, reduced, dtype, layout, **options)
-    for (shape, reduced, _), dtype, layout, options in itertools.product(
-        PROBLEMS.values(), DTYPES, DENSE, OPTIONS
-    )
+    for (shape, reduced, _), dtype, layout, options in itertools.product(PROBLEMS.values(), DTYPES, DENSE, OPTIONS)
 ]
 
 

@@ -107,7 +107,6 @@ def test_autocast_changes_nothing(dtype):
     t = draw(case, 0)
     expected = run(formula, case, t)
 
-
     def under_autocast(case: Case, t: oracle.Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return formula(case, t)

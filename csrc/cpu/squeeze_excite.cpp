@@ -19,7 +19,7 @@ const Kernels& choose_kernels() {
   if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
   const auto is = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
 #if defined(SENET_X86_DISPATCH)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and so F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // Rounding to bfloat16 is then one instruction instead of six: half of the second sweep's time.

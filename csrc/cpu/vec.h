@@ -452,8 +452,8 @@ SENET_INLINE Group<float> exp(const Group<float>& g) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const L::Int exponent = ((L::Int)shifted - 0x4b400000) << 23;
-    const L::Vec value = (L::Vec)((L::Int)p + exponent);
+    const L::Bits exponent = ((L::Bits)shifted - 0x4b400000u) << 23;
+    const L::Vec value = (L::Vec)((L::Bits)p + exponent);
     const L::Vec inf = __builtin_inff() - L::Vec{};
     const L::Int nan = g.v[i] != g.v[i];  // the exponent of a NaN with a payload would make it a number
     out.v[i] =

@@ -12,6 +12,9 @@
 #ifndef SENET_BUILD_TORCH
 #define SENET_BUILD_TORCH "unknown"
 #endif
+#ifndef SENET_BUILD_REVISION
+#define SENET_BUILD_REVISION "unknown"
+#endif
 #ifndef SENET_BUILD_VERSION
 #define SENET_BUILD_VERSION "unknown"
 #endif
@@ -53,10 +56,11 @@ PYBIND11_MODULE(_plan, m) {
       [] {
         py::dict info;
         info["version"] = SENET_BUILD_VERSION;
+        info["revision"] = SENET_BUILD_REVISION;
         info["compiler"] = SENET_BUILD_COMPILER;
         info["instruction_sets"] = SENET_BUILD_ISAS;
         info["torch_headers"] = SENET_BUILD_TORCH;
         return info;
       },
-      "The version, compiler, instruction sets and torch headers that this package was built with.");
+      "The version, revision, compiler, instruction sets and torch headers that this package was built with.");
 }
