@@ -188,7 +188,8 @@ def draw(case: Case, seed: int) -> Tensors:
     if case.bias:
         inputs["b1"], inputs["b2"] = normal(r), normal(c)
     if case.residual:
-        inputs["residual"] = LAYOUTS[case.residual_layout or case.layout](normal(*case.shape))
+        residual = normal(*case.shape).to(case.dtype_of("residual"))
+        inputs["residual"] = LAYOUTS[case.residual_layout or case.layout](residual)
     inputs = {name: t.to(case.dtype_of(name)) for name, t in inputs.items()}
     dy = normal(*case.shape)
     if case.post_act == "relu" and dy.numel():
