@@ -203,7 +203,7 @@ def _require(report: _Report, name: str, who: str, available: dict[str, str | No
 
 
 def _self_test(name: str) -> tuple[int, float, list[str]]:
-    """Runs a backend forward and backward on small tensors against float64.
+    """Runs a backend forward and backward on small tensors against float64, where it runs: on a GPU or the CPU.
 
     A tensor may be off by twice stock PyTorch's error in the same dtype plus one unit in the last place; in
     float64, where the oracle rounds as everybody does, plus 64.
@@ -215,7 +215,7 @@ def _self_test(name: str) -> tuple[int, float, list[str]]:
     import torch
     from torch.nn import functional as F
 
-    from . import call_counts, squeeze_excite
+    from . import backends, call_counts, squeeze_excite
 
     def plain(x, residual, w1, b1, w2, b2):
         gate = torch.sigmoid(F.linear(F.relu(F.linear(x.mean((2, 3)), w1, b1)), w2, b2))
@@ -232,15 +232,14 @@ def _self_test(name: str) -> tuple[int, float, list[str]]:
         return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t is not None], dy)]
 
     generator = torch.Generator().manual_seed(0)
+    device = "cpu" if backends.refusal(name, "cpu", torch.float32) is None else "cuda"
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
 
     judged, worst, wrong = 0, 0.0, []
     n, c, r, size = 2, 24, 3, (2, 24, 5, 7)
-    for dtype, tail in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True)
-    ):
+    for dtype, tail in itertools.product(backends.dtypes(name), (False, True)):
         names = ["y", "dx", *(["dresidual"] if tail else []), "dw1", "db1", "dw2", "db2"]
         ours, stock = (dict.fromkeys(names, 0.0) for _ in range(2))
         for memory_format, _ in itertools.product((torch.contiguous_format, torch.channels_last), range(3)):

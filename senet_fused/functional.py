@@ -53,7 +53,7 @@ def squeeze_excite(
         squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
-        backend: "auto", "cpu" or "reference"; None takes the innermost ``use_backend``, then the environment variable
+        backend: "auto", "cpu", "triton" or "reference"; None takes the innermost ``use_backend``, then the environment variable
             SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's
             transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is
             named.
@@ -80,7 +80,7 @@ def squeeze_excite(
     compiling = torch.compiler.is_compiling()
     check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
-    chosen = select.choose(backend, x.device.type, x.dtype).backend
+    chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
     if chosen == "reference" or torch.onnx.is_in_onnx_export() or _needs_plain_operators():
         y, g = reference.squeeze_excite(
             x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act

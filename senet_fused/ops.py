@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import native
+from .backends import native, triton
 
 __all__ = ["OPERATORS", "Operator", "call_counts", "count_call", "is_channels_last", "layout_of", "reset_call_counts"]
 
@@ -220,7 +220,9 @@ def _watched(*gradients: Tensor | None) -> bool:
     )
 
 
-def _define(backend: str, device_key: str, launch_forward: Callable[..., None], launch_backward: Callable[..., None]):
+def _define(
+    backend: str, dispatch_keys: tuple[str, ...], launch_forward: Callable[..., None], launch_backward: Callable[..., None]
+) -> Operator:
     name = f"senet_fused::squeeze_excite_{backend}"
     counted_forward, counted_backward = f"{backend}.forward", f"{backend}.backward"
 
@@ -285,8 +287,9 @@ def _define(backend: str, device_key: str, launch_forward: Callable[..., None], 
 
     torch.library.define(name, FORWARD_SCHEMA)
     torch.library.define(f"{name}_backward", BACKWARD_SCHEMA)
-    torch.library.impl(name, device_key, forward)
-    torch.library.impl(f"{name}_backward", device_key, backward)
+    for key in dispatch_keys:
+        torch.library.impl(name, key, forward)
+        torch.library.impl(f"{name}_backward", key, backward)
     torch.library.register_fake(name, forward_fake)
     torch.library.register_fake(f"{name}_backward", backward_fake)
     registered = getattr(torch.ops.senet_fused, f"squeeze_excite_{backend}").default
@@ -413,6 +416,9 @@ def _loop_vmap(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any
 
 
 OPERATORS: dict[str, Operator] = {
-    backend: _define(backend, key, forward, backward)
-    for backend, key, forward, backward in (("cpu", "CPU", native.forward, native.backward),)
+    backend: _define(backend, keys, forward, backward)
+    for backend, keys, forward, backward in (
+        ("triton", ("CUDA", "CPU"), triton.forward, triton.backward),
+        ("cpu", ("CPU",), native.forward, native.backward),
+    )
 }

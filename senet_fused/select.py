@@ -77,8 +77,11 @@ def requested(backend: str | None) -> tuple[str, str]:
     return "auto", "the default"
 
 
-def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> Choice:
+def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling: bool = False) -> Choice:
     """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
+
+    "auto" never takes the Triton interpreter. Under torch.compile (``compiling``) it leaves GPU tensors to the
+    reference, whose operators torch.compile fuses with their neighbours; an operator of ours would stop it from doing so.
 
     Raises:
         ValueError: an unknown backend name.
@@ -89,6 +92,8 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> Choice:
         reasons = []
         for candidate in backends.NAMES:
             refusal = backends.refusal(candidate, device_type, dtype)
+            if candidate == "triton" and refusal is None:
+                refusal = _why_not_triton(device_type, compiling)
             if refusal is None:
                 return Choice(candidate, "; ".join([*reasons, f"{candidate}: serves {device_type} tensors"]))
             reasons.append(f"not {candidate}: {refusal}")
@@ -98,3 +103,12 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> Choice:
     if refusal is not None:
         raise BackendUnavailableError(f"backend {name!r}, asked for by {who}, cannot serve this call: {refusal}")
     return Choice(name, f"asked for by {who}")
+
+
+def _why_not_triton(device_type: str, compiling: bool) -> str | None:
+    """Why "auto" passes over Triton kernels that could run."""
+    if device_type == "cpu":
+        return "Triton's interpreter is for those who ask for it by name"
+    if compiling:
+        return "torch.compile fuses the plain operators with their neighbours"
+    return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import senet_fused
 from senet_fused import BackendUnavailableError, FusedSE, backends, explain, select, use_backend
-from senet_fused.backends import native
+from senet_fused.backends import native, triton
 
 REASON = "the compiled library is not installed"
 
@@ -108,9 +110,12 @@ def test_use_backend_takes_none_for_nothing():
 @pytest.mark.parametrize("device", ["meta", "cuda", "mps", "xpu"])
 def test_what_the_cpu_backend_refuses(library, device):
     refusal = f"it serves CPU tensors, got {device} tensors"
-    assert select.choose(None, device, torch.float32) == (
-        "reference", f"not cpu: {refusal}; reference: serves {device} tensors",
-    )  # fmt: skip
+    if device != "cuda" or triton.problem() is not None:
+        choice = select.choose(None, device, torch.float32)
+        assert choice.backend == "reference"
+        assert choice.reason == (
+            f"not cpu: {refusal}; not triton: {triton.problem(device)}; reference: serves {device} tensors"
+        )
     with pytest.raises(BackendUnavailableError) as error:
         select.choose("cpu", device, torch.float32)
     assert (
@@ -137,7 +142,8 @@ def test_a_dtype_without_kernels(library):
 def test_without_the_library(no_library, monkeypatch):
     """auto falls back and says why; a backend asked for by name does not fall back, whoever asked."""
     layer = FusedSE(8, 4)
-    assert explain(X) == ("reference", f"not cpu: {REASON}; reference: serves cpu tensors")
+    assert explain(X).backend == "reference"
+    assert re.fullmatch(f"not cpu: {REASON}; not triton: .*; reference: serves cpu tensors", explain(X).reason)
     assert _ran(lambda: layer(X).sum().backward()) == {"reference.forward": 1}
     with pytest.raises(
         BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"
@@ -158,7 +164,8 @@ def test_without_the_library(no_library, monkeypatch):
 
 
 def test_status(no_library):
-    assert backends.status() == [("cpu", False, REASON), ("reference", True, "plain PyTorch, any device")]
+    cpu, _, reference = backends.status()
+    assert (cpu, reference) == (("cpu", False, REASON), ("reference", True, "plain PyTorch, any device"))
     with pytest.raises(RuntimeError, match=REASON):
         native.instruction_set()
 
@@ -177,11 +184,11 @@ def test_loading_says_what_is_wrong(monkeypatch, tmp_path):
 
 
 def test_names():
-    assert select.BACKEND_CHOICES == ("auto", "cpu", "reference")
+    assert select.BACKEND_CHOICES == ("auto", "cpu", "triton", "reference")
     for name in select.BACKEND_CHOICES:
         select.check_name(name, "here")
     select.check_name(None, "here")
-    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, reference$"):
+    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, triton, reference$"):
         select.check_name("CPU", "here")
 
 
@@ -189,4 +196,55 @@ def test_choosing_never_looks_at_sizes():
     """Or torch.compile would make a graph for each."""
     import inspect
 
-    assert list(inspect.signature(select.choose).parameters) == ["backend", "device_type", "dtype"]
+    assert list(inspect.signature(select.choose).parameters) == ["backend", "device_type", "dtype", "compiling"]
+
+
+# ---------------------------------------------------------------------------------------------------- triton
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU and triton; nothing is run with it."""
+    monkeypatch.setattr(triton, "_gpu_problem", lambda: None)
+
+
+def test_auto_takes_triton_for_gpu_tensors(gpu):
+    for dtype in triton.DTYPES:
+        choice = select.choose(None, "cuda", dtype)
+        assert choice.backend == "triton" and choice.reason.endswith("; triton: serves cuda tensors")
+    choice = select.choose(None, "cuda", torch.float64)
+    assert choice.backend == "reference" and "not triton: it has no kernels for torch.float64" in choice.reason
+
+
+def test_under_torch_compile_auto_leaves_gpu_tensors_to_the_compiler(gpu):
+    choice = select.choose(None, "cuda", torch.bfloat16, compiling=True)
+    assert choice.backend == "reference" and "not triton: torch.compile fuses" in choice.reason
+    assert select.choose("triton", "cuda", torch.bfloat16, compiling=True).backend == "triton"
+
+
+def test_auto_never_takes_the_interpreter(no_library, monkeypatch):
+    monkeypatch.setattr(triton, "problem", lambda device_type="cuda": None)
+    choice = select.choose(None, "cpu", torch.float32)
+    assert choice.backend == "reference" and "not triton: Triton's interpreter is for those who ask" in choice.reason
+    assert select.choose("triton", "cpu", torch.float32).backend == "triton"
+
+
+def test_why_triton_cannot_run(monkeypatch):
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in triton.problem("cpu")
+    monkeypatch.setattr(triton, "_INTERPRETED", True)
+    monkeypatch.setattr(triton, "_INSTALLED", False)
+    assert triton.problem("cpu") == "triton is not installed (pip install triton)"
+    assert triton._gpu_problem.__wrapped__() == "triton is not installed (pip install triton)"
+    assert triton.problem("mps") == "it serves CUDA and ROCm tensors, got mps tensors"
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton._gpu_problem.__wrapped__() == "PyTorch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
+    assert triton._gpu_problem.__wrapped__() == "Tesla V100 has compute capability 7.0, Triton's kernels need 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 0))
+    assert triton._gpu_problem.__wrapped__() is None

@@ -6,14 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import native, triton
 
-__all__ = ["NAMES", "BackendStatus", "refusal", "status"]
+__all__ = ["NAMES", "BackendStatus", "dtypes", "refusal", "status"]
 
 # In the order in which "auto" prefers them.
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "triton", "reference")
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "triton": triton.DTYPES,
+    "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
 
 
 class BackendStatus(NamedTuple):
@@ -26,9 +30,13 @@ class BackendStatus(NamedTuple):
 
 def status() -> list[BackendStatus]:
     """Every backend of this package with its state on this machine."""
-    problem = native.problem()
+    interpreted = triton.problem("cpu") is None
+    no_triton = None if interpreted else triton.problem()
+    no_cpu = native.problem()
+    kernels = "Triton kernels, on CPU tensors in Triton's interpreter" if interpreted else "Triton kernels for GPUs"
     return [
-        BackendStatus("cpu", problem is None, problem or f"C++ kernels for {native.instruction_set()}"),
+        BackendStatus("cpu", no_cpu is None, no_cpu or f"C++ kernels for {native.instruction_set()}"),
+        BackendStatus("triton", no_triton is None, no_triton or kernels),
         BackendStatus("reference", True, "plain PyTorch, any device"),
     ]
 
@@ -37,8 +45,13 @@ def refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve tensors of this device type and dtype; None if it can."""
     if name == "reference":
         return None
-    if device_type != "cpu":
+    if name == "cpu" and device_type != "cpu":
         return f"it serves CPU tensors, got {device_type} tensors"
-    if dtype not in FLOAT_DTYPES:
+    if dtype not in _DTYPES[name]:
         return f"it has no kernels for {dtype}"
-    return native.problem()
+    return native.problem() if name == "cpu" else triton.problem(device_type)
+
+
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """The floating-point dtypes that a backend is tested with (the reference serves others too)."""
+    return _DTYPES[name]

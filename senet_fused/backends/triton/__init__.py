@@ -1,0 +1,67 @@
+"""The Triton backend: NVIDIA and AMD GPUs, and CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``).
+
+Nothing here imports triton or asks for a device until a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["DTYPES", "backward", "forward", "problem"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# As Triton reads it, which is once, when triton is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+_NO_TRITON = "triton is not installed (pip install triton)"
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def problem(device_type: str = "cuda") -> str | None:
+    """Why the kernels cannot run on tensors of this device type here; None if they can."""
+    if device_type == "cpu":
+        if not _INTERPRETED:
+            return "it serves GPU tensors; CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1 at start)"
+        return None if _INSTALLED else _NO_TRITON
+    if device_type != "cuda":
+        return f"it serves CUDA and ROCm tensors, got {device_type} tensors"
+    return _gpu_problem()
+
+
+@lru_cache(maxsize=1)
+def _gpu_problem() -> str | None:
+    if not _INSTALLED:
+        return _NO_TRITON
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    for number in range(torch.cuda.device_count() if torch.version.hip is None else 0):
+        capability = torch.cuda.get_device_capability(number)
+        if capability < _OLDEST_CAPABILITY:
+            name = torch.cuda.get_device_name(number)
+            return f"{name} has compute capability {'.'.join(map(str, capability))}, Triton's kernels need 8.0"
+    return None
+
+
+# torch.compile may meet it while it traces; what it says does not change.
+problem._dynamo_marked_constant = True
+
+
+def forward(*arguments: Any) -> None:
+    """Fills y, gate, saved, mask; see launch.py."""
+    from . import launch
+
+    launch.forward(*arguments)
+
+
+def backward(*arguments: Any) -> None:
+    """Fills dx, dw1, db1, dw2, db2, dresidual; see launch.py."""
+    from . import launch
+
+    launch.backward(*arguments)

@@ -1,0 +1,473 @@
+"""Launches the Triton kernels on tensors that the operators have allocated. Imports triton.
+
+A call is looked up by what is fixed about it (device, sizes, dtypes, options) and gives a :class:`Recipe`: the plan and
+the kernels' constants. What is left per call are the workspaces, the strides, and one to four launches, all in the
+current stream; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...activations import Activation
+from . import kernels, tuned
+from .plan import (
+    EXCITE_CHANNELS,
+    EXCITE_REDUCED,
+    EXCITE_SAMPLES,
+    EXCITE_SPLIT,
+    EXCITE_STEP,
+    WEIGHT_CHANNELS,
+    WEIGHT_REDUCED,
+    DeviceFacts,
+    Plan,
+    Problem,
+    plan,
+)
+
+__all__ = ["INTERPRETED", "backward", "device_facts", "forward", "launches", "plan_of"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+# What the interpreter pretends to be: it then runs what an H200 would.
+_INTERPRETED_FACTS = DeviceFacts("cuda", 90, 132)
+
+# Kernels launched in this process, by name: a proof of what ran.
+launches: Counter[str] = Counter()
+
+
+@lru_cache(maxsize=64)
+def device_facts(device: torch.device) -> DeviceFacts:
+    """What the plan wants to know of a device; an H200's facts for the CPU, in the interpreter."""
+    if device.type == "cpu":
+        return _INTERPRETED_FACTS
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+        return DeviceFacts("hip", arch, properties.multi_processor_count, properties.warp_size)
+    arch = 10 * properties.major + properties.minor
+    return DeviceFacts("cuda", arch, properties.multi_processor_count, properties.warp_size)
+
+
+def plan_of(problem: Problem, facts: DeviceFacts) -> Plan:
+    """The plan that a call takes: the tuned one where there is one, else the counted one."""
+    return tuned.lookup(problem, facts) or plan(problem, facts)
+
+
+# ---------------------------------------------------------------------------------------------------- one kernel
+
+
+class Kernel:
+    """A kernel with its constants. Called with the number of programs and the arguments in front of the constants.
+
+    The compiled kernel is kept by what Triton specialises on (the arguments' dtypes and alignment), because finding it
+    again through triton.jit takes longer than many of these kernels run.
+    """
+
+    def __init__(self, name: str, facts: DeviceFacts, warps: int, waits: bool, **constants: Any) -> None:
+        function = getattr(kernels, name)
+        self.name = name
+        self.function = function
+        pdl = facts.dependent_launch and not INTERPRETED
+        self.constants = {**constants, "PDL": pdl}
+        names = list(function.arg_names)
+        self.tail = tuple(self.constants[key] for key in names[len(names) - len(self.constants) :])
+        self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+        if pdl and waits:
+            self.options["launch_pdl"] = True
+        self.compiled: dict[Any, Any] = {}
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        launches[self.name] += 1
+        if INTERPRETED:
+            self.function[(programs,)](*arguments, **self.constants)
+            return
+        key = tuple(
+            [
+                (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a is None or -(2**31) <= a < 2**31
+                for a in arguments
+            ]
+        )
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            self.compiled[key] = self.function[(programs,)](*arguments, **self.constants, **self.options)
+        else:
+            compiled[(programs, 1, 1)](*arguments, *self.tail)
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is fixed about a call."""
+
+    problem: Problem
+    facts: DeviceFacts
+    device: torch.device
+    act: str
+    gate_fn: str
+    align: int
+    m_align: int
+    precision: str
+    save: bool = True  # forward: is anything kept for a backward
+
+
+class Recipe:
+    """The plan of a call and its kernels."""
+
+    def __init__(self, call: Call) -> None:
+        p, facts = call.problem, call.facts
+        self.plan = plan_of(p, facts)
+        tile = self.plan.tile
+        if p.channels_last != (tile.form == "channels_last"):
+            raise ValueError(f"a plan with tiles of {tile.form!r} does not fit {p}")
+        self.blocks = tile.blocks(p.channels)
+        self.tiles = self.blocks * tile.splits
+        self.parts = -(-p.channels // EXCITE_SPLIT)
+        self.gate_blocks = -(-p.channels // EXCITE_CHANNELS)
+        self.weight_tiles = -(-p.channels // WEIGHT_CHANNELS) * -(-p.reduced // WEIGHT_REDUCED)
+        a, g = Activation.parse(call.act), Activation.parse(call.gate_fn)
+        act = {"ACT": a.kernel_name, "ACT_A": (a.args or (0.0,))[0]}
+        slope, offset = g.args or (0.0, 0.0)
+        gate = {"GATE": g.kernel_name, "GATE_A": slope}
+        sizes = {"C": p.channels, "R": p.reduced}
+        launched = self.plan.strategy == "launches"
+        evict = "evict_first" if self.plan.streaming else ""
+        kinds = {"STRATEGY": self.plan.strategy, "SQUEEZE": p.squeeze}
+        wide = p.channels * p.positions >= 2**31
+
+        def kernel(name: str, warps: int = tile.warps, waits: bool = True, **constants: Any) -> Kernel:
+            return Kernel(name, facts, warps, waits, **constants)
+
+        excite = dict(sizes, SAMPLES=EXCITE_SAMPLES, REDUCED=EXCITE_REDUCED, PRECISION=call.precision)
+        weights = {"WEIGHT_CHANNELS": WEIGHT_CHANNELS, "WEIGHT_REDUCED": WEIGHT_REDUCED}
+        warps = 4 * 32 // facts.warp_size
+        # One split of an average is pooled itself, and goes where it is kept.
+        self.direct = call.save and p.squeeze == "avg" and tile.splits == 1
+        if launched and not p.backward:
+            self.push = kernel(
+                "excite_push_kernel", warps, **excite, STEP=EXCITE_STEP, CHANNELS=EXCITE_SPLIT, SQUEEZE=p.squeeze,
+                SAVE=call.save and not self.direct,
+            )  # fmt: skip
+            self.gate = kernel(
+                "excite_gate_kernel", warps, **excite, **act, **gate, GATE_B=offset, CHANNELS=EXCITE_CHANNELS,
+                SAVE=call.save,
+            )  # fmt: skip
+        elif launched:
+            self.push = kernel("excite_push_backward_kernel", warps, **excite, STEP=EXCITE_STEP, CHANNELS=EXCITE_SPLIT)
+            self.excite = kernel(
+                "excite_backward_kernel", warps, **excite, **act, **weights, CHANNELS=EXCITE_CHANNELS
+            )
+
+        if tile.form == "rows":
+            rows = {
+                "C": p.channels, "M": p.positions, "ALIGN": call.align, "PLANES": tile.row_channels,
+                "ROWS": tile.channels // tile.row_channels, "STEP": tile.positions, "WIDE": wide,
+            }  # fmt: skip
+            self.scale = kernel("rows_scale_kernel", **rows, REVERSED=self.plan.reversed, EVICT=evict)
+            if p.backward:
+                self.squeeze = kernel(
+                    "rows_squeeze_backward_kernel", waits=False, **rows, **gate, IN_FLOAT32=INTERPRETED
+                )
+            else:
+                self.squeeze = kernel("rows_squeeze_kernel", waits=False, **rows, IN_FLOAT32=INTERPRETED)
+            return
+
+        tiles = dict(
+            sizes, ALIGN=call.align, M_ALIGN=call.m_align, CHANNELS_LAST=p.channels_last, WIDE=wide,
+            SAMPLES=tile.samples, CHANNELS=tile.channels, POSITIONS=tile.positions,
+            # A block of the weights beside the tile: as many elements as a few loads per thread bring.
+            REDUCED=max(4, min(EXCITE_REDUCED, 4096 // (tile.samples * tile.channels))),
+        )  # fmt: skip
+        walk = {"REVERSED": self.plan.reversed, "EVICT": evict}
+        if not p.backward:
+            self.squeeze = kernel(
+                "squeeze_kernel", waits=False, **tiles, **kinds, KEEP=launched or call.save, STAGES=self.plan.stages
+            )
+            self.scale = kernel(
+                "scale_kernel", **tiles, **walk, **act, **gate, GATE_B=offset, STRATEGY=self.plan.strategy,
+                SAVE=call.save, RELU=p.relu,
+            )  # fmt: skip
+            return
+        self.squeeze = kernel(
+            "squeeze_backward_kernel", waits=False, **tiles, **act, **gate, STRATEGY=self.plan.strategy,
+            RELU=p.relu, STAGES=self.plan.stages, EVICT_X="evict_first" if p.squeeze == "avg" else "",
+        )  # fmt: skip
+        self.scale = kernel(
+            "scale_backward_kernel", **tiles, **walk, **kinds, **act, RELU=p.relu,
+            WEIGHT_SAMPLES=EXCITE_SAMPLES, **weights, PRECISION=call.precision,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _recipe(call: Call) -> Recipe:
+    return Recipe(call)
+
+
+def _sample_stride(t: Tensor) -> int:
+    return t.stride(0) if t.shape[0] > 1 else t[0].numel()
+
+
+def _call(
+    x: Tensor,
+    w1: Tensor,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    post_act: str,
+    channels_last: bool,
+    strides: Sequence[int],
+    *,
+    residual: bool,
+    backward: bool,
+    save: bool = True,
+) -> tuple[Call, Recipe]:
+    n, c, *spatial = x.shape
+    m = math.prod(spatial)
+    problem = Problem(
+        channels=c,
+        reduced=w1.shape[0],
+        positions=m,
+        element_size=x.element_size(),
+        weight_size=w1.element_size(),
+        channels_last=channels_last,
+        squeeze=squeeze,
+        relu=post_act == "relu",
+        residual=residual,
+        backward=backward,
+    )
+    facts = device_facts(x.device)
+    vector = problem.vector
+    tf32 = facts.vendor == "cuda" and not INTERPRETED and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    call = Call(
+        problem=problem,
+        facts=facts,
+        device=x.device,
+        act=act,
+        gate_fn=gate_fn,
+        align=math.gcd(vector, *strides),
+        m_align=1 if channels_last else math.gcd(vector, m),
+        precision="tf32" if tf32 else "ieee",
+        save=save,
+    )
+    return call, _recipe(call)
+
+
+_TICKETS = 1 << 16
+_ticket_rings: dict[tuple[int, int], list[Any]] = {}
+_ticket_lock = threading.Lock()
+
+
+def _tickets(x: Tensor, count: int) -> Tensor:
+    """Counters at zero, which the kernel leaves at zero again: a part of a ring per stream, too long for two calls
+    that are under way to meet in it. A graph, which may be replayed in any stream, gets its own."""
+    if x.device.type == "cpu" or count > _TICKETS // 64 or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    with _ticket_lock:
+        ring = _ticket_rings.get(key)
+        if ring is None:
+            ring = _ticket_rings[key] = [torch.zeros(_TICKETS, dtype=torch.int32, device=x.device), 0]
+        start = ring[1] if ring[1] + count <= _TICKETS else 0
+        ring[1] = start + count
+        return ring[0][start : start + count]
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes x's device the current one, on which Triton launches."""
+    if x.device.type == "cpu":
+        if not INTERPRETED:
+            raise RuntimeError(
+                "the triton backend got CPU tensors; it serves them only in Triton's interpreter: set "
+                "TRITON_INTERPRET=1 before Python starts"
+            )
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """Fills y, gate, saved, mask (see ``senet_fused.ops``); None is not kept, y must be there."""
+    y, gate, saved, mask = outputs
+    n = x.shape[0]
+    if n == 0:
+        return
+    x_stride, y_stride = _sample_stride(x), _sample_stride(y)
+    r_stride = 0 if residual is None else _sample_stride(residual)
+    call, recipe = _call(
+        x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, y_stride, r_stride),
+        residual=residual is not None, backward=False, save=saved is not None,
+    )  # fmt: skip
+    p, plan, tile = call.problem, recipe.plan, recipe.plan.tile
+    c, r, splits = p.channels, p.reduced, tile.splits
+    x_stride, y_stride, r_stride = (stride // call.align for stride in (x_stride, y_stride, r_stride))
+    launched = plan.strategy == "launches"
+
+    def work(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    saved_stride = pooled = preact = peak = tied = None
+    if saved is not None:
+        saved_stride = saved.stride(0)
+        pooled, preact = saved, saved[:, c:]
+        if squeeze != "avg":
+            peak, tied = saved[:, c + r :], saved[:, 2 * c + r :]
+    preact_stride = saved_stride
+    if preact is None and plan.strategy == "last_block":
+        preact, preact_stride = work(n, r), r
+    parts = parts_stride = peaks = ties = None
+    if recipe.direct:
+        parts, parts_stride = saved, saved_stride
+    elif launched or saved is not None:
+        parts, parts_stride = work(n, splits, c), splits * c
+    if squeeze != "avg":
+        peaks, ties = work(n, splits, c), work(n, splits, c)
+    if launched and gate is None:
+        gate = work(n, c)
+    if mask is not None and mask.dim() == 1:
+        mask = None
+    groups = -(-n // tile.samples)
+    inv_m = 1.0 / p.positions
+
+    with _on_device(x):
+        if tile.form == "rows":
+            recipe.squeeze(n * recipe.blocks, x, x_stride, parts, parts_stride, inv_m)
+        else:
+            shares = None if launched else work(n, recipe.tiles, r)
+            tickets = _tickets(x, groups) if plan.strategy == "last_block" else None
+            steps = (p.positions // call.m_align, splits, tile.steps)
+            recipe.squeeze(
+                groups * recipe.tiles, x, x_stride, w1, b1, parts, parts_stride, peaks, ties, shares,
+                preact, preact_stride, tickets, n, *steps, inv_m,
+            )  # fmt: skip
+        if launched:
+            shares = work(n, recipe.parts, r)
+            samples = -(-n // EXCITE_SAMPLES)
+            recipe.push(
+                samples * recipe.parts, parts, parts_stride, peaks, ties, w1, shares, pooled, peak, tied, saved_stride,
+                n, splits,
+            )  # fmt: skip
+            recipe.gate(
+                samples * recipe.gate_blocks, shares, preact, preact_stride, b1, w2, b2, gate, n, recipe.parts
+            )
+        if tile.form == "rows":
+            recipe.scale(
+                n * recipe.blocks, x, x_stride, residual, r_stride, y, y_stride, gate, None, 0.0
+            )
+            return
+        sums = parts if saved is not None and not launched and not recipe.direct else None
+        recipe.scale(
+            groups * recipe.tiles, x, x_stride, residual, r_stride, y, y_stride, mask, sums, pooled, saved_stride,
+            shares, preact, preact_stride, b1, w2, b2, gate, n, *steps,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- backward
+
+
+def backward(
+    dy: Tensor,
+    dgate: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    gate: Tensor,
+    saved: Tensor,
+    mask: Tensor,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
+    dx, dw1, db1, dw2, db2, dresidual = outputs
+    n = x.shape[0]
+    out = dx if dx is not None else dresidual
+    x_stride, dy_stride = (_sample_stride(x), _sample_stride(dy)) if n else (0, 0)
+    out_stride = _sample_stride(out) if n and out is not None else 0
+    call, recipe = _call(
+        x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, dy_stride, out_stride),
+        residual=dresidual is not None, backward=True,
+    )  # fmt: skip
+    p, plan, tile = call.problem, recipe.plan, recipe.plan.tile
+    c, r, splits = p.channels, p.reduced, tile.splits
+    x_stride, dy_stride, out_stride = (stride // call.align for stride in (x_stride, dy_stride, out_stride))
+    launched = plan.strategy == "launches"
+    saved_stride, pooled, preact = saved.stride(0), saved, saved[:, c:]
+    peak, tied = (None, None) if squeeze == "avg" else (saved[:, c + r :], saved[:, 2 * c + r :])
+    weight_tiles = recipe.weight_tiles if dw1 is not None else 0
+    gradients = (dw1, db1, dw2, db2)
+    groups = -(-n // tile.samples)
+    inv_m = 1.0 / p.positions
+    mask = mask if p.relu else None
+
+    def work(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    with _on_device(x):
+        parts, shares, dpreact, dpooled = work(n, splits, c), None, None, None
+        steps = (p.positions // call.m_align, splits, tile.steps)
+        if tile.form == "rows":
+            if n:
+                recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)
+        elif n:
+            tickets = None
+            if not launched:
+                shares = work(n, recipe.tiles, r)
+            if plan.strategy == "last_block":
+                dpreact, tickets = work(n, r), _tickets(x, groups)
+            recipe.squeeze(
+                groups * recipe.tiles, x, x_stride, dy, dy_stride, mask, dgate, gate, w2, parts, shares,
+                preact, saved_stride, dpreact, tickets, n, *steps,
+            )  # fmt: skip
+        if launched:
+            shares = work(n, recipe.parts, r)
+            samples = -(-n // EXCITE_SAMPLES)
+            if n:
+                recipe.push(samples * recipe.parts, parts, w2, shares, n, splits)
+            dpooled = work(n, c) if dx is not None else None
+            programs = weight_tiles + (samples * recipe.gate_blocks if dx is not None else 0)
+            if programs:
+                recipe.excite(
+                    programs, parts, shares, pooled, preact, saved_stride, w1, dpooled, *gradients,
+                    n, splits, recipe.parts, weight_tiles,
+                )  # fmt: skip
+            weight_tiles = 0
+        if tile.form == "rows":
+            if n and dx is not None:
+                recipe.scale(n * recipe.blocks, dy, dy_stride, None, 0, dx, out_stride, gate, dpooled, inv_m)
+            return
+        programs = weight_tiles + (groups * recipe.tiles if out is not None else 0)
+        if programs:
+            recipe.scale(
+                programs, x, x_stride, dy, dy_stride, dx, dresidual, out_stride, mask, gate, parts, shares, dpreact,
+                dpooled, pooled, preact, peak, tied, saved_stride, w1, *gradients, n, *steps, weight_tiles, inv_m,
+            )  # fmt: skip

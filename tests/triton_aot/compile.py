@@ -1,0 +1,236 @@
+"""Compiles the Triton kernels for real GPUs on a machine without one, through the launch code that a GPU would take,
+and prints what they use: registers, stack (spills), shared memory, and the widths of their global accesses.
+
+    python tests/triton_aot/compile.py [--write]     compare with, or write, resources.json
+
+A stand-in for Triton's driver names the target; launch.py plans, allocates and passes its arguments as ever, on CPU
+tensors, and a stand-in for the launch itself compiles the kernel and stops. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from senet_fused import ops  # noqa: E402
+from senet_fused.backends.triton import launch, plan  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE / "resources.json"
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), plan.DeviceFacts("cuda", 80, 108)),
+    "sm_90": (GPUTarget("cuda", 90, 32), plan.DeviceFacts("cuda", 90, 132)),
+    "sm_100": (GPUTarget("cuda", 100, 32), plan.DeviceFacts("cuda", 100, 148)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), plan.DeviceFacts("hip", "gfx942", 304, 64)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One SE layer to compile forward and backward: sizes as in the problem table, options as in the operator."""
+
+    channels: int
+    reduced: int
+    size: int
+    dtype: str = "bfloat16"
+    layout: str = "channels_last"
+    squeeze: str = "avg"
+    tail: bool = False  # + residual, ReLU
+    act: str = "relu"
+    gate: str = "sigmoid"
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        options = [self.dtype, self.layout]
+        options += [self.squeeze] if self.squeeze != "avg" else []
+        options += ["residual+relu"] if self.tail else []
+        options += [self.act] if self.act != "relu" else []
+        options += [self.gate] if self.gate != "sigmoid" else []
+        options += [f"{self.weights} weights"] if self.weights else []
+        return f"{self.channels}/{self.reduced}@{self.size}x{self.size} {' '.join(options)}"
+
+
+STAGES = ((256, 16, 56), (512, 32, 28), (1024, 64, 14), (2048, 128, 7))
+LAYOUTS = ("channels_last", "contiguous")
+LAYERS = [
+    *(Layer(*stage, dtype, layout) for stage in STAGES for layout in LAYOUTS for dtype in ("bfloat16", "float32")),
+    *(Layer(*stage, "float16", layout) for stage in STAGES[2:] for layout in LAYOUTS),
+    *(Layer(*stage, "bfloat16", layout, tail=True) for stage in STAGES for layout in LAYOUTS),
+    *(Layer(*stage, "bfloat16", layout, "max") for stage in STAGES[::3] for layout in LAYOUTS),
+    *(Layer(*stage, "bfloat16", layout, "avgmax", tail=True) for stage in STAGES[::2] for layout in LAYOUTS),
+    *(Layer(72, 24, 28, "bfloat16", layout, gate="hardsigmoid") for layout in LAYOUTS),
+    *(Layer(1152, 48, 7, "bfloat16", layout, act="silu") for layout in LAYOUTS),
+    *(Layer(240, 10, 28, "float16", layout, act="silu", weights="float32") for layout in LAYOUTS),
+    *(Layer(1232, 308, 14, "bfloat16", layout) for layout in LAYOUTS),
+    *(Layer(3024, 308, 7, "bfloat16", layout) for layout in LAYOUTS),
+    *(Layer(30, 7, 5, "bfloat16", layout, act="gelu") for layout in LAYOUTS),
+]  # fmt: skip
+
+
+class Driver:
+    """What triton.jit asks a driver while it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[dict[str, Any]]:
+    """Within the block launches compile for this target instead; gives the compiled kernels by what they are for."""
+    target, facts = TARGETS[name]
+    found: dict[str, Any] = {}
+
+    def compile_kernel(self: launch.Kernel, programs: int, *arguments: Any) -> None:
+        assert programs > 0
+        found[self.name] = self.function.warmup(*arguments, grid=(programs,), **self.constants, **self.options)
+
+    triton.runtime.driver.set_active(Driver(target))
+    with (
+        mock.patch.object(launch.Kernel, "__call__", compile_kernel),
+        mock.patch.object(launch, "device_facts", lambda device: facts),
+        mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
+        mock.patch.object(launch, "_tickets", lambda x, count: torch.zeros(count, dtype=torch.int32)),
+    ):
+        launch._recipe.cache_clear()
+        for kernel in vars(launch.kernels).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()
+        yield found
+    launch._recipe.cache_clear()
+
+
+def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
+    """Forward and backward of a layer; returns the strategies of both."""
+    dtype = getattr(torch, layer.dtype)
+    c, r = layer.channels, layer.reduced
+    memory_format = torch.channels_last if layer.layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(batch, c, layer.size, layer.size, dtype=dtype).contiguous(memory_format=memory_format)
+    weight = getattr(torch, layer.weights or layer.dtype)
+    w1, w2, b1, b2 = (torch.empty(size, dtype=weight) for size in ((r, c), (c, r), (r,), (c,)))
+    residual, post_act = (torch.empty_like(x), "relu") if layer.tail else (None, "")
+    operator = ops.OPERATORS["triton"].registered
+    options = (layer.act, layer.gate, layer.squeeze, post_act)
+    with torch.no_grad():
+        _, gate, saved, mask = operator(x, w1, b1, w2, b2, residual, *options, True)
+        backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
+        backward(
+            torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, layer.tail
+        )
+    problem = plan.Problem(
+        c, r, layer.size**2, dtype.itemsize, weight.itemsize, layer.layout == "channels_last", layer.squeeze,
+        layer.tail, layer.tail,
+    )  # fmt: skip
+    facts = launch.device_facts(x.device)
+    return tuple(
+        launch.plan_of(dataclasses.replace(problem, backward=b), facts).strategy for b in (False, True)
+    )
+
+
+def resources(kernel: Any, target: str) -> dict[str, Any]:
+    """Registers, spills in bytes, shared memory in bytes, and how often which width of global access stands in the
+    code."""
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+        return {
+            "registers": number("vgpr_count"),
+            "spills": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+            "shared": kernel.metadata.shared,
+            "loads": dict(sorted(Counter(re.findall(r"\b(?:global|buffer)_load_(\w+)", text)).items())),
+            "stores": dict(sorted(Counter(re.findall(r"\b(?:global|buffer)_store_(\w+)", text)).items())),
+        }
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": used["REG"],
+        "spills": used["STACK"] + used["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "loads": _widths(ptx, r"ld\.global"),
+        "asynchronous loads": dict(Counter(str(8 * int(n, 16)) for n in re.findall(r"cp\.async\.c[ag]\.\S+ .*?, 0x(\w+)", ptx))),
+        "stores": _widths(ptx, r"st\.global"),
+    }
+
+
+def _widths(ptx: str, instruction: str) -> dict[str, int]:
+    """How many accesses of how many bits: {"128": 4, "32": 1}."""
+    found: Counter[int] = Counter()
+    for vector, bits in re.findall(instruction + r"[\w.:]*?(?:\.v(\d))?\.[buf](\d+)\b", ptx):
+        found[int(vector or 1) * int(bits)] += 1
+    return {str(bits): count for bits, count in sorted(found.items(), reverse=True)}
+
+
+def compile_all(targets: list[str], layers: list[Layer], progress: bool = False) -> dict[str, Any]:
+    """{layer: {"plans": [forward, backward], target: {kernel: resources}}}"""
+    table: dict[str, Any] = {}
+    for target in targets:
+        for layer in layers:
+            with compiling_for(target) as found:
+                strategies = run(layer)
+            entry = table.setdefault(layer.name, {})
+            entry[target] = {"strategies": list(strategies)}
+            entry[target] |= {name: resources(kernel, target) for name, kernel in found.items()}
+            if progress:
+                print(target, layer.name, *strategies, file=sys.stderr)
+                for name, kernel in found.items():
+                    print("   ", name, entry[target][name], file=sys.stderr)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--layer", default="", help="only layers whose name has this in it")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--json", type=Path, help="write the table here")
+    args = parser.parse_args()
+    if launch.INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
+    layers = [layer for layer in LAYERS if args.layer in layer.name]
+    table = compile_all(args.target, layers, progress=True)
+    for path in [args.json, TABLE if args.write else None]:
+        if path is not None:
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+    sys.exit(main())
