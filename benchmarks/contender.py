@@ -31,9 +31,10 @@ def prepare(case: Case, name: str, cold: bool) -> tuple[Callable[[], object], pr
     """
     weights = buffers.make_weights(case, CPU)
     judge = _judge(dataclasses.replace(case, layout="", direction=""))
+    providers.forget_compiled()
     provider = providers.BUILDERS[name](case, weights, "linear", None)
     found = providers.results(provider, case, buffers.check_inputs(case, weights, CPU))
-    verdict = oracle.judge(case, found, judge.exact, judge.stock_errors, ours=name == "fused")
+    verdict = oracle.judge(case, found, judge.exact, judge.stock_errors, ours=providers.is_ours(provider))
     assert verdict.wrong is None, verdict.wrong
 
     least_bytes, least = (2 * machine.last_level_cache_bytes(), 2) if cold else (0, 1)

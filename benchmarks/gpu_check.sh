@@ -1,22 +1,36 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: builds, runs the tests and the microbenchmark, and leaves its JSON.
+# On a machine with an NVIDIA GPU: builds, tests, and measures, and leaves what it measured as JSON and pictures.
 #
-#   benchmarks/gpu_check.sh [build] [tests] [bench]     default: all three, each if the one before succeeded
+#   benchmarks/gpu_check.sh [PART...]     default: all, in this order
 #
-# OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3).
-# Nothing is installed or downloaded: it needs torch, ninja, pybind11, a C++ compiler, for the tests pytest.
-# Exits 2 where there is no GPU.
+#   build          compiles the CPU kernels, and says what runs here
+#   tests          all tests; those of GPU kernels run on the GPU
+#   sanitize       every strategy of the Triton plans once under each tool of compute-sanitizer (skipped without it)
+#   bench-bf16     SENet-154's layers at batch 64: both layouts, forward and forward+backward, cold and warm L2, device
+#   bench-float32  time by graph replay and wall time; eager, compile, max-autotune, fused and fused+compile
+#   launches       the GPU kernels of one forward and one backward of each layer; fails if there are more than planned
+#   table          one table of what is measured, and the pictures
+#
+# Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
+# whatever became of those before. Exits 1 if a part failed, 2 where there is no GPU.
+#
+# OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3), WORKERS the
+# number of test processes (8), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
+# per case and cache mode (1), TIME_LIMIT the seconds after which the benchmark begins no further case (500; what is
+# done is kept). Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++ compiler, for the
+# tests pytest, for the pictures matplotlib.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-parts=${*:-build tests bench}
+all="build tests sanitize bench-bf16 bench-float32 launches table"
+parts=${*:-$all}
 
 for part in $parts; do
-  case $part in
-    build | tests | bench) ;;
-    *) echo "gpu_check: unknown part '$part' (build, tests, bench)" >&2; exit 1 ;;
+  case " $all " in
+    *" $part "*) ;;
+    *) echo "gpu_check: unknown part '$part' (${all// /, })" >&2; exit 1 ;;
   esac
 done
 
@@ -32,26 +46,97 @@ fi
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')
+name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')-senet154-batch64
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
+build() {
+  "$python" setup.py -q build_ext --inplace
+  "$python" -m senet_fused doctor
+}
+
+tests() {
+  local workers=()
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${WORKERS:-8}" --dist=worksteal); fi
+  OMP_NUM_THREADS=2 timeout "${TESTS_LIMIT:-590}" "$python" -m pytest "${workers[@]}"
+}
+
+sanitize() {
+  local sanitizer tool status failed=0
+  sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
+  if [ -z "$sanitizer" ]; then
+    echo "compute-sanitizer is not installed: skipped"
+    return
+  fi
+  "$python" benchmarks/gpu_sanitize.py # by itself first: it compiles, which the sanitizer need not watch
+  for tool in memcheck racecheck synccheck initcheck; do
+    status=0
+    # Without PyTorch's allocator, each tensor is an allocation of its own, with an end that can be overrun.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 130 "$sanitizer" --tool "$tool" --error-exitcode 3 \
+      "$python" benchmarks/gpu_sanitize.py >"$out/sanitize-$tool.log" 2>&1 || status=$?
+    if [ "$status" = 124 ] && [ "$tool" != memcheck ]; then
+      echo "$tool: not done within 130 seconds, nothing said"
+    elif [ "$status" != 0 ]; then
+      echo "$tool: exit status $status"
+      tail -n 30 "$out/sanitize-$tool.log"
+      failed=1
+    else
+      echo "$tool: $(tail -n 1 "$out/sanitize-$tool.log")"
+    fi
+  done
+  return "$failed"
+}
+
+# How long 16 cases of one dtype take is an estimate, not a measurement: inputs and oracle 30 seconds, torch.compile
+# 2 minutes and max-autotune 4 while their caches are empty, fused and fused+compile 1, samples BUDGET x 2 (cold and
+# warm) x 16 cases: about 8 minutes, less the second time.
+bench() {
+  # torch.compile's autotuning writes pages to standard error: they go to the log.
+  "$python" -m senet_fused bench --problem senet154 --batch 64 --dtype "$1" --layout contiguous channels_last \
+    --direction forward forward+backward --providers eager compile max-autotune fused fused+compile --device cuda \
+    --budget "${BUDGET:-1}" --time-limit "${TIME_LIMIT:-500}" --json "$out/$name-$1.json" \
+    2> >(tee "$out/bench-$1.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2)
+}
+
+launches() {
+  "$python" benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32 |
+    tee "$out/$name-launches.txt"
+}
+
+table() {
+  local files=() dtype
+  for dtype in bfloat16 float32; do
+    if [ -f "$out/$name-$dtype.json" ]; then files+=("$out/$name-$dtype.json"); fi
+  done
+  if [ ${#files[@]} = 0 ]; then
+    echo "nothing is measured yet in $out"
+    return 1
+  fi
+  "$python" -m senet_fused bench --from "${files[@]}" --plain --plot "$out/$name.png" --roofline "$out/$name-roofline.png"
+}
+
+failed=()
 for part in $parts; do
   echo "== $part ($gpu)"
-  case $part in
-    build)
-      "$python" setup.py -q build_ext --inplace
-      "$python" -m senet_fused doctor
-      ;;
-    tests)
-      workers=()
-      if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
-      OMP_NUM_THREADS=2 "$python" -m pytest "${workers[@]}"
-      ;;
-    bench)
-      "$python" -m senet_fused bench --problem senet154 --batch 64 \
-        --dtype bfloat16 float32 --layout contiguous channels_last --direction forward forward+backward \
-        --providers eager compile fused --device cuda --json "$out/microbenchmark-$name.json"
-      ;;
-  esac
+  start=$SECONDS
+  set +e
+  (
+    set -e
+    case $part in
+      bench-bf16) bench bfloat16 ;;
+      bench-float32) bench float32 ;;
+      *) "$part" ;;
+    esac
+  )
+  status=$?
+  set -e
+  echo "== $part: exit status $status after $((SECONDS - start)) s"
+  if [ "$status" != 0 ]; then
+    failed+=("$part")
+    if [ "$part" = build ]; then break; fi
+  fi
 done
+if [ ${#failed[@]} != 0 ]; then
+  echo "== failed: ${failed[*]}; results in $out"
+  exit 1
+fi
 echo "== done: $parts; results in $out"

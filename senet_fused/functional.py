@@ -53,8 +53,8 @@ def squeeze_excite(
         squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
-        backend: "auto", "cpu", "triton" or "reference"; None takes the innermost ``use_backend``, then the environment variable
-            SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's
+        backend: "auto", "cpu", "triton" or "reference"; None takes the innermost ``use_backend``, then the environment
+            variable SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's
             transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is
             named.
         return_gate: also return the gate.

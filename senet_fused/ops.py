@@ -221,7 +221,10 @@ def _watched(*gradients: Tensor | None) -> bool:
 
 
 def _define(
-    backend: str, dispatch_keys: tuple[str, ...], launch_forward: Callable[..., None], launch_backward: Callable[..., None]
+    backend: str,
+    dispatch_keys: tuple[str, ...],
+    launch_forward: Callable[..., None],
+    launch_backward: Callable[..., None],
 ) -> Operator:
     name = f"senet_fused::squeeze_excite_{backend}"
     counted_forward, counted_backward = f"{backend}.forward", f"{backend}.backward"

@@ -81,7 +81,7 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
     """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
 
     "auto" never takes the Triton interpreter. Under torch.compile (``compiling``) it leaves GPU tensors to the
-    reference, whose operators torch.compile fuses with their neighbours; an operator of ours would stop it from doing so.
+    reference, whose operators torch.compile fuses with their neighbours, which an operator of ours would prevent.
 
     Raises:
         ValueError: an unknown backend name.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import senet_fused
+from senet_fused import cli
 from senet_fused.bench import buffers, cuda_timing, oracle, problems, providers, report, runner, timing
 from senet_fused.bench.problems import Case, RequestError, Shape
 
@@ -516,10 +517,116 @@ def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
     reason="no C++ compiler for torch.compile",
 )
-def test_compile_is_measured():
-    rows = by_provider(measure([small_case(direction="forward")], providers=("eager", "compile")))
-    assert rows["compile"]["error"] is None
-    assert (rows["compile"]["backend"], rows["compile"]["form"]) == ("inductor", rows["eager"]["form"])
+def test_all_that_compile_are_measured_for_what_ran():
+    everyone = tuple(providers.BUILDERS)
+    rows = by_provider(measure([small_case(direction="forward")], providers=everyone))
+    assert [row["error"] for row in rows.values()] == [None] * 6
+    auto = rows["fused"]["backend"]
+    assert {name: row["backend"] for name, row in rows.items()} == {
+        "eager": "aten",
+        "compile": "inductor",
+        "max-autotune": "inductor",
+        "fused": auto,
+        "fused+compile": "inductor" if auto == "reference" else auto,
+        "copy": "aten",
+    }
+    form = rows["eager"]["form"]
+    assert [rows[name]["form"] for name in everyone] == [form, form, form, None, None]
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile without inductor; the options of every call of it."""
+    asked, real = [], torch.compile
+
+    def compile_(module, **options):
+        asked.append((type(module).__name__, options))
+        # A function of its own: torch.compile runs again what the same one has compiled.
+        return real(module, backend=lambda graph, inputs: graph.forward, fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return asked
+
+
+def test_what_is_compiled_and_how(quick_compile):
+    rows = measure([small_case(direction="forward")], providers=tuple(providers.BUILDERS))
+    assert not any(row["error"] for row in rows)
+    whole = {"fullgraph": True, "dynamic": False}
+    assert quick_compile == [
+        ("StockSE", whole),
+        ("StockSE", whole | {"mode": "max-autotune-no-cudagraphs"}),
+        ("FusedSE", whole),
+    ]
+
+
+def test_compiled_code_is_forgotten_once_a_case(monkeypatch, quick_compile):
+    resets, real = [], torch._dynamo.reset
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1) or real())
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    cases = [small_case(direction="forward"), small_case(direction="forward", batch=3)]
+    rows = measure(cases, providers=("compile", "max-autotune", "fused+compile"), backend="reference")
+    assert not any(row["error"] for row in rows)
+    assert len(resets) == 2 and graphs["unique_graphs"] == before + 2 * 3
+
+
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+def test_the_fused_layer_compiled_as_plain_pytorch_is_inductors(monkeypatch, quick_compile, direction):
+    """As on a GPU, where "auto" leaves a compiled graph to torch.compile: another rule, and no claim to our backend."""
+    from senet_fused import functional, select
+
+    real = select.choose
+
+    def choose(backend, device_type, dtype, compiling=False):
+        return select.Choice("reference", "compiling") if compiling else real(backend, device_type, dtype)
+
+    monkeypatch.setattr(functional.select, "choose", choose)
+    judged_as_ours, real_judge = [], runner.judge
+
+    def judge(*arguments, ours):
+        judged_as_ours.append(ours)
+        return real_judge(*arguments, ours=ours)
+
+    monkeypatch.setattr(runner, "judge", judge)
+    names = ("compile", "fused", "fused+compile")
+    rows = by_provider(measure([small_case(direction=direction)], providers=names, backend="auto"))
+    auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
+    assert [rows[name]["backend"] for name in names] == ["inductor", auto, "inductor"]
+    assert judged_as_ours == [False, True, False]
+
+
+@pytest.mark.skipif(
+    senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend == "reference", reason="no CPU kernels"
+)
+def test_our_operator_in_a_compiled_graph_is_held_to_our_rule(monkeypatch, quick_compile):
+    seen, real = [], runner.judge
+    monkeypatch.setattr(runner, "judge", lambda *a, ours: seen.append(ours) or real(*a, ours=ours))
+    row = by_provider(measure([small_case()], providers=("fused+compile",), backend="cpu"))["fused+compile"]
+    assert (row["backend"], row["error"], seen) == ("cpu", None, [True])
+
+
+def test_a_named_backend_is_insisted_on_under_compile(monkeypatch, quick_compile):
+    row = by_provider(measure([small_case()], providers=("fused+compile",), backend="reference"))["fused+compile"]
+    assert (row["backend"], row["error"]) == ("inductor", None)
+    monkeypatch.setattr(senet_fused, "call_counts", dict)
+    row = by_provider(measure([small_case()], providers=("fused+compile",), backend="cpu"))["fused+compile"]
+    assert row["error"].endswith("backend 'cpu' was asked for, but 'inductor' ran") or "cannot serve" in row["error"]
+
+
+def test_a_fused_layer_that_is_not_compiled_is_found(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    row = by_provider(measure([small_case()], providers=("fused+compile",)))["fused+compile"]
+    assert "compiled nothing" in row["error"] and row["median_s"] is None
+
+
+def test_no_case_is_begun_after_the_time_limit(monkeypatch):
+    begun = []
+    monkeypatch.setattr(runner._Runner, "case", lambda self, case: begun.append(case) or [{"case": case}])
+    cases = [small_case(batch=n) for n in range(1, 6)]
+    clock = iter([0, 1, 2, 3, 11])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    rows = runner.run(cases, runner.Options(time_limit_s=10), Quiet())
+    assert begun == cases[:3] and len(rows) == 3
 
 
 def test_a_case_that_cannot_be_set_up_does_not_end_the_run(monkeypatch):
@@ -817,3 +924,157 @@ def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
         assert picture[..., :3].std() > 0.01
         shapes.append(picture.shape)
     assert shapes[0] > shapes[1]
+
+
+# -------------------------------------------------------------------------------- saved results, the roofline
+
+
+HEADER = {
+    "device": {"type": "cuda", "name": "a GPU"},
+    "threads": 2,
+    "versions": {"torch": "2", "senet_fused": "0"},
+    "date": "2020-01-01T00:00",
+    "command": "senet-fused bench",
+    "revision": "abc",
+}
+
+
+def saved(path, rows, **changes):
+    report.write_json(path, HEADER | changes, rows, report.summarise(rows))
+    return path
+
+
+def roofline_rows():
+    return [
+        made_row(provider, dtype=dtype, layout=layout, shape=shape, direction=direction, fraction_of_copy=fraction)
+        for direction in problems.DIRECTIONS
+        for dtype in ("float32", "bfloat16")
+        for shape in ("8,256,16,56,56", "8,2048,128,7,7")
+        for layout in problems.LAYOUTS
+        for provider, fraction in (("eager", 0.2), ("fused", 0.7), ("fused+compile", 0.6), ("copy", 1.0))
+    ]
+
+
+def test_sizes_are_those_of_the_tensor():
+    assert report.tensor_bytes(made_row()) == 8 * 256 * 56 * 56 * 4
+    assert report.tensor_bytes(made_row(shape="2,8,1,9", dtype="bfloat16")) == 2 * 8 * 9 * 2
+    assert [report.size_label(n) for n in (512, 25_690_112, 3e9)] == ["0.512 kB", "25.7 MB", "3 GB"]
+
+
+def test_the_roofline_table_has_every_stage_beside_the_copy():
+    rows = [*roofline_rows(), failed_row(shape="8,512,32,28,28"), made_row("copy", shape="8,512,32,28,28", gbps=25.0)]
+    out = io.StringIO()
+    report.render({}, rows, report.summarise(rows), out, roofline=True)
+    text = out.getvalue()
+    assert text.count("GB/s (of copy), cold, senet154: ") == 4
+    assert re.search(r"8 x 256/16 @ 56x56 +contiguous +25\.7 MB +10 +10 \(20%\) +10 \(70%\) +10 \(60%\) +-\n", text)
+    assert re.search(r"8 x 512/32 @ 28x28 +contiguous +12\.8 MB +25 +- +- +- +error\n", text)
+    plain = io.StringIO()
+    report.render({}, rows, report.summarise(rows), plain)
+    assert "(of copy)" not in plain.getvalue()
+
+
+def test_saved_files_are_read_together(tmp_path):
+    one = saved(tmp_path / "1.json", [made_row()])
+    two = saved(tmp_path / "2.json", [made_row(dtype="bfloat16")], revision="def", warning="busy", date="2021")
+    header, rows = report.read_json([one, two])
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert (header["revision"], header["warning"], header["command"]) == ("abc; def", "busy", "senet-fused bench")
+    assert header["device"] == HEADER["device"] and header["date"] == HEADER["date"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "cannot read"),
+        ("[]", "was not written by"),
+        ('{"header": {}, "rows": []}', "no date, device, threads, versions"),
+        (json.dumps({"header": HEADER, "rows": [{"provider": "fused"}]}), "no backend, cache, copies"),
+        (json.dumps({"header": HEADER | {"device": {"name": "another"}}, "rows": []}), "differ in device"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    good, bad = saved(tmp_path / "good.json", [made_row()]), tmp_path / "bad.json"
+    if content is not None:
+        bad.write_text(content)
+    with pytest.raises(RequestError, match=message):
+        report.read_json([good, bad])
+
+
+def test_saved_results_are_reported_and_drawn_without_measuring(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
+    path = saved(tmp_path / "out.json", roofline_rows())
+    plot, roofline, again = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "again.json"
+    argv = ["bench", "--from", str(path), "--plot", str(plot), "--roofline", str(roofline), "--json", str(again)]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "a GPU" in text and "Geometric means" in text and "GB/s (of copy)" in text
+    assert plot.read_bytes().startswith(b"\x89PNG") and roofline.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(again.read_text())["rows"] == roofline_rows()
+
+    assert cli.main(["bench", "--from", str(saved(path, [failed_row(), made_row()]))]) == 1
+    assert "ERROR wrong output" in capsys.readouterr().out
+    assert cli.main(["bench", "--from", str(tmp_path / "none.json")]) == 2
+    assert cli.main(["bench", "--from", str(path), "--roofline", "x.txt"]) == 2
+    assert "end it in .png" in capsys.readouterr().err
+
+
+def test_a_run_out_of_time_reports_what_is_done(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    shapes = ["--shape", "1,4,2,3,3", "--providers", "eager", "--cache-size", "0.001", "--json", str(path)]
+    assert cli.main(["bench", *shapes, "--time-limit", "1e-9"]) == 130
+    assert json.loads(path.read_text())["header"]["interrupted"] == "after 0 of 1 cases"
+    assert cli.main(["bench", *shapes, "--quick", "--time-limit", "1000"]) == 0
+    assert "interrupted" not in json.loads(path.read_text())["header"]
+
+
+def test_every_provider_can_be_asked_for_and_drawn():
+    from senet_fused.bench import command, plot
+
+    assert command.PROVIDERS == tuple(providers.BUILDERS) == tuple(plot._COLOURS)
+    assert plot._COLOURS.keys() == plot._LABELS.keys() == plot._MARKERS.keys()
+
+
+def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from senet_fused.bench import plot
+
+    figures, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self) or real(self, path))
+    rows = [*roofline_rows(), *(made_row(cache="warm", fraction_of_copy=9.0) for _ in range(2))]
+    plot.draw_roofline(HEADER, rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    assert "device time" in figure.texts[1].get_text() and "cold cache" in figure.texts[1].get_text()
+    panels = figure.axes
+    assert [axes.get_title("left") for axes in panels] == [
+        "forward, float32", "forward, bfloat16", "forward+backward, float32", "forward+backward, bfloat16",
+    ]  # fmt: skip
+    for axes in panels:
+        assert "copy" in [text.get_text() for text in axes.texts]
+        *curves, ceiling = axes.lines
+        assert list(ceiling.get_ydata()) == [1, 1]
+        assert [list(curve.get_ydata()) for curve in curves] == [[y, y] for y in (0.2, 0.2, 0.7, 0.7, 0.6, 0.6)]
+        assert len({(curve.get_marker(), curve.get_markerfacecolor()) for curve in curves}) == 6
+        size = 4 if "float32" in axes.get_title("left") else 2
+        for curve in curves:
+            assert list(curve.get_xdata()) == pytest.approx([8 * 2048 * 49 * size, 8 * 256 * 3136 * size], rel=0.1)
+
+
+def test_a_roofline_picture_is_drawn_whatever_is_missing(tmp_path):
+    pytest.importorskip("matplotlib")
+    from senet_fused.bench import plot
+
+    many = [made_row(shape=f"8,{c},4,{m},{m}", problem=p) for p in ("a", "b") for c in range(8, 28) for m in (7, 14)]
+    for rows in (
+        [failed_row()],
+        [made_row(fraction_of_copy=None), made_row("copy", 3.0)],
+        [made_row(fraction_of_copy=1.7), made_row(direction="forward+backward", dtype="bfloat16"), failed_row()],
+        many,
+    ):
+        plot.draw_roofline(HEADER, rows, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,12 +1,12 @@
 """Measurement: problems, what is compared, how it is timed, and the report.
 
     problems     the SE layers of known networks, and the case that one measurement is (no torch)
-    providers    eager, compile and fused behind one interface, and the copy that is their ceiling
+    providers    eager, compile, max-autotune, fused and fused+compile behind one interface, and the copy, their ceiling
     oracle       float64 results and the error bound: a provider whose output is wrong is not timed
     buffers      weights, the inputs that are judged, and the rotating inputs that keep the caches cold
     timing       interleaved wall-clock sampling;  cuda_timing: CUDA-graph replays beside it
     runner       one case after the other -> rows
-    report       rows -> terminal table, summary, JSON;  plot: rows -> picture
+    report       rows -> terminal tables, summary, JSON and back;  plot: rows -> pictures
     command      the arguments of `senet-fused bench` and its exit status
 
 Nothing is imported here, so `senet-fused --help` stays quick.

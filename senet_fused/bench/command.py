@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-PROVIDERS = ("eager", "compile", "fused")
+PROVIDERS = ("eager", "compile", "max-autotune", "fused", "fused+compile")
+_BY_DEFAULT = ("eager", "compile", "fused")
 _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 _MIB = 2**20
 _FORMS = {
@@ -35,15 +36,18 @@ _EPILOG = """\
 Every run is checked before it is timed: outputs, and with forward+backward every gradient for a random dy,
 against a float64 oracle in plain PyTorch. The fused provider may be off by twice stock PyTorch's own error in
 the same dtype plus one unit in the last place, the others by 16 times and 16 units; one that is off by more
-gets an error instead of a time.
+gets an error instead of a time. fused+compile is held to the first rule where this package's operator runs in the
+graph, to the second where the layer was compiled as plain PyTorch.
 
 examples:
   senet-fused bench --problem senet154 --quick
   senet-fused bench --problem senet154 --batch 8 --dtype float32 bfloat16 --layout contiguous channels_last \\
       --direction forward forward+backward --json out.json --plot out.png
   senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
+  senet-fused bench --from out.json --plot out.png --roofline roofline.png
 
-exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met
+exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met,
+130 interrupted or out of time
 """
 
 
@@ -115,14 +119,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--providers",
         nargs="+",
-        default=list(PROVIDERS),
+        default=list(_BY_DEFAULT),
         choices=PROVIDERS,
-        help="default: all; a copy, the ceiling, is always measured with them",
+        help=f"default: {' '.join(_BY_DEFAULT)}; a copy, the ceiling, is always measured with them. max-autotune is "
+        "torch.compile's mode of that name (without CUDA graphs of its own), fused+compile the fused layer under "
+        "torch.compile",
     )
     who.add_argument(
         "--backend",
         metavar="NAME",
-        help="of the fused provider: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+        help="of the fused layer: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument(
         "--eager-form",
@@ -157,12 +163,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for the samples of one case, all providers together (default 3)",
     )
+    how.add_argument(
+        "--time-limit",
+        type=_positive(float),
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no case after so long; what is done is reported and written, as after an interruption",
+    )
     how.add_argument("--quick", action="store_true", help="a first look: little time per case, few samples")
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--from",
+        dest="saved",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="report what --json has written, of one device and the same versions, instead of measuring",
+    )
     output.add_argument("--json", type=Path, metavar="FILE", help="header, rows and summary")
     output.add_argument(
         "--plot", type=Path, metavar="FILE", help="a picture (.png, .svg or .pdf); needs matplotlib"
+    )
+    output.add_argument(
+        "--roofline",
+        type=Path,
+        metavar="FILE",
+        help="a table, and a picture as above, of the bandwidth reached as a part of the copy's, by the tensor's size",
     )
     output.add_argument(
         "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
@@ -195,15 +222,16 @@ def _require_writable(path: Path) -> None:
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.json is not None:
         _require_writable(args.json)
-    if args.plot is not None:
-        if args.plot.suffix not in _IMAGE_SUFFIXES:
+    for option, path in (("--plot", args.plot), ("--roofline", args.roofline)):
+        if path is None:
+            continue
+        if path.suffix not in _IMAGE_SUFFIXES:
             raise RequestError(
-                f"cannot tell the picture's format from {args.plot.name!r}; end it in "
-                f"{', '.join(_IMAGE_SUFFIXES)}"
+                f"cannot tell the picture's format from {path.name!r}; end it in {', '.join(_IMAGE_SUFFIXES)}"
             )
         if importlib.util.find_spec("matplotlib") is None:
-            raise RequestError("--plot needs matplotlib: pip install 'senet-fused[bench]'")
-        _require_writable(args.plot)
+            raise RequestError(f"{option} needs matplotlib: pip install 'senet-fused[bench]'")
+        _require_writable(path)
 
 
 def _check_device(args: argparse.Namespace) -> None:
@@ -288,19 +316,37 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
         "copy": "x.clone() under the same rotation: 2 passes; copies = median / copy's median; "
         "of copy = GB/s / copy's GB/s",
         "baseline": f"eager: x.mean, two layers ({_FORMS[args.eager_form]}), gate, x * gate; "
-        "torch.compile gets the same module",
+        "torch.compile gets the same module, max-autotune too, without CUDA graphs of its own",
     }
 
 
+def _report(args: argparse.Namespace, header: dict, rows: list[dict]) -> None:
+    from . import report
+
+    summary = report.summarise(rows)
+    roofline = args.roofline is not None
+    report.render(header, rows, summary, sys.stdout, plain=args.plain, roofline=roofline)
+    if args.json is not None:
+        report.write_json(args.json, header, rows, summary)
+        print(f"\nwrote {args.json}")
+    if rows and (args.plot is not None or roofline):
+        from . import plot
+
+        for draw, path in ((plot.draw, args.plot), (plot.draw_roofline, args.roofline)):
+            if path is not None:
+                draw(header, rows, path)
+                print(f"wrote {path}")
+
+
 def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
-    """Runs the benchmark and prints the report.
+    """Runs the benchmark, or reads results that are saved, and prints the report.
 
     Args:
         args: as parsed by a parser with :func:`add_arguments`.
         command: the arguments as typed, for the header.
 
     Returns:
-        0; 1 if a row has an error; 130 if interrupted (what is done is reported and written).
+        0; 1 if a row has an error; 130 if interrupted or out of time (what is done is reported and written).
 
     Raises:
         RequestError: the request cannot be met; nothing has been measured.
@@ -308,6 +354,13 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     if args.list:
         _list_problems()
         return 0
+    if args.saved is not None:
+        from . import report
+
+        header, rows = report.read_json(args.saved)
+        _check_outputs(args)
+        _report(args, header, rows)
+        return 1 if any(row["error"] for row in rows) else 0
     shapes = [text for group in args.shape for text in group]
     names = args.problem or ([] if shapes else ["senet154"])
     todo = cases(
@@ -326,7 +379,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     _check_outputs(args)
     _check_device(args)
 
-    from . import cuda_timing, report, runner, timing
+    from . import cuda_timing, runner, timing
     from .progress import open_progress
 
     cuda = args.device == "cuda"
@@ -349,6 +402,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
         device=args.device,
         eager_form=args.eager_form,
         settings=settings,
+        time_limit_s=args.time_limit,
     )
 
     rows: list[runner.Row] = []
@@ -360,17 +414,11 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
                 runner.run(todo, options, progress, rows)
         except KeyboardInterrupt:
             interrupted = True
-            header["interrupted"] = f"after {len({_cell(row) for row in rows})} of {len(todo)} cases"
-    summary = report.summarise(rows)
-    report.render(header, rows, summary, sys.stdout, plain=args.plain)
-    if args.json is not None:
-        report.write_json(args.json, header, rows, summary)
-        print(f"\nwrote {args.json}")
-    if args.plot is not None and rows:
-        from .plot import draw
-
-        draw(header, rows, args.plot)
-        print(f"wrote {args.plot}")
+        done = len({_cell(row) for row in rows})
+        interrupted = interrupted or (args.time_limit < float("inf") and done < len(todo))
+        if interrupted:
+            header["interrupted"] = f"after {done} of {len(todo)} cases"
+    _report(args, header, rows)
     if interrupted:
         return 130
     return 1 if any(row["error"] for row in rows) else 0

@@ -1,4 +1,4 @@
-"""Rows as a picture: how much faster than eager, and how far from the copy ceiling."""
+"""Rows as pictures: how much faster than eager and how far from the copy ceiling; and the bandwidth by size."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import geometric_mean
+from .report import geometric_mean, size_label, tensor_bytes
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_roofline"]
 
 Row = dict[str, Any]
-_COLOURS = {"eager": "#9a9a9a", "compile": "#e2902f", "fused": "#2268a8"}
-_LABELS = {"eager": "eager", "compile": "torch.compile", "fused": "senet_fused"}
+_COLOURS = {
+    "eager": "#9a9a9a",
+    "compile": "#e2902f",
+    "max-autotune": "#a8481f",
+    "fused": "#2268a8",
+    "fused+compile": "#3fb0a4",
+}
+_LABELS = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "max-autotune": "torch.compile max-autotune",
+    "fused": "senet_fused",
+    "fused+compile": "senet_fused + torch.compile",
+}
+_MARKERS = {"eager": "s", "compile": "^", "max-autotune": "v", "fused": "o", "fused+compile": "D"}
+_LINES = {"contiguous": "-", "channels_last": (0, (3, 2))}
 _MANY = 10  # cells from which on a panel's labels are turned and its figures small
 _LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels_last"}
 
@@ -60,6 +74,7 @@ def _panel(axes: Any, rows: Sequence[Row], value: str, providers: Sequence[str])
                 f"{row[value]:.1f}" if row[value] < 100 else f"{row[value]:.0f}",
                 ha="center",
                 va="bottom",
+                rotation=90 if len(providers) > 3 else 0,
                 fontsize=7 if len(cells) <= _MANY else 5.5,
                 color="#333333",
                 path_effects=[withStroke(linewidth=2, foreground="white")],
@@ -109,15 +124,54 @@ def _group(row: Row) -> tuple[str, str, str]:
     return row["problem"], row["direction"], row["dtype"]
 
 
-def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
-    """Writes the picture; its suffix is the format. On a GPU it shows the device time with a cold L2."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
+def _cold(rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    """The cache mode that is drawn, cold if it was measured, and its rows."""
     caches = list(dict.fromkeys(row["cache"] for row in rows))
     cache = "cold" if "cold" in caches else caches[0]
-    rows = [row for row in rows if row["cache"] == cache]
+    return cache, [row for row in rows if row["cache"] == cache]
+
+
+def _figure(width: float, panel_height: float, lines: int, columns: int, head: float) -> tuple[Any, Any, float]:
+    """(figure, its panels, its height), with `head` inches left free above."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = head + panel_height * lines
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / height), h_pad=0.08, w_pad=0.08)
+    return figure, figure.subplots(lines, columns, squeeze=False), height
+
+
+def _heading(
+    figure: Any, height: float, title: str, header: Row, cache: str, legends: Sequence[Sequence[Any]]
+) -> None:
+    """Title, what it was measured on, and lines of legend."""
+    device, versions = header["device"], header["versions"]
+    time = "device time" if device.get("type") == "cuda" else f"{header['threads']} threads"
+    parts = (
+        device["name"], time, f"torch {versions['torch']}", f"senet_fused {versions['senet_fused']}", f"{cache} cache",
+        header["date"][:10],
+    )  # fmt: skip
+    figure.text(0.012, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(0.012, 1 - 0.38 / height, ", ".join(parts), fontsize=8, color="#555555", va="top")
+    for number, handles in enumerate(legends):
+        figure.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0.006, 1 - (0.56 + 0.22 * number) / height),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=8,
+            handlelength=1.6,
+        )
+
+
+def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
+    """Writes the picture; its suffix is the format. On a GPU it shows the device time with a cold L2."""
+    from matplotlib.patches import Patch
+
+    cache, rows = _cold(rows)
     groups = list(dict.fromkeys(map(_group, rows)))
     providers = [name for name in _COLOURS if any(row["provider"] == name for row in rows)]
     against_eager = [name for name in providers if name != "eager"] if "eager" in providers else []
@@ -130,14 +184,11 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
         if column[1]
     ]
     most = max(len(_cells([row for row in rows if _group(row) == group])) for group in groups)
-    panel_width = max(6.0, min(0.85 * most, 12))
-    panel_height = 2.7 if most <= _MANY else 3.4
+    panel_width = max(6.0 if len(providers) <= 3 else 8.4, min(0.85 * most, 12))
     head = 0.95  # inches for the title and the legend
-    height = head + panel_height * len(groups)
-    figure = Figure(figsize=(panel_width * len(columns), height), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / height), h_pad=0.08, w_pad=0.08)
-    grid = figure.subplots(len(groups), len(columns), squeeze=False)
+    figure, grid, height = _figure(
+        panel_width * len(columns), 2.7 if most <= _MANY else 3.4, len(groups), len(columns), head
+    )
     several = len({problem for problem, _, _ in groups}) > 1
     for line, group in zip(grid, groups, strict=True):
         members = [row for row in rows if _group(row) == group]
@@ -161,27 +212,104 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
         )[0]
     )
     problems = ", ".join(dict.fromkeys(row["problem"] for row in rows))
-    device, versions = header["device"], header["versions"]
-    top = 1 - 0.12 / height
-    figure.text(
-        0.012, top, f"Squeeze-and-Excitation layers: {problems}", fontsize=12, fontweight="bold", va="top"
+    _heading(figure, height, f"Squeeze-and-Excitation layers: {problems}", header, cache, [handles])
+    figure.savefig(path)
+
+
+def _roofline_panel(
+    axes: Any, rows: Sequence[Row], providers: Sequence[str], layouts: Sequence[str], top: float
+) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+    shapes = dict.fromkeys(row["shape"] for row in rows)
+    places = {row["shape"]: tensor_bytes(row) for row in rows}
+    # Side by side within a size, or they would hide each other.
+    apart = 1.05
+    for number, provider in enumerate(providers):
+        shift = apart ** (number - (len(providers) - 1) / 2)
+        for layout in layouts:
+            found = [row for row in rows if (row["provider"], row["layout"]) == (provider, layout)]
+            measured = [
+                (places[row["shape"]] * shift, row["fraction_of_copy"]) for row in found if row["fraction_of_copy"]
+            ]
+            if not measured:
+                continue
+            axes.plot(
+                *zip(*sorted(measured), strict=True),
+                color=_COLOURS[provider],
+                marker=_MARKERS[provider],
+                markersize=5.5,
+                markerfacecolor=_COLOURS[provider] if layout == "contiguous" else "white",
+                markeredgewidth=1.2,
+                lw=1 if len(shapes) <= _MANY else 0,
+                ls=_LINES[layout],
+                zorder=4 if provider.startswith("fused") else 3,
+            )
+    axes.set_xscale("log")
+    sizes = sorted(set(places.values()))
+    axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+    axes.axhline(1, color="black", lw=1.2, zorder=2)
+    axes.text(0.995, 1, "copy", ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set_ylim(0, top)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(sizes) <= 6 and len(sizes) == len(shapes):
+        names = {}
+        for shape, place in places.items():
+            _, c, r, *spatial = shape.split(",")
+            names[place] = f"{size_label(place)}\n{c}/{r} @{'x'.join(spatial)}"
+        axes.xaxis.set_major_locator(FixedLocator(sizes))
+        axes.set_xticklabels([names[size] for size in sizes])
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: size_label(count)))
+    axes.tick_params(labelsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#eeeeee", zorder=0)
+
+
+def draw_roofline(header: Row, rows: Sequence[Row], path: Path) -> None:
+    """Writes the picture of bandwidths: passes x bytes / median as a part of what the copy reached in the same run,
+    by the tensor's size; a panel per direction and dtype. On a GPU device time, with a cold L2."""
+    from matplotlib.lines import Line2D
+
+    cache, rows = _cold(rows)
+    rows = [row for row in rows if row["provider"] != "copy"]
+    providers = [name for name in _COLOURS if any(row["provider"] == name for row in rows)]
+    layouts = [name for name in _LAYOUTS if any(row["layout"] == name for row in rows)]
+    problems, dtypes, directions = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("problem", "dtype", "direction")
     )
-    figure.text(
-        0.012,
-        1 - 0.38 / height,
-        f"{device['name']}, {header['threads']} threads, torch {versions['torch']}, senet_fused "
-        f"{versions['senet_fused']}, {cache} cache, {header['date'][:10]}",
-        fontsize=8,
-        color="#555555",
-        va="top",
-    )
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.006, 1 - 0.56 / height),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=8,
-        handlelength=1.6,
-    )
+    lines = [(problem, direction) for problem in problems for direction in directions]
+    top = 1.08 * max([1.0, *(row["fraction_of_copy"] for row in rows if row["fraction_of_copy"])])
+    figure, grid, height = _figure(max(9.5, 5.4 * len(dtypes)), 3.0, len(lines), len(dtypes), 1.12)
+    for line, (problem, direction) in zip(grid, lines, strict=True):
+        for axes, dtype in zip(line, dtypes, strict=True):
+            members = [row for row in rows if _group(row) == (problem, direction, dtype)]
+            if not members:
+                axes.set_axis_off()
+                continue
+            _roofline_panel(axes, members, providers, layouts, top)
+            axes.set_ylabel("of the copy's bandwidth", fontsize=8)
+            title = (problem, direction, dtype) if len(problems) > 1 else (direction, dtype)
+            axes.set_title(", ".join(title), loc="left", fontsize=9, fontweight="bold")
+            passes = " or ".join(str(count) for count in sorted({row["passes"] for row in members}))
+            axes.set_title(f"{passes} passes x bytes / median", loc="right", fontsize=7, color="#555555")
+    for axes in grid[-1]:
+        axes.set_xlabel("the tensor's size", fontsize=8)
+
+    who = [
+        Line2D([], [], color=_COLOURS[name], marker=_MARKERS[name], ls="", label=_LABELS[name]) for name in providers
+    ]
+    how = [
+        Line2D(
+            [], [], color="#444444", marker="o", ls=_LINES[name], lw=1, label=_LAYOUTS[name],
+            markerfacecolor="#444444" if name == "contiguous" else "white",
+        )
+        for name in layouts
+    ]  # fmt: skip
+    batches = ", ".join(dict.fromkeys(row["shape"].split(",")[0] for row in rows))
+    title = f"Squeeze-and-Excitation layers against a copy: {', '.join(problems)}, batch {batches}"
+    _heading(figure, height, title, header, cache, [who, how])
     figure.savefig(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,10 @@ from .buffers import torch_dtype
 from .oracle import InputSet, Weights
 from .problems import Case
 
-__all__ = ["BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "results", "step"]
+__all__ = [
+    "BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "forget_compiled", "is_ours", "results",
+    "step",
+]  # fmt: skip
 
 STOCK_FORMS = ("linear", "conv")
 
@@ -70,8 +74,8 @@ class Provider:
     """One contender in one case.
 
     forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, in any
-    shape that flattens to the oracle's. path() says what ran since the provider was built. form is the stock
-    layer's form.
+    shape that flattens to the oracle's. path() says what ran since the provider was built, and is asked before another
+    provider runs: the counters it reads are the process's. form is the stock layer's form.
     """
 
     name: str
@@ -79,6 +83,10 @@ class Provider:
     parameters: list[Tensor]
     path: Callable[[], str]
     form: str | None = None
+
+
+# From case, weights, the stock layer's form and the fused layer's backend.
+Builder = Callable[[Case, Weights, str, "str | None"], Provider]
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
@@ -103,23 +111,43 @@ def _eager(case: Case, weights: Weights, form: str, backend: str | None) -> Prov
     return eager(case, weights, form)
 
 
-def _compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-    # Every case is compiled afresh for its own static shape, as the best case for the compiler.
-    torch._dynamo.reset()
+def forget_compiled() -> None:
+    """Before a case: every case is compiled afresh for its own static shape, as the best case for the compiler.
+
+    Not before a provider, which would make torch.compile compile the case's other providers once more.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def _compiled(module: nn.Module, mode: str | None = None) -> tuple[nn.Module, Callable[[], None]]:
+    """The module under torch.compile, and a check that raises unless something has been compiled since."""
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
-    module = StockSE(case, weights, form)
-    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    options = {} if mode is None else {"mode": mode}
 
-    def path() -> str:
+    def require_a_graph() -> None:
         if graphs["unique_graphs"] == before:
             raise RuntimeError("torch.compile compiled nothing; is it disabled by the environment?")
-        return "inductor"
 
-    return Provider("compile", compiled, _parameters(module), path, form)
+    return torch.compile(module, fullgraph=True, dynamic=False, **options), require_a_graph
 
 
-def _fused(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+def _compile_as(name: str, mode: str | None) -> Builder:
+    def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+        module = StockSE(case, weights, form)
+        compiled, require_a_graph = _compiled(module, mode)
+
+        def path() -> str:
+            require_a_graph()
+            return "inductor"
+
+        return Provider(name, compiled, _parameters(module), path, form)
+
+    return build
+
+
+def _fused_module(case: Case, weights: Weights, backend: str | None) -> FusedSE:
     module = FusedSE(
         case.shape.channels,
         rd_channels=case.shape.rd_channels,
@@ -132,32 +160,62 @@ def _fused(case: Case, weights: Weights, form: str, backend: str | None) -> Prov
         dtype=torch_dtype(case),
     )
     _load(module, weights)
+    return module
+
+
+def _counted(before: Counter[str], case: Case) -> str:
+    """The backends that the operator's own counters have seen since, each in every direction of the case.
+
+    The reference counts no backward: PyTorch's autograd differentiates it.
+    """
+    ran = {key for key, calls in (Counter(senet_fused.call_counts()) - before).items() if calls}
+    names = sorted({key.rpartition(".")[0] for key in ran})
+    for name in names:
+        for direction in ("forward", "backward") if case.backward and name != "reference" else ("forward",):
+            if f"{name}.{direction}" not in ran:
+                raise RuntimeError(f"the backend {name!r} counted no {direction} call")
+    return "+".join(names)
+
+
+def _fused(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+    module = _fused_module(case, weights, backend)
     before = Counter(senet_fused.call_counts())
 
     def path() -> str:
-        """The backends that the operator's own counters have seen, each in every direction of the case.
-
-        The reference counts no backward: PyTorch's autograd differentiates it.
-        """
-        ran = {key for key, calls in (Counter(senet_fused.call_counts()) - before).items() if calls}
-        names = sorted({key.rpartition(".")[0] for key in ran})
+        names = _counted(before, case)
         if not names:
             raise RuntimeError("no backend counted a call")
-        for name in names:
-            for direction in (
-                ("forward", "backward") if case.backward and name != "reference" else ("forward",)
-            ):
-                if f"{name}.{direction}" not in ran:
-                    raise RuntimeError(f"the backend {name!r} counted no {direction} call")
-        return "+".join(names)
+        return names
 
     return Provider("fused", module, _parameters(module), path)
 
 
-BUILDERS: dict[str, Callable[[Case, Weights, str, str | None], Provider]] = {
+def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+    module = _fused_module(case, weights, backend)
+    compiled, require_a_graph = _compiled(module)
+    before = Counter(senet_fused.call_counts())
+
+    def path() -> str:
+        """What has been counted; a graph in which nothing counts is the layer as plain PyTorch: inductor's code."""
+        require_a_graph()
+        return _counted(before, case) or "inductor"
+
+    return Provider("fused+compile", compiled, _parameters(module), path)
+
+
+def is_ours(provider: Provider) -> bool:
+    """Whether a provider that has run is held to this package's own rule: its code was ours, not torch.compile's."""
+    return provider.name == "fused" or (provider.name == "fused+compile" and provider.path() != "inductor")
+
+
+# In the order of tables and pictures.
+BUILDERS: dict[str, Builder] = {
     "eager": _eager,
-    "compile": _compile,
+    "compile": _compile_as("compile", None),
+    # Its own CUDA graphs would be graphs within the graph that is timed.
+    "max-autotune": _compile_as("max-autotune", "max-autotune-no-cudagraphs"),
     "fused": _fused,
+    "fused+compile": _fused_compile,
 }
 
 
@@ -178,7 +236,9 @@ def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tenso
     """One call of the provider, its tensors named as the oracle's: y, with a backward every gradient too."""
     if not case.backward:
         with torch.no_grad():
-            return {"y": provider.forward(inputs.x, inputs.residual)}
+            # Detached as the timed inputs are: torch.compile would compile once more for those.
+            x, residual = (None if t is None else t.detach() for t in (inputs.x, inputs.residual))
+            return {"y": provider.forward(x, residual)}
     y, gradients = step(provider, inputs)
     r, c = case.shape.rd_channels, case.shape.channels
     shapes: dict[str, tuple[int, ...]] = {"dx": case.size}

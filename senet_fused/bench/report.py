@@ -9,19 +9,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .problems import DIRECTIONS
+from .problems import DIRECTIONS, RequestError
 
-__all__ = ["render", "shape_label", "summarise", "write_json"]
+__all__ = [
+    "geometric_mean", "read_json", "render", "shape_label", "size_label", "summarise", "tensor_bytes", "write_json",
+]  # fmt: skip
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "cache", "byte_model", "copy", "baseline",
            "interrupted")  # fmt: skip
+# What a row has to have for tables and pictures.
+_NEEDED = (
+    "problem", "shape", "dtype", "layout", "direction", "cache", "provider", "backend", "form", "median_s", "iqr_s",
+    "speedup_vs_eager", "copies", "passes", "gbps", "fraction_of_copy", "max_error", "error",
+)  # fmt: skip
+_ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def shape_label(row: Row) -> str:
     """``8 x 256/16 @ 56x56``: N x C/R @ spatial."""
     n, c, r, *spatial = row["shape"].split(",")
     return f"{n} x {c}/{r} @ {'x'.join(spatial)}"
+
+
+def tensor_bytes(row: Row) -> int:
+    """The size of x."""
+    n, c, _, *spatial = map(int, row["shape"].split(","))
+    return math.prod((n, c, *spatial)) * _ELEMENT_BYTES[row["dtype"]]
+
+
+def size_label(size: float) -> str:
+    """Bytes, readable: ``25.7 MB``."""
+    unit, scale = ("kB", 1e3) if size < 1e6 else ("MB", 1e6) if size < 1e9 else ("GB", 1e9)
+    return f"{size / scale:.3g} {unit}"
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -173,6 +193,40 @@ def _summary_table(summary: Sequence[Row]) -> _Table:
     return _Table("Geometric means over shapes and layouts", lines)
 
 
+def _roofline_tables(rows: Sequence[Row]) -> list[_Table]:
+    """GB/s of every provider and their part of the copy's; one table per problem, direction, dtype and cache."""
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "copy"))
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    tables = []
+    for group in dict.fromkeys((row["problem"], row["direction"], row["dtype"]) for row in rows):
+        for cache in caches:
+            members = [row for row in rows if (row["problem"], row["direction"], row["dtype"]) == group]
+            members = [row for row in members if row["cache"] == cache]
+            lines = []
+            for shape, layout in dict.fromkeys((row["shape"], row["layout"]) for row in members):
+                found = {row["provider"]: row for row in members if (row["shape"], row["layout"]) == (shape, layout)}
+                first = next(iter(found.values()))
+                copy = found.get("copy", {}).get("gbps")
+                cells = {
+                    "N x C/R @ plane": shape_label(first),
+                    "layout": layout,
+                    "tensor": size_label(tensor_bytes(first)),
+                    "copy": "-" if copy is None else f"{copy:.3g}",
+                }
+                for name in names:
+                    row = found.get(name, {"gbps": None, "error": None})
+                    missing = "error" if row["error"] else "-"
+                    cells[name] = (
+                        missing if row["gbps"] is None else f"{row['gbps']:.3g} ({_share(row['fraction_of_copy'])})"
+                    )
+                lines.append(cells)
+            if lines:
+                layouts = list(dict.fromkeys(line["layout"] for line in lines))
+                lines.sort(key=lambda line, layouts=layouts: layouts.index(line["layout"]))
+                tables.append(_Table(f"GB/s (of copy), {cache}, {group[0]}: {', '.join(group[1:])}", lines))
+    return tables
+
+
 def _plain(table: _Table, out: TextIO) -> None:
     heads = table.heads
     widths = {head: table.width(head) for head in heads}
@@ -212,7 +266,7 @@ def _rich(tables: Sequence[_Table], out: TextIO) -> None:
             )
         errors = []
         for row in table.rows:
-            style = {"fused": "bold", "copy": "dim"}.get(row["provider"], "")
+            style = {"fused": "bold", "copy": "dim"}.get(row.get("provider", ""), "")
             if "error" in row:
                 errors.append(row["error"])
                 style = "red"
@@ -228,9 +282,14 @@ def _rich(tables: Sequence[_Table], out: TextIO) -> None:
 
 
 def render(
-    header: Row, rows: Sequence[Row], summary: Sequence[Row], out: TextIO, plain: bool = False
+    header: Row,
+    rows: Sequence[Row],
+    summary: Sequence[Row],
+    out: TextIO,
+    plain: bool = False,
+    roofline: bool = False,
 ) -> None:
-    """Prints what was measured and how, the tables and the summary.
+    """Prints what was measured and how, the tables, with roofline those of the bandwidths, and the summary.
 
     On a terminal they are rich's, if rich is installed and not plain.
     """
@@ -240,7 +299,9 @@ def render(
             value = ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
         if value is not None:
             print(f"{name.replace('_', ' ') + ':':12} {value}", file=out)
-    tables = [*_result_tables(rows), _summary_table(summary)] if rows else []
+    tables = []
+    if rows:
+        tables = [*_result_tables(rows), *(_roofline_tables(rows) if roofline else ()), _summary_table(summary)]
     if out.isatty() and not plain:
         try:
             _rich(tables, out)
@@ -255,3 +316,36 @@ def write_json(path: Path, header: Row, rows: Sequence[Row], summary: Sequence[R
     """Writes {"header", "rows", "summary"}; what was not measured is null."""
     text = json.dumps({"header": header, "rows": rows, "summary": summary}, indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
+    """Header and rows of what :func:`write_json` has written, of several files together.
+
+    Raises:
+        RequestError: a file cannot be read or is no such file, or the files are of different devices, threads or
+            versions; the message says which.
+    """
+    headers: list[Row] = []
+    rows: list[Row] = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        try:
+            found, more = content["header"], list(content["rows"])
+            missing = {key for key in ("device", "versions", "threads", "date") if key not in found}
+            missing |= {key for row in more for key in _NEEDED if key not in row}
+        except (KeyError, TypeError):
+            missing = {"header or rows"}
+        if missing:
+            raise RequestError(f"{path} was not written by `senet-fused bench --json`: no {', '.join(sorted(missing))}")
+        headers.append(found)
+        for key in ("device", "versions", "threads"):
+            if found[key] != headers[0][key]:
+                raise RequestError(f"{path} and {paths[0]} differ in {key}: {found[key]} and {headers[0][key]}")
+        rows += more
+    several = {}
+    for key in ("command", "revision", "warning", "interrupted"):
+        several[key] = "; ".join(dict.fromkeys(found[key] for found in headers if found.get(key))) or None
+    return headers[0] | several, rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +16,7 @@ from . import cuda_timing
 from .buffers import BufferPool, check_inputs, make_weights, torch_dtype
 from .oracle import InputSet, Weights, judge, oracle, relative_error, yardstick
 from .problems import LAYOUTS, Case
-from .providers import BUILDERS, STOCK_FORMS, Provider, copy_ceiling, eager, results, step
+from .providers import BUILDERS, STOCK_FORMS, Provider, copy_ceiling, eager, forget_compiled, is_ours, results, step
 from .timing import Rotation, Settings, Statistics, describe, interleave
 
 __all__ = ["Judge", "Options", "Progress", "Row", "appoint", "bind", "computing", "run"]
@@ -31,10 +33,10 @@ _MIN_GRAPH_BUFFERS, _MAX_GRAPH_BUFFERS = 8, 512
 class Options:
     """What to run and how.
 
-    providers: names from BUILDERS. backend: what the fused provider is built with, None for the default.
+    providers: names from BUILDERS. backend: what the fused layer is built with, None for the default.
     caches: "cold" and "warm", each gives rows of its own. cache_bytes: the size of the cache that cold inputs
         have to exceed twice. eager_form: one of STOCK_FORMS, or "faster" for whichever a short trial finds
-        faster in the case.
+        faster in the case. time_limit_s: after so long no case is begun.
     """
 
     providers: Sequence[str] = ("eager", "compile", "fused")
@@ -44,6 +46,7 @@ class Options:
     device: str = "cpu"
     eager_form: str = "faster"
     settings: Settings = Settings()
+    time_limit_s: float = math.inf
 
 
 class Progress(Protocol):
@@ -164,6 +167,7 @@ class _Runner:
 
     def _measure(self, case: Case, contenders: list[_Contender], copy: _Contender) -> None:
         self.progress.stage("checking")
+        forget_compiled()
         weights = make_weights(case, self.device)
         exact, stock_errors, forms = self._judge(case, weights)
         inputs = check_inputs(case, weights, self.device)
@@ -178,14 +182,15 @@ class _Runner:
             def build_and_judge(contender: _Contender = contender) -> None:
                 provider = BUILDERS[contender.name](case, weights, form, self.options.backend)
                 tensors = results(provider, case, inputs)
-                verdict = judge(case, tensors, exact, stock_errors, ours=contender.name == "fused")
-                contender.provider, contender.max_error, contender.error = provider, *verdict
+                contender.provider = provider
+                verdict = judge(case, tensors, exact, stock_errors, ours=is_ours(provider))
+                contender.max_error, contender.error = verdict
+                contender.guard(lambda: self._ask_path(contender))
 
             contender.guard(build_and_judge)
 
+        copy.guard(lambda: self._ask_path(copy))
         self._time(case, [contender for contender in [*contenders, copy] if contender.error is None], sets)
-        for contender in [*contenders, copy]:
-            contender.guard(lambda contender=contender: self._ask_path(contender))
 
     def _judge(self, case: Case, weights: Weights) -> Judge:
         key = dataclasses.replace(case, layout="", direction="")
@@ -241,8 +246,11 @@ class _Runner:
                     contender.timings[cache] = _Timing(*(outcome.statistics for outcome in outcomes))
 
     def _ask_path(self, contender: _Contender) -> None:
+        """Notes what ran, which is the backend asked for by name, if one was. Compiled, the reference is inductor's."""
         contender.path, asked = contender.provider.path(), self.options.backend
-        if contender.name == "fused" and asked not in (None, "auto", contender.path):
+        if not contender.name.startswith("fused") or asked in (None, "auto", contender.path):
+            return
+        if (contender.name, asked, contender.path) != ("fused+compile", "reference", "inductor"):
             raise RuntimeError(f"backend {asked!r} was asked for, but {contender.path!r} ran")
 
     def _row(
@@ -317,7 +325,10 @@ def run(
     """
     rows = [] if rows is None else rows
     runner = _Runner(options, progress)
+    start = time.monotonic()
     for case in cases:
+        if time.monotonic() - start > options.time_limit_s:
+            break
         progress.case(case)
         rows += runner.case(case)
         progress.done()

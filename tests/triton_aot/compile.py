@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for real GPUs on a machine without one, through the launch code that a GPU would take,
 and prints what they use: registers, stack (spills), shared memory, and the widths of their global accesses.
 
-    python tests/triton_aot/compile.py [--write]     compare with, or write, resources.json
+    python tests/triton_aot/compile.py               as JSON on standard output
+    python tests/triton_aot/compile.py --write       into resources.json, which tests/test_triton_aot.py compares with
 
 A stand-in for Triton's driver names the target; launch.py plans, allocates and passes its arguments as ever, on CPU
 tensors, and a stand-in for the launch itself compiles the kernel and stops. TRITON_INTERPRET must not be set.
@@ -58,6 +59,7 @@ class Layer:
     act: str = "relu"
     gate: str = "sigmoid"
     weights: str | None = None
+    variant: str = "all"  # "infer": forward alone; "no dx", "no dw": a gradient that is not wanted; "no biases"
 
     @property
     def name(self) -> str:
@@ -67,23 +69,28 @@ class Layer:
         options += [self.act] if self.act != "relu" else []
         options += [self.gate] if self.gate != "sigmoid" else []
         options += [f"{self.weights} weights"] if self.weights else []
+        options += [self.variant] if self.variant != "all" else []
         return f"{self.channels}/{self.reduced}@{self.size}x{self.size} {' '.join(options)}"
 
 
 STAGES = ((256, 16, 56), (512, 32, 28), (1024, 64, 14), (2048, 128, 7))
 LAYOUTS = ("channels_last", "contiguous")
 LAYERS = [
-    *(Layer(*stage, dtype, layout) for stage in STAGES for layout in LAYOUTS for dtype in ("bfloat16", "float32")),
-    *(Layer(*stage, "float16", layout) for stage in STAGES[2:] for layout in LAYOUTS),
-    *(Layer(*stage, "bfloat16", layout, tail=True) for stage in STAGES for layout in LAYOUTS),
-    *(Layer(*stage, "bfloat16", layout, "max") for stage in STAGES[::3] for layout in LAYOUTS),
-    *(Layer(*stage, "bfloat16", layout, "avgmax", tail=True) for stage in STAGES[::2] for layout in LAYOUTS),
-    *(Layer(72, 24, 28, "bfloat16", layout, gate="hardsigmoid") for layout in LAYOUTS),
-    *(Layer(1152, 48, 7, "bfloat16", layout, act="silu") for layout in LAYOUTS),
-    *(Layer(240, 10, 28, "float16", layout, act="silu", weights="float32") for layout in LAYOUTS),
-    *(Layer(1232, 308, 14, "bfloat16", layout) for layout in LAYOUTS),
-    *(Layer(3024, 308, 7, "bfloat16", layout) for layout in LAYOUTS),
-    *(Layer(30, 7, 5, "bfloat16", layout, act="gelu") for layout in LAYOUTS),
+    *(Layer(*stage, layout=layout) for stage in STAGES for layout in LAYOUTS),
+    *(Layer(*stage, "float32", layout) for stage in STAGES[::3] for layout in LAYOUTS),
+    *(Layer(*stage, layout=layout, tail=True) for stage in STAGES[::2] for layout in LAYOUTS),
+    Layer(*STAGES[3], tail=True),
+    Layer(*STAGES[3], squeeze="max"),
+    *(Layer(*STAGES[2], layout=layout, squeeze="avgmax", tail=True) for layout in LAYOUTS),
+    *(Layer(*STAGES[2], "float16", layout, variant=variant)
+      for layout, variant in zip(LAYOUTS * 2, ("infer", "no dx", "no dw", "no biases"), strict=True)),
+    Layer(*STAGES[3], variant="no dw"),
+    Layer(72, 24, 28, gate="hardsigmoid"),
+    Layer(72, 24, 28, "float16", "contiguous", gate="hardsigmoid", weights="float32"),
+    Layer(1152, 48, 7, act="silu"),
+    Layer(3024, 308, 7),
+    Layer(30, 7, 5, act="gelu"),
+    Layer(30, 7, 5, "float32", "contiguous", act="gelu"),
 ]  # fmt: skip
 
 
@@ -139,15 +146,19 @@ def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
     x = torch.empty(batch, c, layer.size, layer.size, dtype=dtype).contiguous(memory_format=memory_format)
     weight = getattr(torch, layer.weights or layer.dtype)
     w1, w2, b1, b2 = (torch.empty(size, dtype=weight) for size in ((r, c), (c, r), (r,), (c,)))
+    if layer.variant == "no biases":
+        b1 = b2 = None
     residual, post_act = (torch.empty_like(x), "relu") if layer.tail else (None, "")
-    operator = ops.OPERATORS["triton"].registered
+    operator = ops.OPERATORS["triton"]
     options = (layer.act, layer.gate, layer.squeeze, post_act)
     with torch.no_grad():
-        _, gate, saved, mask = operator(x, w1, b1, w2, b2, residual, *options, True)
-        backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
-        backward(
-            torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, layer.tail
-        )
+        if layer.variant == "infer":
+            operator.infer(x, w1, b1, w2, b2, residual, *options, False)
+        else:
+            _, gate, saved, mask = operator.registered(x, w1, b1, w2, b2, residual, *options, True)
+            backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
+            wanted = (layer.variant != "no dx", layer.variant != "no dw", layer.tail)
+            backward(torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, *wanted)
     problem = plan.Problem(
         c, r, layer.size**2, dtype.itemsize, weight.itemsize, layer.layout == "channels_last", layer.squeeze,
         layer.tail, layer.tail,
@@ -166,7 +177,7 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
         number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
         return {
             "registers": number("vgpr_count"),
-            "spills": 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+            "spills": number("private_segment_fixed_size"),
             "shared": kernel.metadata.shared,
             "loads": dict(sorted(Counter(re.findall(r"\b(?:global|buffer)_load_(\w+)", text)).items())),
             "stores": dict(sorted(Counter(re.findall(r"\b(?:global|buffer)_store_(\w+)", text)).items())),
@@ -183,34 +194,34 @@ def resources(kernel: Any, target: str) -> dict[str, Any]:
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
         "shared": kernel.metadata.shared,
-        "loads": _widths(ptx, r"ld\.global"),
-        "asynchronous loads": dict(Counter(str(8 * int(n, 16)) for n in re.findall(r"cp\.async\.c[ag]\.\S+ .*?, 0x(\w+)", ptx))),
+        "loads": _widths(ptx, r"ld\.global", asynchronous=True),
         "stores": _widths(ptx, r"st\.global"),
     }
 
 
-def _widths(ptx: str, instruction: str) -> dict[str, int]:
+def _widths(ptx: str, instruction: str, asynchronous: bool = False) -> dict[str, int]:
     """How many accesses of how many bits: {"128": 4, "32": 1}."""
     found: Counter[int] = Counter()
+    if asynchronous:
+        found.update(8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.\S+ .*?, 0x(\w+)", ptx))
     for vector, bits in re.findall(instruction + r"[\w.:]*?(?:\.v(\d))?\.[buf](\d+)\b", ptx):
         found[int(vector or 1) * int(bits)] += 1
     return {str(bits): count for bits, count in sorted(found.items(), reverse=True)}
 
 
 def compile_all(targets: list[str], layers: list[Layer], progress: bool = False) -> dict[str, Any]:
-    """{layer: {"plans": [forward, backward], target: {kernel: resources}}}"""
+    """{layer: {target: {"strategies": [forward, backward], "kernels": {name: resources}}}}"""
     table: dict[str, Any] = {}
     for target in targets:
         for layer in layers:
             with compiling_for(target) as found:
                 strategies = run(layer)
-            entry = table.setdefault(layer.name, {})
-            entry[target] = {"strategies": list(strategies)}
-            entry[target] |= {name: resources(kernel, target) for name, kernel in found.items()}
+            kernels = {name: resources(kernel, target) for name, kernel in found.items()}
+            table.setdefault(layer.name, {})[target] = {"strategies": list(strategies), "kernels": kernels}
             if progress:
                 print(target, layer.name, *strategies, file=sys.stderr)
-                for name, kernel in found.items():
-                    print("   ", name, entry[target][name], file=sys.stderr)
+                for name, used in kernels.items():
+                    print("   ", name, used, file=sys.stderr)
     return table
 
 
@@ -218,16 +229,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--layer", default="", help="only layers whose name has this in it")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
-    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, with what it takes to make it again")
     args = parser.parse_args()
     if launch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
     layers = [layer for layer in LAYERS if args.layer in layer.name]
-    table = compile_all(args.target, layers, progress=True)
-    for path in [args.json, TABLE if args.write else None]:
-        if path is not None:
-            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    table = compile_all(args.target, layers, not args.quiet)
+    content = {"triton": triton.__version__, "layers": table}
+    if args.write:
+        lines = json.dumps(content, indent=1, sort_keys=True)
+        # One kernel a line.
+        lines = re.sub(r'\{\s+"loads": .*?\n {5}\}', lambda m: re.sub(r"\s+", " ", m[0]), lines, flags=re.DOTALL)
+        TABLE.write_text(lines + "\n")
+    else:
+        print(json.dumps(content))
     return 0
 
 

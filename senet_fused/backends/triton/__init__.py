@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ __all__ = ["DTYPES", "backward", "forward", "problem"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton's interpreter before 3.7 converts arrays of one element to numbers, which numpy 2.4 refuses.
+_INTERPRETER_NEEDS = "Triton's interpreter needs triton 3.7 or later, or numpy before 2.4"
 # As Triton reads it, which is once, when triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -29,10 +32,21 @@ def problem(device_type: str = "cuda") -> str | None:
     if device_type == "cpu":
         if not _INTERPRETED:
             return "it serves GPU tensors; CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1 at start)"
-        return None if _INSTALLED else _NO_TRITON
+        if not _INSTALLED:
+            return _NO_TRITON
+        return None if _interpreter_works() else _INTERPRETER_NEEDS
     if device_type != "cuda":
         return f"it serves CUDA and ROCm tensors, got {device_type} tensors"
     return _gpu_problem()
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+
+
+@lru_cache(maxsize=1)
+def _interpreter_works() -> bool:
+    return _release("triton") >= (3, 7) or _release("numpy") < (2, 4)
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +59,8 @@ def _gpu_problem() -> str | None:
         capability = torch.cuda.get_device_capability(number)
         if capability < _OLDEST_CAPABILITY:
             name = torch.cuda.get_device_name(number)
-            return f"{name} has compute capability {'.'.join(map(str, capability))}, Triton's kernels need 8.0"
+            text = ".".join(map(str, capability))
+            return f"{name} has compute capability {text}, Triton's kernels need 8.0 (CUDA_VISIBLE_DEVICES can hide it)"
     return None
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["apply", "derivative", "gate_derivative"]
+__all__ = ["apply", "through_act", "through_gate"]
 
 
 @triton.jit
 def _sigmoid(v):
     return tl.div_rn(1.0, 1.0 + tl.exp(-v))
+
+
+@triton.jit
+def _sigmoid_slope(v):
+    # s * (1 - s), which would cancel for large v.
+    e = tl.exp(-tl.abs(v))
+    return tl.div_rn(e, (1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -69,7 +76,34 @@ def apply(v, FUNCTION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def derivative(v, FUNCTION: tl.constexpr, A: tl.constexpr):
+def _chain(upstream, slope, FUNCTION: tl.constexpr):
+    """upstream * slope; where a function is flat nothing comes through, be it infinite."""
+    product = upstream * slope
+    if FUNCTION == "relu":
+        product = tl.where(slope == 0, 0.0, product)
+    elif FUNCTION == "relu6":
+        product = tl.where(slope == 0, 0.0, product)
+    elif FUNCTION == "hardswish":
+        product = tl.where(slope == 0, 0.0, product)
+    elif FUNCTION == "hardsigmoid":
+        product = tl.where(slope == 0, 0.0, product)
+    return product
+
+
+@triton.jit
+def through_act(upstream, v, FUNCTION: tl.constexpr, A: tl.constexpr):
+    """upstream * act'(v)."""
+    return _chain(upstream, _derivative(v, FUNCTION, A), FUNCTION)
+
+
+@triton.jit
+def through_gate(upstream, gate, FUNCTION: tl.constexpr, A: tl.constexpr):
+    """upstream * gate_fn', from the gate itself."""
+    return _chain(upstream, _gate_derivative(gate, FUNCTION, A), FUNCTION)
+
+
+@triton.jit
+def _derivative(v, FUNCTION: tl.constexpr, A: tl.constexpr):
     """d act / d v at v."""
     one = v * 0.0 + 1.0
     if FUNCTION == "relu":
@@ -79,26 +113,25 @@ def derivative(v, FUNCTION: tl.constexpr, A: tl.constexpr):
     elif FUNCTION == "leaky_relu":
         d = tl.where(v > 0, one, A * one)
     elif FUNCTION == "silu":
-        s = _sigmoid(v)
-        d = s * (1.0 + v * (1.0 - s))
+        d = _sigmoid(v) + v * _sigmoid_slope(v)
     elif FUNCTION == "gelu":
         density = tl.exp(-0.5 * v * v) * 0.3989422804014327
         d = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476)) + v * density
     elif FUNCTION == "gelu_tanh":
-        s = _sigmoid(2.0 * _gelu_tanh_argument(v))
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * v * v)
-        d = s + 2.0 * v * s * (1.0 - s) * slope
+        u = 2.0 * _gelu_tanh_argument(v)
+        du = 2.0 * 0.7978845608028654 * (1.0 + 0.134145 * v * v)
+        d = _sigmoid(u) + v * _sigmoid_slope(u) * du
     elif FUNCTION == "hardswish":
         d = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, v * (1.0 / 3) + 0.5))
     elif FUNCTION == "mish":
         t = _tanh_of_softplus(v)
-        d = t + v * (1.0 - t * t) * _sigmoid(v)
+        e = tl.exp(tl.minimum(v, 20.0))
+        slope = tl.div_rn(2.0, e * (e + 2.0) + 2.0) * (1.0 + t)  # 1 - t^2 without cancellation
+        d = tl.where(v > 20, 1.0, t + v * slope * _sigmoid(v))
     elif FUNCTION == "tanh":
-        t = _tanh(v)
-        d = 1.0 - t * t
+        d = 4.0 * _sigmoid_slope(2.0 * v)
     elif FUNCTION == "sigmoid":
-        s = _sigmoid(v)
-        d = s * (1.0 - s)
+        d = _sigmoid_slope(v)
     else:
         tl.static_assert(FUNCTION == "identity")
         d = one
@@ -106,7 +139,7 @@ def derivative(v, FUNCTION: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def gate_derivative(gate, FUNCTION: tl.constexpr, A: tl.constexpr):
+def _gate_derivative(gate, FUNCTION: tl.constexpr, A: tl.constexpr):
     """d gate_fn / d v from the gate itself."""
     if FUNCTION == "sigmoid":
         d = gate * (1.0 - gate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import apply, derivative
+from .elementwise import apply, through_act
 
 __all__ = [
     "SINGLY", "SUM_BLOCK", "dpooled_of", "dpreact_of", "gate_of", "load_w1", "load_w2", "preact_of", "push_dhidden",
@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 # How many shares or splits are read as one block, and summed as a tree. Larger tiles have no registers for that: they
-# read them singly, four under way at a time.
+# read them singly, eight under way at a time.
 SUM_BLOCK = tl.constexpr(8)
 SINGLY = tl.constexpr(1)
 
@@ -26,7 +26,7 @@ def sum_splits(v, v_stride, o_n, o_c, N, S, C: tl.constexpr, BLOCK: tl.constexpr
     """sum_s v[n, s, c], in blocks of BLOCK splits: [samples, channels]. v_stride: from sample to sample."""
     total = tl.zeros([o_n.shape[0], o_c.shape[0]], tl.float32)
     m = (o_n < N)[:, None, None] & (o_c < C)[None, None, :]
-    for s0 in tl.range(0, S, BLOCK, loop_unroll_factor=4 // BLOCK if BLOCK < 4 else 1):
+    for s0 in tl.range(0, S, BLOCK, loop_unroll_factor=8 // BLOCK):
         o_s = s0 + tl.arange(0, BLOCK)
         row = o_n.to(tl.int64)[:, None, None] * v_stride + o_s[None, :, None] * C
         b = tl.load(v + row + o_c[None, None, :], mask=m & (o_s < S)[None, :, None], other=0.0)
@@ -61,7 +61,7 @@ def dpreact_of(
         v = tl.load(dpreact + n * R + o_r[None, :], mask=m, other=0.0)
     else:
         at = tl.load(preact + n * preact_stride + o_r[None, :], mask=m, other=0.0)
-        v = sum_splits(shares, T * R, o_n, o_r, N, T, R, BLOCK) * derivative(at, ACT, ACT_A)
+        v = through_act(sum_splits(shares, T * R, o_n, o_r, N, T, R, BLOCK), at, ACT, ACT_A)
     return v
 
 

@@ -8,8 +8,8 @@ passes the arguments. Conventions:
   (an integer argument by itself is known to be a multiple of 16 or nothing). C and R are constants for the same reason.
   Offsets within a sample have 32 bits unless WIDE.
 * Everything small is float32: parts of pooled and dlogit [N, S, C] with S splits of the positions, shares [N, T, R]
-  with T tiles a sample, gate and dpooled [N, C], dpreact [N, R]. pooled, preact, peak and ties may be columns of a wider
-  tensor, with `*_stride` from sample to sample. Weights and biases are read in their own dtypes.
+  with T tiles a sample, gate and dpooled [N, C], dpreact [N, R]. pooled, preact, peak and ties may be columns of a
+  wider tensor, with `*_stride` from sample to sample. Weights and biases are read in their own dtypes.
 * Sums run in an order that depends on the tile alone, never on N; there are no atomics on data.
 * PDL: a kernel may begin before the one in front of it has ended, and waits for it before it reads what that one wrote.
 """
@@ -20,10 +20,22 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .elementwise import gate_derivative
+from .elementwise import through_gate
 from .excite import (
-    SINGLY, SUM_BLOCK, dpooled_of, dpreact_of, gate_of, load_w1, load_w2, preact_of, push_dhidden, push_preact,
-    sum_splits, times, times_transposed, weight_gradients,
+    SINGLY,
+    SUM_BLOCK,
+    dpooled_of,
+    dpreact_of,
+    gate_of,
+    load_w1,
+    load_w2,
+    preact_of,
+    push_dhidden,
+    push_preact,
+    sum_splits,
+    times,
+    times_transposed,
+    weight_gradients,
 )  # fmt: skip
 from .tiles import inside, load_mask, offsets_of, store_mask
 
@@ -39,7 +51,8 @@ _ROW_INTEGERS = ("x_stride", "y_stride", "dy_stride", "residual_stride", "parts_
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def squeeze_kernel(
-    x, x_stride, w1, b1, parts, parts_stride, peaks, ties, shares, preact, preact_stride, tickets, N, M, S, STEPS, inv_m,
+    x, x_stride, w1, b1, parts, parts_stride, peaks, ties, shares, preact, preact_stride, tickets,
+    N, M, S, STEPS, inv_m,
     C: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr, M_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr, SQUEEZE: tl.constexpr, STRATEGY: tl.constexpr, KEEP: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REDUCED: tl.constexpr,
@@ -54,9 +67,11 @@ def squeeze_kernel(
     i_n = tl.program_id(0) // (BLOCKS * S)
     i_c = t % BLOCKS
     i_s = t // BLOCKS
+    if WIDE:
+        i_s = i_s.to(tl.int64)
     o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    base = x + o_n.to(tl.int64)[:, None, None] * (x_stride * ALIGN)
+    base = x + o_n.to(tl.int64)[:, None, None] * x_stride * ALIGN
     AXIS: tl.constexpr = 1 if CHANNELS_LAST else 2
     SHAPE: tl.constexpr = [SAMPLES, POSITIONS, CHANNELS] if CHANNELS_LAST else [SAMPLES, CHANNELS, POSITIONS]
     total = tl.zeros(SHAPE, tl.float32)
@@ -207,6 +222,8 @@ def scale_kernel(
     t = pid % (BLOCKS * S)
     i_c = t % BLOCKS
     i_s = t // BLOCKS
+    if WIDE:
+        i_s = i_s.to(tl.int64)
     o_n = (pid // (BLOCKS * S)) * SAMPLES + tl.arange(0, SAMPLES)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
@@ -235,10 +252,10 @@ def scale_kernel(
         o_p = p0 + tl.arange(0, POSITIONS)
         o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
-        b_x = tl.load(x + n[:, None, None] * (x_stride * ALIGN) + o, mask=m, other=0.0, eviction_policy=EVICT)
+        b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0, eviction_policy=EVICT)
         b_y = b_x.to(tl.float32) * b_gate
         if residual is not None:
-            at = residual + n[:, None, None] * (residual_stride * ALIGN) + o
+            at = residual + n[:, None, None] * residual_stride * ALIGN + o
             b_y += tl.load(at, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
         if RELU:
             keep = tl.where(b_y <= 0, 0, 1)
@@ -246,7 +263,7 @@ def scale_kernel(
             if mask is not None:
                 keep = tl.where(m, keep, 0)
                 store_mask(mask, keep, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
-        tl.store(y + n[:, None, None] * (y_stride * ALIGN) + o, b_y.to(y.dtype.element_ty), mask=m)
+        tl.store(y + n[:, None, None] * y_stride * ALIGN + o, b_y.to(y.dtype.element_ty), mask=m)
 
 
 # ---------------------------------------------------------------------------------------------------- squeeze, backward
@@ -271,6 +288,8 @@ def squeeze_backward_kernel(
     i_n = tl.program_id(0) // (BLOCKS * S)
     i_c = t % BLOCKS
     i_s = t // BLOCKS
+    if WIDE:
+        i_s = i_s.to(tl.int64)
     o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     n = o_n.to(tl.int64)
@@ -282,8 +301,8 @@ def squeeze_backward_kernel(
         o_p = p0 + tl.arange(0, POSITIONS)
         o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
-        b_x = tl.load(x + n[:, None, None] * (x_stride * ALIGN) + o, mask=m, other=0.0, eviction_policy=EVICT_X)
-        b_dy = tl.load(dy + n[:, None, None] * (dy_stride * ALIGN) + o, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0, eviction_policy=EVICT_X)
+        b_dy = tl.load(dy + n[:, None, None] * dy_stride * ALIGN + o, mask=m, other=0.0).to(tl.float32)
         if RELU:
             keep = load_mask(mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
             b_dy = tl.where(keep == 0, 0.0, b_dy)
@@ -294,7 +313,7 @@ def squeeze_backward_kernel(
         if i_s == 0:
             b_dgate += tl.load(dgate + n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)
     b_gate = tl.load(gate + n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)
-    dlogit = b_dgate * gate_derivative(b_gate, GATE, GATE_A)
+    dlogit = through_gate(b_dgate, b_gate, GATE, GATE_A)
     tl.store(parts + (n[:, None] * S + i_s) * C + o_c[None, :], dlogit, mask=m_nc)
     if STRATEGY != "launches":
         dlogit = tl.where(m_nc, dlogit, 0.0)
@@ -350,12 +369,14 @@ def excite_backward_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    # What is not wanted is None, and not compiled: both branches of a condition known only at run time are.
     if tl.program_id(0) < WEIGHT_TILES:
-        weight_gradients(
-            tl.program_id(0), pooled, saved_stride, parts, shares, None, preact, saved_stride, dw1, db1, dw2, db2,
-            N, S, T, C, R, False, ACT, ACT_A, SAMPLES, WEIGHT_CHANNELS, WEIGHT_REDUCED, PRECISION,
-        )  # fmt: skip
-    else:
+        if dw1 is not None:
+            weight_gradients(
+                tl.program_id(0), pooled, saved_stride, parts, shares, None, preact, saved_stride, dw1, db1, dw2, db2,
+                N, S, T, C, R, False, ACT, ACT_A, SAMPLES, WEIGHT_CHANNELS, WEIGHT_REDUCED, PRECISION,
+            )  # fmt: skip
+    elif dpooled is not None:
         BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
         pid = tl.program_id(0) - WEIGHT_TILES
         o_n = (pid // BLOCKS) * SAMPLES + tl.arange(0, SAMPLES)
@@ -390,7 +411,7 @@ def scale_backward_kernel(
     if PDL:
         gdc_wait()
     if tl.program_id(0) < WEIGHT_TILES:
-        if STRATEGY != "launches":
+        if dw1 is not None:
             weight_gradients(
                 tl.program_id(0), pooled, saved_stride, parts, shares, dpreact, preact, saved_stride,
                 dw1, db1, dw2, db2, N, S, T, C, R, READY, ACT, ACT_A,
@@ -402,6 +423,8 @@ def scale_backward_kernel(
             pid = tl.num_programs(0) - WEIGHT_TILES - 1 - pid
         i_c = (pid % T) % BLOCKS
         i_s = (pid % T) // BLOCKS
+        if WIDE:
+            i_s = i_s.to(tl.int64)
         o_n = (pid // T) * SAMPLES + tl.arange(0, SAMPLES)
         o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
         m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
@@ -421,9 +444,7 @@ def scale_backward_kernel(
                 top = tl.load(peak + n[:, None] * saved_stride + o_c[None, :], mask=m_nc, other=0.0)
                 count = tl.load(tied + n[:, None] * saved_stride + o_c[None, :], mask=m_nc, other=1.0)
                 each = b_dpooled / count
-                if SQUEEZE == "max":
-                    even = even * 0.0
-                else:
+                if SQUEEZE == "avgmax":
                     even = even * 0.5
                     each = each * 0.5
                 top = top[:, None, :] if CHANNELS_LAST else top[:, :, None]
@@ -436,8 +457,8 @@ def scale_backward_kernel(
             o_p = p0 + tl.arange(0, POSITIONS)
             o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
             m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
-            at_out = n[:, None, None] * (dx_stride * ALIGN) + o
-            at_dy = n[:, None, None] * (dy_stride * ALIGN) + o
+            at_out = n[:, None, None] * dx_stride * ALIGN + o
+            at_dy = n[:, None, None] * dy_stride * ALIGN + o
             g = tl.load(dy + at_dy, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
             if RELU:
                 keep = load_mask(mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
@@ -445,9 +466,11 @@ def scale_backward_kernel(
                 if dresidual is not None:
                     tl.store(dresidual + at_out, g.to(dresidual.dtype.element_ty), mask=m)
             if dx is not None:
-                b_dx = g * b_gate + even
+                b_dx = g * b_gate
+                if SQUEEZE != "max":
+                    b_dx += even
                 if SQUEEZE != "avg":
-                    at_x = n[:, None, None] * (x_stride * ALIGN) + o
+                    at_x = n[:, None, None] * x_stride * ALIGN + o
                     b_x = tl.load(x + at_x, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
                     b_dx += tl.where(b_x == top, each, each * 0.0)
                 tl.store(dx + at_out, b_dx.to(dx.dtype.element_ty), mask=m)
@@ -490,7 +513,7 @@ def rows_squeeze_kernel(
         o_e = e0 + tl.arange(0, STEP)
         m = (o_row < C // PLANES)[:, None] & (o_e < LENGTH)[None, :]
         at = o_row.to(tl.int64)[:, None] * LENGTH if WIDE else o_row[:, None] * LENGTH
-        b_x = tl.load(x + i_n * (x_stride * ALIGN) + at + o_e[None, :], mask=m, other=0.0)
+        b_x = tl.load(x + i_n * x_stride * ALIGN + at + o_e[None, :], mask=m, other=0.0)
         if IN_FLOAT32:
             b_x = b_x.to(tl.float32)
         total = tl.dot(b_x, _ones(o_e, M, IN_FLOAT32, x.dtype.element_ty), total, input_precision="ieee")
@@ -499,7 +522,7 @@ def rows_squeeze_kernel(
         total = tl.zeros([ROWS, 16], tl.float32)
         for e in range(0, PLANES * M):
             at = o_row.to(tl.int64) * LENGTH + e
-            b = tl.load(x + i_n * (x_stride * ALIGN) + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
+            b = tl.load(x + i_n * x_stride * ALIGN + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
             total = tl.where((k == e // M)[None, :], total + b[:, None], total)
     o_c = o_row[:, None] * PLANES + k[None, :]
     m = (o_row < C // PLANES)[:, None] & (k < PLANES)[None, :]
@@ -525,8 +548,8 @@ def rows_squeeze_backward_kernel(
         o_e = e0 + tl.arange(0, STEP)
         m = (o_row < C // PLANES)[:, None] & (o_e < LENGTH)[None, :]
         at = o_row.to(tl.int64)[:, None] * LENGTH if WIDE else o_row[:, None] * LENGTH
-        b_x = tl.load(x + i_n * (x_stride * ALIGN) + at + o_e[None, :], mask=m, other=0.0, eviction_policy="evict_first")
-        b_dy = tl.load(dy + i_n * (dy_stride * ALIGN) + at + o_e[None, :], mask=m, other=0.0)
+        b_x = tl.load(x + i_n * x_stride * ALIGN + at + o_e[None, :], mask=m, other=0.0, eviction_policy="evict_first")
+        b_dy = tl.load(dy + i_n * dy_stride * ALIGN + at + o_e[None, :], mask=m, other=0.0)
         product = b_x.to(tl.float32) * b_dy.to(tl.float32)
         ones = _ones(o_e, M, IN_FLOAT32, tl.bfloat16)
         if IN_FLOAT32:
@@ -544,15 +567,15 @@ def rows_squeeze_backward_kernel(
         total = tl.zeros([ROWS, 16], tl.float32)
         for e in range(0, PLANES * M):
             at = o_row.to(tl.int64) * LENGTH + e
-            b = tl.load(x + i_n * (x_stride * ALIGN) + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
-            d = tl.load(dy + i_n * (dy_stride * ALIGN) + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
+            b = tl.load(x + i_n * x_stride * ALIGN + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
+            d = tl.load(dy + i_n * dy_stride * ALIGN + at, mask=o_row < C // PLANES, other=0.0).to(tl.float32)
             total = tl.where((k == e // M)[None, :], total + (b * d)[:, None], total)
     o_c = i_n * C + o_row[:, None] * PLANES + k[None, :]
     m = (o_row < C // PLANES)[:, None] & (k < PLANES)[None, :]
     if dgate is not None:
         total += tl.load(dgate + o_c, mask=m, other=0.0)
     b_gate = tl.load(gate + o_c, mask=m, other=0.0)
-    tl.store(parts + o_c, total * gate_derivative(b_gate, GATE, GATE_A), mask=m)
+    tl.store(parts + o_c, through_gate(total, b_gate, GATE, GATE_A), mask=m)
 
 
 @triton.jit(do_not_specialize=_ROW_INTEGERS)
@@ -576,11 +599,11 @@ def rows_scale_kernel(
         m = (o_row < C // PLANES)[:, None] & (o_e < LENGTH)[None, :]
         at = (o_row.to(tl.int64)[:, None] * LENGTH if WIDE else o_row[:, None] * LENGTH) + o_e[None, :]
         o_c = i_n * C + o_row[:, None] * PLANES + o_e[None, :] // M
-        b_x = tl.load(x + i_n * (x_stride * ALIGN) + at, mask=m, other=0.0, eviction_policy=EVICT)
+        b_x = tl.load(x + i_n * x_stride * ALIGN + at, mask=m, other=0.0, eviction_policy=EVICT)
         b_y = b_x.to(tl.float32) * tl.load(gate + o_c, mask=m, other=0.0)
         if residual is not None:
-            b_r = tl.load(residual + i_n * (residual_stride * ALIGN) + at, mask=m, other=0.0, eviction_policy=EVICT)
+            b_r = tl.load(residual + i_n * residual_stride * ALIGN + at, mask=m, other=0.0, eviction_policy=EVICT)
             b_y += b_r.to(tl.float32)
         if shift is not None:
             b_y += tl.load(shift + o_c, mask=m, other=0.0) * inv_m
-        tl.store(y + i_n * (y_stride * ALIGN) + at, b_y.to(y.dtype.element_ty), mask=m)
+        tl.store(y + i_n * y_stride * ALIGN + at, b_y.to(y.dtype.element_ty), mask=m)

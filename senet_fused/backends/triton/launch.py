@@ -12,7 +12,7 @@ import dataclasses
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,11 +36,15 @@ from .plan import (
     plan,
 )
 
-__all__ = ["INTERPRETED", "backward", "device_facts", "forward", "launches", "plan_of"]
+__all__ = ["INTERPRETED", "backward", "device_facts", "forward", "launches", "plan_of", "using"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # What the interpreter pretends to be: it then runs what an H200 would.
 _INTERPRETED_FACTS = DeviceFacts("cuda", 90, 132)
+
+# Two blocks of eight warps with 128 registers have 32 to 64 KiB of loads under way per multiprocessor, which is what an
+# H200's latency takes. The excitation's kernels are few blocks.
+_SWEEP_REGISTERS, _EXCITE_REGISTERS = 128, 255
 
 # Kernels launched in this process, by name: a proof of what ran.
 launches: Counter[str] = Counter()
@@ -64,7 +68,28 @@ def plan_of(problem: Problem, facts: DeviceFacts) -> Plan:
     return tuned.lookup(problem, facts) or plan(problem, facts)
 
 
+@contextlib.contextmanager
+def using(plans: Mapping[Problem, Plan]) -> Iterator[None]:
+    """Within the block calls of these problems take these plans."""
+    with tuned.using(plans):
+        _recipe.cache_clear()
+        try:
+            yield
+        finally:
+            _recipe.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------- one kernel
+
+
+def _kind_on_cuda(t: Tensor) -> tuple[Any, ...]:
+    """What a compiled kernel takes for granted of a pointer."""
+    return t.dtype, t.data_ptr() % 16
+
+
+def _kind_on_hip(t: Tensor) -> tuple[Any, ...]:
+    """As on CUDA, and whether 32 bits reach all of the storage."""
+    return t.dtype, t.data_ptr() % 16, t.untyped_storage().nbytes() < 2**31
 
 
 class Kernel:
@@ -83,9 +108,13 @@ class Kernel:
         names = list(function.arg_names)
         self.tail = tuple(self.constants[key] for key in names[len(names) - len(self.constants) :])
         self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+        if facts.vendor == "cuda":
+            # Without a limit ptxas aims for few registers, and puts one or two of those it needs into local memory.
+            self.options["maxnreg"] = _EXCITE_REGISTERS if name.startswith("excite") else _SWEEP_REGISTERS
         if pdl and waits:
             self.options["launch_pdl"] = True
         self.compiled: dict[Any, Any] = {}
+        self.kind = _kind_on_hip if facts.vendor == "hip" else _kind_on_cuda
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         launches[self.name] += 1
@@ -94,7 +123,7 @@ class Kernel:
             return
         key = tuple(
             [
-                (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a is None or -(2**31) <= a < 2**31
+                self.kind(a) if isinstance(a, Tensor) else a is None or -(2**31) <= a < 2**31
                 for a in arguments
             ]
         )
@@ -216,7 +245,7 @@ def _recipe(call: Call) -> Recipe:
 
 
 def _sample_stride(t: Tensor) -> int:
-    return t.stride(0) if t.shape[0] > 1 else t[0].numel()
+    return t.stride(0) if t.shape[0] > 1 else t.numel()
 
 
 def _call(
@@ -264,24 +293,31 @@ def _call(
     return call, _recipe(call)
 
 
-_TICKETS = 1 << 16
-_ticket_rings: dict[tuple[int, int], list[Any]] = {}
-_ticket_lock = threading.Lock()
+_ticket_buffers: dict[tuple[int, int], Tensor] = {}
 
 
 def _tickets(x: Tensor, count: int) -> Tensor:
-    """Counters at zero, which the kernel leaves at zero again: a part of a ring per stream, too long for two calls
-    that are under way to meet in it. A graph, which may be replayed in any stream, gets its own."""
-    if x.device.type == "cpu" or count > _TICKETS // 64 or torch.cuda.is_current_stream_capturing():
+    """Counters at zero, which the kernel leaves at zero again: the same for all calls in one stream, which follow each
+    other. A graph, which may be replayed in any stream, gets its own."""
+    if x.device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
-    with _ticket_lock:
-        ring = _ticket_rings.get(key)
-        if ring is None:
-            ring = _ticket_rings[key] = [torch.zeros(_TICKETS, dtype=torch.int32, device=x.device), 0]
-        start = ring[1] if ring[1] + count <= _TICKETS else 0
-        ring[1] = start + count
-        return ring[0][start : start + count]
+    stream = torch.cuda.current_stream(x.device)
+    key = (stream.device_index, stream.cuda_stream)
+    buffer = _ticket_buffers.get(key)
+    if buffer is None or buffer.numel() < count:
+        size = max(1024, 1 << (count - 1).bit_length())
+
+        def allocate() -> None:
+            with torch.cuda.stream(stream):
+                _ticket_buffers[key] = torch.zeros(size, dtype=torch.int32, device=x.device)
+
+        # It outlives the call. A thread of its own keeps it out of a memory pool that the caller's thread may be
+        # allocating from, as torch.compile's does while it warms up a graph.
+        thread = threading.Thread(target=allocate)
+        thread.start()
+        thread.join()
+        buffer = _ticket_buffers[key]
+    return buffer
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -356,18 +392,18 @@ def forward(
     inv_m = 1.0 / p.positions
 
     with _on_device(x):
+        # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
+        shares = work(n, recipe.parts if launched else recipe.tiles, r)
+        tickets = _tickets(x, groups) if plan.strategy == "last_block" else None
+        steps = (p.positions // call.m_align, splits, tile.steps)
         if tile.form == "rows":
             recipe.squeeze(n * recipe.blocks, x, x_stride, parts, parts_stride, inv_m)
         else:
-            shares = None if launched else work(n, recipe.tiles, r)
-            tickets = _tickets(x, groups) if plan.strategy == "last_block" else None
-            steps = (p.positions // call.m_align, splits, tile.steps)
             recipe.squeeze(
-                groups * recipe.tiles, x, x_stride, w1, b1, parts, parts_stride, peaks, ties, shares,
-                preact, preact_stride, tickets, n, *steps, inv_m,
+                groups * recipe.tiles, x, x_stride, w1, b1, parts, parts_stride, peaks, ties,
+                None if launched else shares, preact, preact_stride, tickets, n, *steps, inv_m,
             )  # fmt: skip
         if launched:
-            shares = work(n, recipe.parts, r)
             samples = -(-n // EXCITE_SAMPLES)
             recipe.push(
                 samples * recipe.parts, parts, parts_stride, peaks, ties, w1, shares, pooled, peak, tied, saved_stride,
@@ -377,14 +413,12 @@ def forward(
                 samples * recipe.gate_blocks, shares, preact, preact_stride, b1, w2, b2, gate, n, recipe.parts
             )
         if tile.form == "rows":
-            recipe.scale(
-                n * recipe.blocks, x, x_stride, residual, r_stride, y, y_stride, gate, None, 0.0
-            )
+            recipe.scale(n * recipe.blocks, x, x_stride, residual, r_stride, y, y_stride, gate, None, 0.0)
             return
-        sums = parts if saved is not None and not launched and not recipe.direct else None
+        sums = None if saved is None or launched or recipe.direct else parts
         recipe.scale(
             groups * recipe.tiles, x, x_stride, residual, r_stride, y, y_stride, mask, sums, pooled, saved_stride,
-            shares, preact, preact_stride, b1, w2, b2, gate, n, *steps,
+            None if launched else shares, preact, preact_stride, b1, w2, b2, gate, n, *steps,
         )  # fmt: skip
 
 
@@ -410,9 +444,14 @@ def backward(
     """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
     dx, dw1, db1, dw2, db2, dresidual = outputs
     n = x.shape[0]
+    if n == 0:
+        for t in outputs:
+            if t is not None:
+                t.zero_()
+        return
     out = dx if dx is not None else dresidual
-    x_stride, dy_stride = (_sample_stride(x), _sample_stride(dy)) if n else (0, 0)
-    out_stride = _sample_stride(out) if n and out is not None else 0
+    x_stride, dy_stride = _sample_stride(x), _sample_stride(dy)
+    out_stride = 0 if out is None else _sample_stride(out)
     call, recipe = _call(
         x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, dy_stride, out_stride),
         residual=dresidual is not None, backward=True,
@@ -433,36 +472,35 @@ def backward(
         return x.new_empty(size, dtype=torch.float32)
 
     with _on_device(x):
-        parts, shares, dpreact, dpooled = work(n, splits, c), None, None, None
-        steps = (p.positions // call.m_align, splits, tile.steps)
-        if tile.form == "rows":
-            if n:
-                recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)
-        elif n:
-            tickets = None
-            if not launched:
-                shares = work(n, recipe.tiles, r)
-            if plan.strategy == "last_block":
-                dpreact, tickets = work(n, r), _tickets(x, groups)
-            recipe.squeeze(
-                groups * recipe.tiles, x, x_stride, dy, dy_stride, mask, dgate, gate, w2, parts, shares,
-                preact, saved_stride, dpreact, tickets, n, *steps,
-            )  # fmt: skip
+        # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
+        parts, shares, dpreact, dpooled, tickets = work(n, splits, c), None, None, None, None
         if launched:
             shares = work(n, recipe.parts, r)
-            samples = -(-n // EXCITE_SAMPLES)
-            if n:
-                recipe.push(samples * recipe.parts, parts, w2, shares, n, splits)
             dpooled = work(n, c) if dx is not None else None
-            programs = weight_tiles + (samples * recipe.gate_blocks if dx is not None else 0)
+        else:
+            shares = work(n, recipe.tiles, r)
+            if plan.strategy == "last_block":
+                dpreact, tickets = work(n, r), _tickets(x, groups)
+        steps = (p.positions // call.m_align, splits, tile.steps)
+        if tile.form == "rows":
+            recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)
+        else:
+            recipe.squeeze(
+                groups * recipe.tiles, x, x_stride, dy, dy_stride, mask, dgate, gate, w2, parts,
+                None if launched else shares, preact, saved_stride, dpreact, tickets, n, *steps,
+            )  # fmt: skip
+        if launched:
+            samples = -(-n // EXCITE_SAMPLES)
+            programs = weight_tiles + (0 if dpooled is None else samples * recipe.gate_blocks)
             if programs:
+                recipe.push(samples * recipe.parts, parts, w2, shares, n, splits)
                 recipe.excite(
                     programs, parts, shares, pooled, preact, saved_stride, w1, dpooled, *gradients,
                     n, splits, recipe.parts, weight_tiles,
                 )  # fmt: skip
-            weight_tiles = 0
+            weight_tiles, gradients, shares = 0, (None,) * 4, None
         if tile.form == "rows":
-            if n and dx is not None:
+            if dx is not None:
                 recipe.scale(n * recipe.blocks, dy, dy_stride, None, 0, dx, out_stride, gate, dpooled, inv_m)
             return
         programs = weight_tiles + (groups * recipe.tiles if out is not None else 0)

@@ -181,7 +181,7 @@ def _step_elements(p: Problem, warps: int, facts: DeviceFacts) -> int:
 def _channels_last_tiles(p: Problem, facts: DeviceFacts) -> Iterator[Tile]:
     widths = [w for w in (256, 128, 64, 32, 16) if w <= max(16, _power(p.channels))]
     best = max(_fill(p.channels, w) for w in widths)
-    widths = [w for w in widths if _fill(p.channels, w) >= 0.8 * best]
+    widths = [w for w in widths if _fill(p.channels, w) >= 0.75 * best]
     # 128 bytes of a pixel are a whole cache line; narrower blocks only where wider ones would idle.
     wide = [w for w in widths if w * p.element_size >= 128] or widths[:1]
     warps = 8 * 32 // facts.warp_size
@@ -199,9 +199,12 @@ def _channels_last_tiles(p: Problem, facts: DeviceFacts) -> Iterator[Tile]:
 
 def _planes_tile(p: Problem, facts: DeviceFacts) -> Tile:
     warps = 4 * 32 // facts.warp_size
-    # Planes that break 16-byte alignment are read in smaller pieces, of which a thread has registers for fewer.
+    elements = _step_elements(p, warps, facts)
     piece = math.gcd(p.vector, p.positions)
-    elements = max(8, min(p.vector, 4 * piece) * LOADS_IN_FLIGHT // (1 if piece == p.vector else 2)) * warps * facts.warp_size
+    if piece < p.vector:
+        # Planes that break 16-byte alignment are read in smaller pieces, each with an address of its own: a thread has
+        # registers for fewer elements.
+        elements = max(8, 4 * piece) * warps * facts.warp_size
     lengths = [n for n in (1024, 512, 256, 128, 64, 32, 16) if n <= max(16, _power(p.positions))]
     if len(lengths) > 4:
         lengths = lengths[:4]
@@ -219,9 +222,8 @@ def _rows_tile(p: Problem, facts: DeviceFacts) -> Tile | None:
     fits = planes > 1 and p.channels % planes == 0 and 16 <= p.positions <= MAX_ROW_POSITIONS
     if not fits:
         return None
-    rows = min(16, max(16, _power(p.channels // planes)))
-    # A step of 64 elements of each row is one operand of the product.
-    return Tile("rows", 1, rows * planes, 64, _ceil(planes * p.positions, 64), 1, 4 * 32 // facts.warp_size, planes)
+    # 16 rows, and 64 elements of each a step, are one operand of the product.
+    return Tile("rows", 1, 16 * planes, 64, _ceil(planes * p.positions, 64), 1, 4 * 32 // facts.warp_size, planes)
 
 
 def _tiles(p: Problem, facts: DeviceFacts) -> Iterator[Tile]:
@@ -285,6 +287,9 @@ def candidates(p: Problem, facts: DeviceFacts) -> list[Plan]:
     found = []
     for tile in _tiles(p, facts):
         for strategy in STRATEGIES:
+            # On AMD a barrier does not wait for the stores of other waves, which the last block would have to see.
+            if strategy == "last_block" and facts.vendor == "hip":
+                continue
             if strategy == "launches" or (tile.form != "rows" and p.squeeze == "avg"):
                 found.append((cost(p, tile, strategy, facts), strategy, tile))
     found.sort(key=lambda entry: entry[0])

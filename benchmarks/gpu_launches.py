@@ -1,0 +1,155 @@
+"""The GPU kernels of one forward and one backward of the fused layer, with their device times, by torch.profiler.
+
+    python benchmarks/gpu_launches.py --batch 64 --dtype bfloat16 float32
+    TRITON_INTERPRET=1 python benchmarks/gpu_launches.py --device cpu --shape 2,16,4,5,7
+
+Everything that the device runs is counted, ours or not. A plan promises two launches each way, or four where it has
+launches of its own between the sweeps. On a CPU, in Triton's interpreter, there is no profiler to ask: the backend's
+own counter stands in, without times. Exit status: 0 as promised, 1 more kernels than that, 2 the kernels cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from senet_fused import FusedSE
+from senet_fused.backends import triton as backend
+from senet_fused.backends.triton.plan import Problem
+from senet_fused.bench import buffers
+from senet_fused.bench.problems import DTYPES, LAYOUTS, Case, RequestError, cases, problems
+
+PROMISED = {"partials": 2, "last_block": 2, "launches": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel (or a copy, or a fill): how often one call launches it, and the median of its times in us, if known."""
+
+    name: str
+    times: float
+    us: float | None
+
+
+def launches_of(events: Iterable[Any], calls: int) -> list[Launch]:
+    """What ran on the device in so many calls, from a profiler's events, in the order of first launches."""
+    found: dict[str, list[float]] = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    return [Launch(name, len(times) / calls, statistics.median(times)) for name, times in found.items()]
+
+
+def observe(call: Callable[[], object], calls: int, device: torch.device) -> list[Launch]:
+    """What one call launches, over several calls, after one that warms up."""
+    call()
+    if device.type == "cpu":
+        from senet_fused.backends.triton import launch
+
+        launch.launches.clear()
+        for _ in range(calls):
+            call()
+        return [Launch(name, times / calls, None) for name, times in launch.launches.items()]
+    for count in (1, calls):  # the first profile may miss what runs while it is set up
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(count):
+                call()
+            torch.cuda.synchronize()
+    return launches_of(profiler.events(), calls)
+
+
+def directions(case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+    """One forward that keeps what a backward needs, and one backward of it."""
+    (inputs,) = buffers.BufferPool(device).sets(case, 0)
+    layer = FusedSE(
+        case.shape.channels, rd_channels=case.shape.rd_channels, bias=True, backend="triton", act=case.act,
+        gate=case.gate, device=device, dtype=buffers.torch_dtype(case),
+    )  # fmt: skip
+    y = layer(inputs.x)
+    wanted = (inputs.x, *layer.parameters())
+    return {
+        "forward": lambda: layer(inputs.x),
+        "backward": lambda: torch.autograd.grad(y, wanted, inputs.dy, retain_graph=True),
+    }
+
+
+def strategies(case: Case, device: torch.device) -> dict[str, str]:
+    """The plan's strategy for each direction."""
+    from senet_fused.backends.triton import launch
+
+    size = buffers.torch_dtype(case).itemsize
+    last = case.layout == "channels_last"
+    problem = Problem(
+        case.shape.channels, case.shape.rd_channels, math.prod(case.shape.spatial), size, size, channels_last=last
+    )
+    facts = launch.device_facts(torch.device(device.type, 0) if device.type == "cuda" else device)
+    both = {"forward": problem, "backward": dataclasses.replace(problem, backward=True)}
+    return {direction: launch.plan_of(p, facts).strategy for direction, p in both.items()}
+
+
+def line(direction: str, strategy: str, launches: Sequence[Launch]) -> str:
+    count = sum(launch.times for launch in launches)
+    if any(launch.us is None for launch in launches):
+        names = [f"{launch.name} x {launch.times:g}" if launch.times != 1 else launch.name for launch in launches]
+        return f"  {direction:9} {strategy:10} {count:g} launches: {', '.join(names)}"
+    total = sum(launch.times * launch.us for launch in launches)
+    names = [f"{launch.name}{f' x {launch.times:g}' * (launch.times != 1)} {launch.us:.1f}" for launch in launches]
+    return f"  {direction:9} {strategy:10} {count:g} launches {total:8.1f} us: {', '.join(names)}"
+
+
+def check(found: dict[str, Sequence[Launch]], planned: dict[str, str]) -> str | None:
+    """What breaks the promise, or None: forward and backward together may launch what their plans say, and not none."""
+    counts = {direction: sum(launch.times for launch in launches) for direction, launches in found.items()}
+    promised = {direction: PROMISED[strategy] for direction, strategy in planned.items()}
+    if all(0 < counts[direction] <= promised[direction] for direction in counts):
+        return None
+    texts = (" + ".join(f"{value:g}" for value in each.values()) for each in (counts, promised))
+    return "{} launches, promised {}".format(*texts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--problem", nargs="+", default=[], choices=list(problems()))
+    parser.add_argument("--shape", nargs="+", default=[], metavar="N,C,R,H,W")
+    parser.add_argument("--batch", nargs="+", type=int, default=[64])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[d for d in DTYPES if d != "float64"])
+    parser.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--calls", type=int, default=10, help="over which the profiler looks (default 10)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    reason = backend.problem(device.type)
+    if reason is not None:
+        print(f"gpu_launches: {reason}", file=sys.stderr)
+        return 2
+    names = args.problem or ([] if args.shape else ["senet154"])
+    options = {"batches": args.batch, "dtypes": args.dtype, "layouts": args.layout}
+    try:
+        todo = cases(names, args.shape, **options, directions=["forward+backward"])
+    except RequestError as error:
+        parser.error(str(error))
+    broken = []
+    for case in todo:
+        where = f"{case.label} {case.dtype} {case.layout}"
+        print(where)
+        planned = strategies(case, device)
+        found = {name: observe(call, args.calls, device) for name, call in directions(case, device).items()}
+        for direction, launches in found.items():
+            print(line(direction, planned[direction], launches), flush=True)
+        complaint = check(found, planned)
+        if complaint is not None:
+            broken.append(f"{where}: {complaint}")
+    print("\n".join(["", *broken] if broken else ["", f"{len(todo)} layers, all as promised"]))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

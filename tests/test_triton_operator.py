@@ -1,0 +1,409 @@
+"""The Triton backend as an operator: opcheck, torch.compile, both paths, determinism, batches, launches, bytes; on a
+GPU also streams, CUDA graphs and what the profiler counts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+from oracle import Case, draw
+from test_triton_kernels import (
+    BETWEEN,
+    BETWEEN_BACKWARD,
+    DENSE,
+    DEVICE,
+    FORMS,
+    STRATEGIES,
+    SWEEPS,
+    on_device,
+    plans_for,
+)
+from test_triton_kernels import run as run_triton
+
+import senet_fused
+from senet_fused import ops
+from senet_fused.backends import triton as backend
+
+if backend.problem(DEVICE) is not None:
+    pytest.skip(backend.problem(DEVICE), allow_module_level=True)
+
+from senet_fused.backends.triton import kernels, launch
+from senet_fused.backends.triton.plan import count_bytes
+
+FORWARD = torch.ops.senet_fused.squeeze_excite_triton.default
+BACKWARD = torch.ops.senet_fused.squeeze_excite_triton_backward.default
+ON_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+
+CASES = {
+    "plain": Case((2, 24, 5, 4), 4),
+    "tail": Case((3, 24, 4, 6), 4, torch.bfloat16, "channels_last", post_act="relu", residual=True, act="silu"),
+    "maximum": Case((2, 20, 3, 5), 4, torch.float16, squeeze="avgmax", post_act="relu", gate="hardsigmoid"),
+    "rows": Case((2, 16, 7, 7), 4, torch.bfloat16, bias=False),
+}
+
+
+def arguments(case: Case, requires_grad: bool = False) -> tuple:
+    """The forward operator's arguments, and dy, dgate."""
+    inputs = {name: on_device(t) for name, t in draw(case, 0).items()}
+    names = ("x", "w1", "b1", "w2", "b2", "residual")
+    tensors = [inputs[k].requires_grad_(requires_grad) if k in inputs else None for k in names]
+    options = (case.act, case.gate, case.squeeze, case.post_act or "")
+    return (*tensors, *options), inputs["dy"], inputs["dgate"].to(case.dtype_of("gate"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    args, dy, dgate = arguments(CASES[name], requires_grad=True)
+    torch.library.opcheck(FORWARD, (*args, True))
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    _, gate, saved, mask = FORWARD(*detached, True)
+    x, w1, b1, w2, b2, residual, *options = detached
+    rest = (x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, residual is not None)
+    torch.library.opcheck(BACKWARD, (dy, dgate, *rest), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eager_and_registered_agree_bitwise(name):
+    results = []
+    for path in (ops.OPERATORS["triton"].eager, FORWARD):
+        args, dy, dgate = arguments(CASES[name], requires_grad=True)
+        senet_fused.reset_call_counts()
+        y, gate, _, _ = path(*args, True)
+        leaves = [t for t in args if isinstance(t, torch.Tensor)]
+        results.append([y, gate, *torch.autograd.grad([y, gate], leaves, [dy, dgate])])
+        assert senet_fused.call_counts() == {"triton.forward": 1, "triton.backward": 1}
+    for a, b in zip(*results, strict=True):
+        assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("wanted", ["x", "w2", "b1", "residual", "x residual", "x w1 b2"])
+def test_some_gradients_only(wanted, strategy):
+    """Each is what it is when all are asked for; nothing else is computed or returned."""
+    case = Case((3, 24, 4, 6), 4, torch.float32, "channels_last", post_act="relu", residual=True)
+    with launch.using({p: q for w in (True, False) for p, q in plans_for(case.replace(residual=w), strategy).items()}):
+        args, dy, _ = arguments(case, requires_grad=True)
+        names = ("x", "w1", "b1", "w2", "b2", "residual")
+        y = ops.OPERATORS["triton"].eager(*args, True)[0]
+        expected = dict(zip(names, torch.autograd.grad(y, args[:6], dy), strict=True))
+        leaves = {name: t.detach().requires_grad_(name in wanted.split()) for name, t in zip(names, args, strict=False)}
+        ops.OPERATORS["triton"].eager(*leaves.values(), *args[6:], True)[0].backward(dy)
+    for name, t in leaves.items():
+        assert (t.grad is not None) == (name in wanted.split()), name
+        if t.grad is not None:
+            assert torch.equal(t.grad, expected[name]), name
+
+
+def test_inference_keeps_nothing_and_gives_the_same():
+    for case in CASES.values():
+        for strategy in STRATEGIES:
+            with launch.using(plans_for(case, strategy, default="launches")):
+                args, _, _ = arguments(case)
+                kept = FORWARD(*args, True)
+                y, gate = ops.OPERATORS["triton"].infer(*args, True)
+                assert torch.equal(y, kept[0]) and torch.equal(gate, kept[1])
+                y, gate = ops.OPERATORS["triton"].infer(*args, False)
+                assert torch.equal(y, kept[0]) and gate is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile(dynamic):
+    """By name the operator stays whole in the graph, forward and backward; one graph for all sizes."""
+    layer = senet_fused.FusedSE(24, 4, backend="triton").to(DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for size in (5, 6, 7) if dynamic else (5,):
+        x = torch.randn(2, 24, size, 4, device=DEVICE, requires_grad=True)
+        senet_fused.reset_call_counts()
+        y = compiled(x)
+        dy = torch.randn_like(y)
+        found = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+        assert senet_fused.call_counts() == {"triton.forward": 1, "triton.backward": 1}
+        expected_y = layer(x)
+        expected = torch.autograd.grad(expected_y, [x, *layer.parameters()], dy)
+        for a, b in zip([y, *found], [expected_y, *expected], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_second_order():
+    """The backward of the backward is the reference's."""
+    gradients = []
+    for name in ("triton", "reference"):
+        (x, w1, b1, w2, b2, *_), dy, _ = arguments(Case((2, 6, 3, 4), 3, act="silu"), requires_grad=True)
+        y = senet_fused.squeeze_excite(x, w1, w2, b1, b2, act="silu", backend=name)
+        first = torch.autograd.grad(y, [x, w1], dy, create_graph=True)
+        gradients.append(torch.autograd.grad(sum((g**2).sum() for g in first), [x, w1, w2]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    """No input is cast: x decides."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = senet_fused.FusedSE(24, 4, backend="triton").to(DEVICE)
+        x = torch.randn(2, 24, 4, 4, device=DEVICE, dtype=dtype)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == dtype and torch.equal(y, layer(x))
+
+
+# ---------------------------------------------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("form", [*FORMS, "rows"])
+def test_bits_do_not_depend_on_the_run_or_the_batch(form, strategy):
+    case = FORMS[form] if form in FORMS else CASES["rows"]
+    case = case.replace(shape=(5, *case.shape[1:]))
+    with launch.using(plans_for(case, strategy, default="launches")):
+        inputs = draw(case, 0)
+        batch = run_triton(case, inputs)
+        again = run_triton(case, inputs)
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+        for chosen in ([3], [1, 4]):
+            alone = run_triton(
+                case, {k: t[chosen] if k in ("x", "dy", "dgate", "residual") else t for k, t in inputs.items()}
+            )
+            for name in ("y", "gate", "dx"):
+                assert torch.equal(alone[name], batch[name][chosen]), name
+
+
+# ---------------------------------------------------------------------------------------------------- launches, bytes
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_launches_each_way(strategy):
+    """Four where the excitation has two of its own."""
+    case = FORMS["channels_last"]
+    with launch.using(plans_for(case, strategy)):
+        run_triton(case, draw(case, 0))
+        expected = Counter([*SWEEPS, *BETWEEN[strategy], *BETWEEN_BACKWARD[strategy]])
+        assert launch.launches == expected
+        assert sum(expected.values()) == (8 if strategy == "launches" else 4)
+
+
+@contextlib.contextmanager
+def counted_accesses():
+    """In the interpreter: the bytes that kernels load and store, by the address of the tensor's storage."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counted: dict[str, list[tuple[int, int]]] = {"load": [], "store": []}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def note(kind, pointers, mask):
+        addresses = pointers.data[mask.data]
+        if addresses.size:
+            size = addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
+            counted[kind].append((int(addresses.min()), size))
+
+    def counting_load(self, pointers, mask, *rest, **more):
+        note("load", pointers, mask)
+        return load(self, pointers, mask, *rest, **more)
+
+    def counting_store(self, pointers, value, mask, *rest, **more):
+        note("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest, **more)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counting_load, counting_store
+    try:
+        yield counted
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="loads and stores are counted in the interpreter")
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", DENSE)
+def test_counted_bytes_are_those_of_the_plan(layout, strategy, tail):
+    """Every load and store of a call, forward and backward: the tensor's and the mask's passes exactly as planned."""
+    case = Case((4, 64, 8, 8), 16, torch.bfloat16, layout, post_act="relu" if tail else None, residual=tail)
+    plans = plans_for(case, strategy)
+    with launch.using(plans):
+        args, dy, _ = arguments(case)
+        n = case.shape[0]
+        tensor = math.prod(case.shape) * 2
+        for problem, plan in plans.items():
+            with counted_accesses() as counted:
+                if problem.backward:
+                    results = BACKWARD(dy, None, *args[:5], *kept[1:], *args[6:], True, False, tail)  # noqa: F821
+                    large = [args[0], dy, results[0], *([results[5]] if tail else [])]
+                    mask = kept[3]  # noqa: F821
+                else:
+                    kept = FORWARD(*args, True)
+                    large = [t for t in (args[0], args[5], kept[0]) if t is not None]
+                    mask = kept[3]
+
+            def within(t, kind, counted=counted):
+                start = t.untyped_storage().data_ptr()
+                end = start + t.untyped_storage().nbytes()
+                return sum(size for address, size in counted[kind] if start <= address < end)
+
+            planned = count_bytes(problem, plan.tile, plan.strategy, n)
+            passes = [within(t, kind) / tensor for t in large for kind in ("load", "store")]
+            assert sum(passes) == planned["tensor"] / tensor == problem.passes, passes
+            if tail:
+                bits = within(mask, "load") + within(mask, "store")
+                assert bits == planned["mask"] == (2 if problem.backward else 1) * tensor // 16
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_of_another_layout_is_refused():
+    case = FORMS["channels_last"]
+    (problem, plan), *_ = plans_for(case).items()
+    wrong = dataclasses.replace(plan, tile=dataclasses.replace(plan.tile, form="planes"))
+    with launch.using({problem: wrong}), pytest.raises(ValueError, match="does not fit"):
+        args, _, _ = arguments(case)
+        FORWARD(*args, True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about CPU tensors without the interpreter")
+def test_cpu_tensors_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        launch._on_device(torch.ones(1))
+
+
+def test_constants_come_last_in_every_kernel():
+    """launch.Kernel passes them by position to a kernel that is compiled already."""
+    for name, function in vars(kernels).items():
+        if name.endswith("_kernel"):
+            constant = [p.annotation == "tl.constexpr" for p in _parameters(function)]
+            assert constant == sorted(constant), name
+
+
+def _parameters(function):
+    import inspect
+
+    return inspect.signature(getattr(function, "fn", function)).parameters.values()
+
+
+# ---------------------------------------------------------------------------------------------------- GPUs
+
+
+def layer_and_input(strategy: str, layout: str = "channels_last"):
+    sizes = {"partials": (256, 16, 56), "last_block": (2048, 128, 7), "launches": (960, 240, 7)}
+    c, r, size = sizes[strategy]
+    layer = senet_fused.FusedSE(c, rd_channels=r, backend="triton").to(DEVICE, torch.bfloat16)
+    x = torch.randn(64, c, size, size, device=DEVICE, dtype=torch.bfloat16)
+    return layer, x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def gradients(layer, x, dy):
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+@ON_GPU
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_streams(strategy):
+    """Calls that overlap in two streams give what they give alone."""
+    layer, x = layer_and_input(strategy)
+    dy = torch.randn_like(x)
+    expected = gradients(layer, x, dy)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found = []
+    for i in range(20):
+        with torch.cuda.stream(streams[i % 2]):
+            found.append(gradients(layer, x, dy))
+    torch.cuda.synchronize()
+    for results in found:
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_graph_replay(strategy):
+    layer, x = layer_and_input(strategy)
+    dy = torch.randn_like(x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients(layer, x, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(layer, x, dy)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            dy.normal_()
+        graph.replay()
+        expected = gradients(layer, x, dy)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_reduce_overhead(strategy):
+    layer, x = layer_and_input(strategy)
+    dy = torch.randn_like(x)
+    expected = gradients(layer, x, dy)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x)
+        found = [y.detach().clone(), *(g.clone() for g in torch.autograd.grad(y, [x, *layer.parameters()], dy))]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kernels_that_the_profiler_sees(strategy):
+    from torch.profiler import ProfilerActivity, profile
+
+    layer, x = layer_and_input(strategy)
+    dy = torch.randn_like(x)
+    gradients(layer, x, dy)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        gradients(layer, x, dy)
+        torch.cuda.synchronize()
+    seen = Counter(event.name for event in profiled.events() if event.name.endswith("_kernel"))
+    assert seen == Counter([*SWEEPS, *BETWEEN[strategy], *BETWEEN_BACKWARD[strategy]])
+
+
+@ON_GPU
+@pytest.mark.parametrize("layout", DENSE)
+def test_more_than_2_to_the_31_elements(layout):
+    """A batch in which the last samples lie beyond 32-bit offsets: they are what they are alone."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(2700, 256, 56, 56, device=DEVICE, dtype=torch.bfloat16, memory_format=memory_format).normal_()
+    assert x.numel() > 2**31
+    layer = senet_fused.FusedSE(256, rd_channels=16, backend="triton").to(DEVICE, torch.bfloat16)
+    x.requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, [x], y)
+    for chosen in (slice(0, 2), slice(1350, 1352), slice(2698, 2700)):
+        alone = x.detach()[chosen].requires_grad_()
+        y_alone = layer(alone)
+        assert torch.equal(y[chosen], y_alone)
+        assert torch.equal(dx[chosen], torch.autograd.grad(y_alone, [alone], y_alone)[0])
+
+
+@ON_GPU
+def test_nothing_waits_for_the_device():
+    for strategy in STRATEGIES:
+        layer, x = layer_and_input(strategy)
+        dy = torch.randn_like(x)
+        gradients(layer, x, dy)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gradients(layer, x, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@ON_GPU
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one():
+    layer, x = layer_and_input("partials")
+    expected = layer(x)
+    assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), expected.cpu())
+
+
