@@ -1,4 +1,4 @@
-"""The command line: ``senet-fused bench | doctor | demo``, also ``python -m senet_fused``.
+"""The command line: ``senet-fused bench | tune | doctor | demo``, also ``python -m senet_fused``.
 
 A subcommand's module is imported only when it runs, so ``--help`` and a mistyped option answer at once.
 """
@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
+    "tune": "time plans of the Triton kernels on this GPU, and keep the fastest in a file that calls look up",
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",
     "demo": "train a small SE-ResNet on handwritten digits with the stock layer and with FusedSE",
 }
@@ -35,6 +36,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def _module(command: str):
     if command == "bench":
         from .bench import command as module
+    elif command == "tune":
+        from . import tune as module
     elif command == "doctor":
         from . import doctor as module
     else:
@@ -57,15 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if command == "bench":
-            from .bench.problems import RequestError
+        from .bench.problems import RequestError
 
-            try:
-                return _module(command).run(args, argv[1:])
-            except RequestError as error:
-                print(f"senet-fused bench: error: {error}", file=sys.stderr)
-                return 2
-        return _module(command).run(args)
+        try:
+            return _module(command).run(*((args, argv[1:]) if command == "bench" else (args,)))
+        except RequestError as error:
+            print(f"senet-fused {command}: error: {error}", file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `| head` does

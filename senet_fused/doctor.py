@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import machine
+from .bench.problems import LAYOUTS, cases
 
 if TYPE_CHECKING:
     from .backends import BackendStatus
+    from .backends.triton.plan import DeviceFacts
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,10 +28,12 @@ _THREAD_VARIABLES = (
     "GOMP_CPU_AFFINITY",
     "KMP_AFFINITY",
 )
+_PLAN_DTYPES = ("float32", "bfloat16", "float16")
 _PREFIX = "SENET_FUSED_"
 _ENVIRONMENT = {
     "SENET_FUSED_BACKEND": "the backend of calls that name none",
     "SENET_FUSED_ISA": "the instruction set of the CPU kernels",
+    "SENET_FUSED_PLANS": "the file of tuned plans of the Triton kernels, empty for none",
     "SENET_FUSED_NO_EXT": "read by the build: install without compiled code",
     "SENET_FUSED_SANITIZE": "read by the build: compile with sanitizers",
     "SENET_FUSED_CXXFLAGS": "read by the build: more compiler flags",
@@ -42,6 +46,9 @@ _REINSTALL = (
 _EPILOG = """\
 The self-test runs every backend that is available, forward and backward, in every dtype and layout, against
 float64.
+
+--plan prints how the Triton kernels serve one layer, and nothing else: the tuned plan where there is one for this GPU
+(senet-fused tune), else the counted one. Without a GPU it is an H200's.
 
 exit status: 0 all in order, 1 something that was asked for is broken (a self-test fails; --backend or
 SENET_FUSED_BACKEND names a backend that cannot run here), 2 wrong usage
@@ -58,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="backends that have to be available: cpu, reference, ...",
+    )
+    parser.add_argument(
+        "--plan", metavar="N,C,R,H,W", help="print the plans of the Triton kernels for this layer, and stop"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=_PLAN_DTYPES, help="of --plan (default bfloat16)")
+    parser.add_argument(
+        "--layout", default="channels_last", choices=LAYOUTS, help="of --plan (default channels_last)"
     )
 
 
@@ -309,8 +323,80 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     return available, isa
 
 
+def _facts_here() -> list[DeviceFacts]:
+    """What a plan wants to know of the GPUs here, those that Triton serves."""
+    import torch
+
+    from .backends import triton
+
+    if triton.problem() is not None:
+        return []
+    from .backends.triton import launch
+
+    return [launch.device_facts(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
+
+
+def _plans(report: _Report) -> None:
+    """Prints which file of tuned plans is in use."""
+    from .backends.triton import tuned
+
+    path = tuned.path_in_use()
+    if path is None:
+        report.fact("tuned plans", "none")
+        return
+    try:
+        plans = tuned.read(path)
+    except ValueError as error:
+        report.fact("tuned plans", f"{path} cannot be read")
+        report.problem(str(error), f"senet-fused tune, or {tuned.VARIABLE}= for none")
+        return
+    here = _facts_here()
+    of_these = f", {sum(facts in here for facts, _ in plans)} of them for the GPUs here" if here else ""
+    report.fact("tuned plans", f"{len(plans)} in {path}{of_these}")
+
+
+def _print_plans(args: argparse.Namespace) -> int:
+    """Prints the plans of one layer; 1 if the file of tuned plans cannot be read. Raises RequestError."""
+    from .backends.triton import plan, tuned
+    from .tune import problem_of
+
+    (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout])
+    here = _facts_here()
+    facts = here[0] if here else plan.DeviceFacts("cuda", 90, 132)
+    whose = "the GPU here" if here else "an H200, as there is no GPU here that Triton serves"
+    device = f"{facts.vendor} {facts.arch}, {facts.sms} multiprocessors"
+    print(f"{case.label} {case.dtype} {case.layout}, for {whose} ({device})")
+    for backward in (False, True):
+        problem = problem_of(case, backward)
+        try:
+            kept = tuned.lookup(problem, facts)
+        except ValueError as error:
+            print(f"senet-fused doctor: error: {error}", file=sys.stderr)
+            return 1
+        chosen = kept or plan.plan(problem, facts)
+        tile = chosen.tile
+        print(f"\n{'backward' if backward else 'forward'}: {chosen.strategy}, {'tuned' if kept else 'counted'}")
+        print(f"  {chosen.reason}")
+        rows = f" in rows of {tile.row_channels}" if tile.row_channels else ""
+        print(
+            f"  {tile.form}: {tile.samples} sample(s) x {tile.channels} channels{rows} x {tile.positions} positions, "
+            f"{tile.steps} steps, {tile.splits} splits, {tile.warps} warps, stages {chosen.stages}, "
+            f"reversed {'on' if chosen.reversed else 'off'}, streaming {'on' if chosen.streaming else 'off'}"
+        )
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; returns 0, 1 if something asked for is broken, or 2 for an unknown backend name."""
+    """Prints the report, or with --plan one layer's plans.
+
+    Returns:
+        0, 1 if something asked for is broken, or 2 for an unknown backend name.
+
+    Raises:
+        RequestError: a layer for --plan that cannot be read.
+    """
+    if args.plan is not None:
+        return _print_plans(args)
     known = [status.name for status in _statuses()]
     for name in args.backend:
         if name not in known:
@@ -323,6 +409,7 @@ def run(args: argparse.Namespace) -> int:
     _installation(report)
     _processor(report)
     available, isa = _backends(report)
+    _plans(report)
     _environment(report, available, isa)
     for name in args.backend:
         _require(report, name, "--backend", available)

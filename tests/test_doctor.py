@@ -10,6 +10,8 @@ import torch
 
 import senet_fused
 from senet_fused import backends, cli, doctor, machine
+from senet_fused.backends.triton import plan as planner
+from senet_fused.backends.triton import tuned
 
 REAL = senet_fused.squeeze_excite
 UNAVAILABLE = [
@@ -20,13 +22,16 @@ REFERENCE_ONLY = UNAVAILABLE[1:]
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in ("SENET_FUSED_BACKEND", "SENET_FUSED_ISA"):
+def clean_environment(monkeypatch, tmp_path):
+    for name in ("SENET_FUSED_BACKEND", "SENET_FUSED_ISA", "SENET_FUSED_PLANS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tuned._from_file.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    tuned._from_file.cache_clear()
 
 
 @pytest.fixture
@@ -46,9 +51,8 @@ def test_it_says_what_is_installed_and_tests_every_backend(examine):
         assert fact in text
     for backend in backends.status():
         assert f"  {backend.name:<14} {'available' if backend.available else 'not available'}: " in text
-    assert text.count("self-test passed: 52 tensors") == sum(
-        backend.available for backend in backends.status()
-    )
+    judged = [13 * len(backends.dtypes(backend.name)) for backend in backends.status() if backend.available]
+    assert [int(line.split()[2]) for line in text.splitlines() if "self-test passed: " in line] == judged
 
 
 def test_a_missing_backend_is_in_order_unless_it_is_asked_for(monkeypatch, examine):
@@ -172,6 +176,61 @@ def test_more_threads_than_processors_are_noted(monkeypatch, examine):
     monkeypatch.setattr(machine, "cpus", lambda: 1)
     torch.set_num_threads(2)
     assert "note: PyTorch uses 2 threads on 1 processors" in examine()[1]
+
+
+# -------------------------------------------------------------------------------------------- plans of the GPU
+
+H200 = planner.DeviceFacts("cuda", 90, 132)
+LAYER = planner.Problem(256, 16, 56 * 56)
+
+
+def test_the_file_of_tuned_plans_is_named(monkeypatch, examine, tmp_path):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    monkeypatch.setattr(doctor, "_facts_here", lambda: [])
+    status, text = examine()
+    assert status == 0 and "  tuned plans    none\n" in text
+
+    tuned.write(tuned.default_path(), {(H200, LAYER): planner.plan(LAYER, H200)})
+    assert f"  tuned plans    1 in {tuned.default_path()}\n" in examine()[1]
+    monkeypatch.setattr(doctor, "_facts_here", lambda: [planner.DeviceFacts("cuda", 80, 108)])
+    assert f"1 in {tuned.default_path()}, 0 of them for the GPUs here\n" in examine()[1]
+
+    monkeypatch.setenv("SENET_FUSED_PLANS", str(tmp_path / "none.json"))
+    status, text = examine()
+    assert status == 1 and f"tuned plans    {tmp_path / 'none.json'} cannot be read" in text
+    assert f"PROBLEM: cannot read Triton plans from {tmp_path / 'none.json'}" in text
+    monkeypatch.setenv("SENET_FUSED_PLANS", "")
+    status, text = examine()
+    assert status == 0 and "tuned plans    none" in text and "no variable of this package" not in text
+
+
+def test_the_plans_of_a_layer(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(doctor, "_facts_here", lambda: [])
+    assert cli.main(["doctor", "--plan", "64,256,16,56,56"]) == 0
+    text = capsys.readouterr().out
+    assert "64 x 256/16 @ 56x56 bfloat16 channels_last, for an H200, as there is no GPU here" in text
+    for direction in ("forward", "backward"):
+        plan = planner.plan(planner.Problem(256, 16, 56 * 56, backward=direction == "backward"), H200)
+        assert f"{direction}: {plan.strategy}, counted\n  {plan.reason}\n" in text
+
+    others = [plan for plan in planner.candidates(LAYER, H200) if plan.strategy == "launches"]
+    tuned.write(tuned.default_path(), {(H200, LAYER): others[0]})
+    assert cli.main(["doctor", "--plan", "1,256,16,56,56"]) == 0
+    text = capsys.readouterr().out
+    assert "forward: launches, tuned\n" in text and "backward: partials, counted\n" in text
+
+    monkeypatch.setattr(doctor, "_facts_here", lambda: [planner.DeviceFacts("hip", "gfx942", 304, 64)])
+    assert cli.main(["doctor", "--plan", "8,64,4,7,7", "--layout", "contiguous", "--dtype", "float16"]) == 0
+    text = capsys.readouterr().out
+    assert "for the GPU here (hip gfx942, 304 multiprocessors)" in text and "rows: 1 sample(s)" in text
+
+
+def test_a_layer_or_a_file_that_cannot_be_read(monkeypatch, capsys, tmp_path):
+    assert cli.main(["doctor", "--plan", "256,56"]) == 2
+    assert "senet-fused doctor: error: cannot read the shape '256,56'" in capsys.readouterr().err
+    monkeypatch.setenv("SENET_FUSED_PLANS", str(tmp_path))
+    assert cli.main(["doctor", "--plan", "64,256,16,56,56"]) == 1
+    assert f"cannot read Triton plans from {tmp_path}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- machine facts

@@ -245,6 +245,6 @@ def test_why_triton_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
-    assert triton._gpu_problem.__wrapped__() == "Tesla V100 has compute capability 7.0, Triton's kernels need 8.0"
+    assert triton._gpu_problem.__wrapped__().startswith("Tesla V100 has compute capability 7.0, Triton's kernels need")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 0))
     assert triton._gpu_problem.__wrapped__() is None

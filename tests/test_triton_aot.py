@@ -43,6 +43,8 @@ def kernels(table: dict, target: str):
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources(target):
     """Every kernel compiles. With the triton that the record was made with: exactly as recorded. None spills."""
+    if target != "sm_90" and metadata.version("triton") != RECORDED["triton"]:
+        pytest.skip(f"the record is of triton {RECORDED['triton']}; with other releases sm_90 alone is compiled")
     table = compiled(target)
     assert table["layers"].keys() == RECORDED["layers"].keys()
     same = table["triton"] == RECORDED["triton"]
@@ -56,12 +58,6 @@ def test_resources(target):
             if used != RECORDED["layers"][layer][target]["kernels"].get(name)
         }
         assert not different, "python tests/triton_aot/compile.py --write records what is new"
-
-
-def test_the_record_is_of_a_triton_that_is_tested():
-    assert RECORDED["triton"] == "3.9.0"
-    if metadata.version("triton") != RECORDED["triton"]:
-        pytest.skip(f"triton {metadata.version('triton')} is installed, the record is of {RECORDED['triton']}")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -156,6 +156,7 @@ class Recipe:
     """The plan of a call and its kernels."""
 
     def __init__(self, call: Call) -> None:
+        self.call = call
         p, facts = call.problem, call.facts
         self.plan = plan_of(p, facts)
         tile = self.plan.tile
@@ -240,15 +241,48 @@ class Recipe:
 
 
 @lru_cache(maxsize=4096)
-def _recipe(call: Call) -> Recipe:
-    return Recipe(call)
+def _recipe(
+    device: torch.device,
+    channels: int,
+    reduced: int,
+    positions: int,
+    element_size: int,
+    weight_size: int,
+    channels_last: bool,
+    squeeze: str,
+    relu: bool,
+    residual: bool,
+    backward: bool,
+    act: str,
+    gate_fn: str,
+    align: int,
+    precision: str,
+    save: bool,
+) -> Recipe:
+    """The recipe of a call; the arguments are flat because hashing them is most of what a call that was seen costs."""
+    problem = Problem(
+        channels, reduced, positions, element_size, weight_size, channels_last, squeeze, relu, residual, backward
+    )
+    return Recipe(
+        Call(
+            problem=problem,
+            facts=device_facts(device),
+            device=device,
+            act=act,
+            gate_fn=gate_fn,
+            align=align,
+            m_align=1 if channels_last else math.gcd(problem.vector, positions),
+            precision=precision,
+            save=save,
+        )
+    )
 
 
 def _sample_stride(t: Tensor) -> int:
     return t.stride(0) if t.shape[0] > 1 else t.numel()
 
 
-def _call(
+def _recipe_of(
     x: Tensor,
     w1: Tensor,
     act: str,
@@ -257,40 +291,17 @@ def _call(
     post_act: str,
     channels_last: bool,
     strides: Sequence[int],
-    *,
     residual: bool,
     backward: bool,
-    save: bool = True,
-) -> tuple[Call, Recipe]:
-    n, c, *spatial = x.shape
-    m = math.prod(spatial)
-    problem = Problem(
-        channels=c,
-        reduced=w1.shape[0],
-        positions=m,
-        element_size=x.element_size(),
-        weight_size=w1.element_size(),
-        channels_last=channels_last,
-        squeeze=squeeze,
-        relu=post_act == "relu",
-        residual=residual,
-        backward=backward,
-    )
-    facts = device_facts(x.device)
-    vector = problem.vector
-    tf32 = facts.vendor == "cuda" and not INTERPRETED and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    call = Call(
-        problem=problem,
-        facts=facts,
-        device=x.device,
-        act=act,
-        gate_fn=gate_fn,
-        align=math.gcd(vector, *strides),
-        m_align=1 if channels_last else math.gcd(vector, m),
-        precision="tf32" if tf32 else "ieee",
-        save=save,
-    )
-    return call, _recipe(call)
+    save: bool,
+) -> Recipe:
+    size = x.element_size()
+    tf32 = not INTERPRETED and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _recipe(
+        x.device, x.shape[1], w1.shape[0], math.prod(x.shape[2:]), size, w1.element_size(), channels_last, squeeze,
+        post_act == "relu", residual, backward, act, gate_fn, math.gcd(16 // size, *strides),
+        "tf32" if tf32 else "ieee", save,
+    )  # fmt: skip
 
 
 _ticket_buffers: dict[tuple[int, int], Tensor] = {}
@@ -356,11 +367,12 @@ def forward(
         return
     x_stride, y_stride = _sample_stride(x), _sample_stride(y)
     r_stride = 0 if residual is None else _sample_stride(residual)
-    call, recipe = _call(
+    recipe = _recipe_of(
         x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, y_stride, r_stride),
-        residual=residual is not None, backward=False, save=saved is not None,
+        residual is not None, False, saved is not None,
     )  # fmt: skip
-    p, plan, tile = call.problem, recipe.plan, recipe.plan.tile
+    call, plan, tile = recipe.call, recipe.plan, recipe.plan.tile
+    p = call.problem
     c, r, splits = p.channels, p.reduced, tile.splits
     x_stride, y_stride, r_stride = (stride // call.align for stride in (x_stride, y_stride, r_stride))
     launched = plan.strategy == "launches"
@@ -452,11 +464,12 @@ def backward(
     out = dx if dx is not None else dresidual
     x_stride, dy_stride = _sample_stride(x), _sample_stride(dy)
     out_stride = 0 if out is None else _sample_stride(out)
-    call, recipe = _call(
+    recipe = _recipe_of(
         x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, dy_stride, out_stride),
-        residual=dresidual is not None, backward=True,
+        dresidual is not None, True, True,
     )  # fmt: skip
-    p, plan, tile = call.problem, recipe.plan, recipe.plan.tile
+    call, plan, tile = recipe.call, recipe.plan, recipe.plan.tile
+    p = call.problem
     c, r, splits = p.channels, p.reduced, tile.splits
     x_stride, dy_stride, out_stride = (stride // call.align for stride in (x_stride, dy_stride, out_stride))
     launched = plan.strategy == "launches"
