@@ -15,7 +15,7 @@
 # whatever became of those before. Exits 1 if a part failed, 2 where there is no GPU.
 #
 # OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3), WORKERS the
-# number of test processes (8), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
+# number of test processes (12), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
 # per case and cache mode (1), TIME_LIMIT the seconds after which the benchmark begins no further case (500; what is
 # done is kept). Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++ compiler, for the
 # tests pytest, for the pictures matplotlib.
@@ -56,7 +56,7 @@ build() {
 
 tests() {
   local workers=()
-  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${WORKERS:-8}" --dist=worksteal); fi
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${WORKERS:-12}" --dist=worksteal); fi
   OMP_NUM_THREADS=2 timeout "${TESTS_LIMIT:-590}" "$python" -m pytest "${workers[@]}"
 }
 

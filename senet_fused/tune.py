@@ -50,7 +50,7 @@ together as replayed CUDA graphs with a cold L2; one takes the default's place i
 A plan holds for one direction of one layer in one layout, dtype size and device, whatever the batch.
 
 examples:
-  senet-fused tune --problem senet154 resnet50_se --batch 64 --dtype bfloat16 --layout channels_last
+  senet-fused tune --problem senet154 se_resnet50 --batch 64 --dtype bfloat16 --layout channels_last
   senet-fused tune --shape 64,256,16,56,56 --direction forward --plans plans.json
 
 exit status: 0 all tuned, 1 a default plan was wrong or failed, 2 the request cannot be met, 130 interrupted (what is

@@ -269,6 +269,51 @@ def test_cpu_tensors_without_the_interpreter(monkeypatch):
         launch._on_device(torch.ones(1))
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="about NVIDIA's TF32")
+def test_tf32_only_where_the_user_allows_it(monkeypatch):
+    """What PyTorch's own matrix products may round to, the excitation's may; by default nothing."""
+    precisions = []
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_recipe", lambda *arguments: precisions.append(arguments[-2]))
+    x, w1 = torch.ones(2, 8, 4), torch.ones(2, 8)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            launch._recipe_of(x, w1, "relu", "sigmoid", "avg", "", False, (32,), False, False, True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert precisions == ["ieee", "tf32"]
+
+
+class HostTickets(launch.Tickets):
+    """As on a GPU, in the CPU's memory."""
+
+    SIZE = 4096
+
+    def _allocate(self):
+        self.counters = torch.zeros(self.SIZE, dtype=torch.int32)
+
+
+def test_tickets():
+    """A stream's are its own, a captured call's are nobody else's, and when all are given away they are fresh."""
+    tickets = HostTickets(torch.device("cpu"))
+    before = tickets.get(8, 1, capturing=True)
+    assert tickets.counters is None and before.numel() == 8  # nothing may be allocated for good during a capture
+    first, second = tickets.get(8, 1, False), tickets.get(8, 2, False)
+    assert tickets.get(5, 1, False) is first and tickets.get(8, 2, False) is second
+    graph = [tickets.get(8, 1, True) for _ in range(3)]
+    larger = tickets.get(1500, 1, False)
+    assert tickets.get(8, 1, False) is larger
+    taken = [first, second, larger, *graph]
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in taken)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    for capturing in (False, True):
+        fresh = tickets.get(2000, 3, capturing)
+        assert fresh.numel() == 2000 and not fresh.any()
+        assert fresh.untyped_storage().data_ptr() != tickets.counters.untyped_storage().data_ptr()
+
+
 def test_constants_come_last_in_every_kernel():
     """launch.Kernel passes them by position to a kernel that is compiled already."""
     for name, function in vars(kernels).items():

@@ -304,31 +304,67 @@ def _recipe_of(
     )  # fmt: skip
 
 
-_ticket_buffers: dict[tuple[int, int], Tensor] = {}
+class Tickets:
+    """Counters for the "last_block" strategy on one device: at zero before a kernel takes them, and after it.
 
+    Calls in one stream follow each other, so each stream has its own counters and uses them again and again. A graph
+    may be replayed in any stream: each call in it gets counters that nobody else ever gets. When they run out, and in
+    a graph that is captured before any call was made, a call gets fresh ones, which a kernel more has to clear.
+    """
 
-def _tickets(x: Tensor, count: int) -> Tensor:
-    """Counters at zero, which the kernel leaves at zero again: the same for all calls in one stream, which follow each
-    other. A graph, which may be replayed in any stream, gets its own."""
-    if x.device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    stream = torch.cuda.current_stream(x.device)
-    key = (stream.device_index, stream.cuda_stream)
-    buffer = _ticket_buffers.get(key)
-    if buffer is None or buffer.numel() < count:
-        size = max(1024, 1 << (count - 1).bit_length())
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.counters: Tensor | None = None
+        self.taken = 0
+        self.of_stream: dict[int, Tensor] = {}
+        self.lock = threading.Lock()
+
+    def get(self, count: int, stream: int, capturing: bool) -> Tensor:
+        """`count` counters for a call in this stream."""
+        found = self.of_stream.get(stream)
+        if capturing or found is None or found.numel() < count:
+            with self.lock:
+                if self.counters is None and not capturing:
+                    self._allocate()
+                found = self._take(count if capturing else max(1024, count))
+                if found is not None and not capturing:
+                    self.of_stream[stream] = found
+        return torch.zeros(count, dtype=torch.int32, device=self.device) if found is None else found
+
+    def _take(self, count: int) -> Tensor | None:
+        if self.counters is None or self.taken + count > self.SIZE:
+            return None
+        self.taken += count
+        return self.counters[self.taken - count : self.taken]
+
+    def _allocate(self) -> None:
+        """In a thread of its own, because the caller's may be allocating from a pool that does not outlive the call, as
+        torch.compile's does while it warms up a graph; in a stream of its own, so that waiting for the zeros, which all
+        streams rely on from then on, waits for nothing else."""
 
         def allocate() -> None:
-            with torch.cuda.stream(stream):
-                _ticket_buffers[key] = torch.zeros(size, dtype=torch.int32, device=x.device)
+            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
+                self.counters = torch.zeros(self.SIZE, dtype=torch.int32, device=self.device)
+                torch.cuda.current_stream().synchronize()
 
-        # It outlives the call. A thread of its own keeps it out of a memory pool that the caller's thread may be
-        # allocating from, as torch.compile's does while it warms up a graph.
         thread = threading.Thread(target=allocate)
         thread.start()
         thread.join()
-        buffer = _ticket_buffers[key]
-    return buffer
+
+
+@lru_cache(maxsize=64)
+def _tickets_of(device: torch.device) -> Tickets:
+    return Tickets(device)
+
+
+def _tickets(x: Tensor, count: int) -> Tensor:
+    """`count` counters at zero for a call on x."""
+    if x.device.type == "cpu":
+        return torch.zeros(count, dtype=torch.int32)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return _tickets_of(x.device).get(count, stream, torch.cuda.is_current_stream_capturing())
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
