@@ -24,14 +24,30 @@ if triton._INSTALLED is False:
 RECORDED = json.loads((HERE / "triton_aot" / "resources.json").read_text(encoding="utf-8"))
 
 
-@functools.lru_cache(maxsize=1)
-def compiled(target: str) -> dict:
+def output_of(script: str, *arguments: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, str(HERE / "triton_aot" / "compile.py"), "--quiet", "--target", target]
+    command = [sys.executable, str(HERE / "triton_aot" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(target: str) -> dict:
+    return output_of("compile.py", "--quiet", "--target", target)
+
+
+def test_a_second_call_launches_what_the_first_did():
+    """Without triton.jit's help, to the last argument; and what depends on a launch before it may begin early."""
+    found = output_of("launch_twice.py")
+    host = found.pop("host_us")
+    assert all(time > 0 for time in host)
+    for layer, launched in found.items():
+        half = 4 if layer in ("launches", "rows") else 2
+        assert len(launched) == 2 * half, layer
+        assert [pdl for _, _, pdl in launched] == ([False] + [True] * (half - 1)) * 2, layer
+        assert all(programs > 0 for _, programs, _ in launched), layer
 
 
 def kernels(table: dict, target: str):
