@@ -26,8 +26,9 @@ from .backends import triton as backend
 from .backends.triton import tuned
 from .backends.triton.plan import DeviceFacts, Plan, Problem, candidates
 from .bench import buffers, cuda_timing
+from .bench.command import add_layers, positive
 from .bench.oracle import InputSet, relative_error
-from .bench.problems import LAYOUTS, POST_ACTS, Case, RequestError, cases, problems
+from .bench.problems import LAYOUTS, POST_ACTS, Case, RequestError, cases
 from .bench.timing import Outcome, Rotation, Settings, describe, interleave
 
 __all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "problem_of", "run", "variations"]
@@ -58,33 +59,15 @@ done is in the file)
 """
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the subcommand."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what is tuned")
+    add_layers(what)
     what.add_argument(
-        "--problem",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"of {', '.join(problems())} (default: senet154 if no --shape is given)",
+        "--batch", type=positive(int), default=64, metavar="N", help="batch size for --problem (default 64)"
     )
-    what.add_argument(
-        "--shape",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="N,C,R,H,W",
-        help="a single layer, also N,C,R,L or N,C,R,D,H,W; may be repeated",
-    )
-    what.add_argument("--batch", type=_positive, default=64, metavar="N", help="batch size for --problem (default 64)")
     what.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=DTYPES, help="default bfloat16")
     what.add_argument("--layout", nargs="+", default=["channels_last"], choices=LAYOUTS, help="default channels_last")
     what.add_argument("--direction", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="default both")
@@ -93,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--candidates", type=_positive, default=24, metavar="N", help="plans per layer and direction (default 24)"
+        "--candidates", type=positive(int), default=24, metavar="N", help="plans per layer and direction (default 24)"
     )
     how.add_argument(
         "--device",

@@ -43,6 +43,7 @@ def test_a_second_call_launches_what_the_first_did():
     found = output_of("launch_twice.py")
     host = found.pop("host_us")
     assert all(time > 0 for time in host)
+    assert found.pop("loads_before_waiting") == []
     for layer, launched in found.items():
         half = 4 if layer in ("launches", "rows") else 2
         assert len(launched) == 2 * half, layer

@@ -20,7 +20,7 @@ from .problems import ACTS, DIRECTIONS, DTYPES, GATES, LAYOUTS, POST_ACTS, Reque
 if TYPE_CHECKING:
     from .runner import Options
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_layers", "positive", "run"]
 
 PROVIDERS = ("eager", "compile", "max-autotune", "fused", "fused+compile")
 _BY_DEFAULT = ("eager", "compile", "fused")
@@ -51,7 +51,9 @@ exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the r
 """
 
 
-def _positive(kind: type) -> Any:
+def positive(kind: type) -> Any:
+    """The argparse type of a finite number above zero."""
+
     def read(text: str) -> Any:
         try:
             value = kind(text)
@@ -66,20 +68,16 @@ def _positive(kind: type) -> Any:
     return read
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the subcommand. Imports no torch."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    what = parser.add_argument_group("what is computed")
-    what.add_argument("--list", action="store_true", help="print the problems and their shapes, and stop")
-    what.add_argument(
+def add_layers(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that name layers: --problem and --shape."""
+    group.add_argument(
         "--problem",
         nargs="+",
         default=[],
         metavar="NAME",
         help=f"of {', '.join(problems())} (default: senet154 if no --shape is given)",
     )
-    what.add_argument(
+    group.add_argument(
         "--shape",
         action="append",
         nargs="+",
@@ -87,10 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,C,R,H,W",
         help="a single layer, also N,C,R,L or N,C,R,D,H,W; may be repeated",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the subcommand. Imports no torch."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    what = parser.add_argument_group("what is computed")
+    what.add_argument("--list", action="store_true", help="print the problems and their shapes, and stop")
+    add_layers(what)
     what.add_argument(
         "--batch",
         nargs="+",
-        type=_positive(int),
+        type=positive(int),
         default=[8],
         metavar="N",
         help="batch size(s) for --problem (default 8)",
@@ -139,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     who.add_argument(
-        "--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
+        "--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
     )
 
     how = parser.add_argument_group("how it is measured")
@@ -153,19 +160,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--cache-size",
-        type=_positive(float),
+        type=positive(float),
         metavar="MIB",
         help="the cache's size in MiB, if the system tells it wrong",
     )
     how.add_argument(
         "--budget",
-        type=_positive(float),
+        type=positive(float),
         metavar="SECONDS",
         help="time for the samples of one case, all providers together (default 3)",
     )
     how.add_argument(
         "--time-limit",
-        type=_positive(float),
+        type=positive(float),
         default=float("inf"),
         metavar="SECONDS",
         help="begin no case after so long; what is done is reported and written, as after an interruption",

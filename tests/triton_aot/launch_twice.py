@@ -4,8 +4,9 @@ compiled kernels by itself. Both have to launch the same, with the same argument
     python tests/triton_aot/launch_twice.py
 
 Stand-ins for Triton's driver and launcher record instead of launching. Prints one JSON line: per layer what was
-launched, and as "host_us" the host's time for a small layer, forward and forward + backward, in microseconds (no kernel
-runs, and the driver's own time for a launch is not in it).
+launched, which kernels may begin early and load before they wait (none may), and as "host_us" the host's time for a
+small layer, forward and forward + backward, in microseconds (no kernel runs, and the driver's own time for a launch is
+not in it).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import timeit
@@ -37,6 +39,7 @@ LAYERS = {
     "rows": aot.Layer(2048, 128, 7, layout="contiguous"),
 }
 recorded: list[tuple[Any, ...]] = []
+made: list[launch.Kernel] = []
 
 
 class Launcher:
@@ -83,11 +86,30 @@ def host_times() -> list[float]:
         return [min(timeit.repeat(call, number=200, repeat=7)) / 200 * 1e6 for call in (forward, step)]
 
 
+def loads_before_waiting() -> list[str]:
+    """Kernels that may begin early and in whose code a load from global memory comes before the wait, if one does."""
+    wrong = []
+    for kernel in made:
+        for compiled in kernel.compiled.values():
+            ptx = compiled.asm["ptx"]
+            wait, load = ptx.find("griddepcontrol.wait"), re.search(r"ld\.global|cp\.async\.c", ptx).start()
+            if compiled.metadata.launch_pdl and not 0 <= wait < load:
+                wrong.append(kernel.name)
+    return wrong
+
+
 def main() -> int:
     target, facts = aot.TARGETS["sm_90"]
     triton.runtime.driver.set_active(RecordingDriver(target))
-    results = {}
+    results: dict[str, Any] = {}
+    original = launch.Kernel.__init__
+
+    def noted(self: launch.Kernel, *arguments: Any, **constants: Any) -> None:
+        original(self, *arguments, **constants)
+        made.append(self)
+
     with (
+        mock.patch.object(launch.Kernel, "__init__", noted),
         mock.patch.object(launch, "device_facts", lambda device: facts),
         mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
     ):
@@ -101,6 +123,8 @@ def main() -> int:
             for again in runs[1:]:
                 assert again == runs[0], f"{name}: {runs[0]}\n{again}"
             results[name] = [(kernel, grid[0], pdl) for kernel, grid, pdl, _, _ in runs[0]]
+        assert made
+        results["loads_before_waiting"] = loads_before_waiting()
         results["host_us"] = host_times()
     print(json.dumps(results))
     return 0

@@ -37,7 +37,7 @@ from .excite import (
     times_transposed,
     weight_gradients,
 )  # fmt: skip
-from .tiles import inside, load_mask, offsets_of, store_mask
+from .tiles import inside, load_mask, offsets_of, over_positions, store_mask, tile_of
 
 # Compiled once for all their values: a new batch size or image size is no new kernel.
 _INTEGERS = (
@@ -63,14 +63,7 @@ def squeeze_kernel(
         gdc_launch_dependents()
     M = M * M_ALIGN
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    t = tl.program_id(0) % (BLOCKS * S)
-    i_n = tl.program_id(0) // (BLOCKS * S)
-    i_c = t % BLOCKS
-    i_s = t // BLOCKS
-    if WIDE:
-        i_s = i_s.to(tl.int64)
-    o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    t, i_n, i_c, i_s, o_n, o_c = tile_of(tl.program_id(0), S, C, SAMPLES, CHANNELS, WIDE)
     base = x + o_n.to(tl.int64)[:, None, None] * x_stride * ALIGN
     AXIS: tl.constexpr = 1 if CHANNELS_LAST else 2
     SHAPE: tl.constexpr = [SAMPLES, POSITIONS, CHANNELS] if CHANNELS_LAST else [SAMPLES, CHANNELS, POSITIONS]
@@ -96,7 +89,7 @@ def squeeze_kernel(
         tl.store(parts + o_n.to(tl.int64)[:, None] * parts_stride + row, pooled, mask=m_nc)
     if SQUEEZE != "avg":
         top = tl.max(peak, AXIS)
-        at_top = tl.where(peak == (top[:, None, :] if CHANNELS_LAST else top[:, :, None]), count, count * 0.0)
+        at_top = tl.where(peak == over_positions(top, CHANNELS_LAST), count, count * 0.0)
         row += o_n.to(tl.int64)[:, None] * (S * C)
         tl.store(peaks + row, top, mask=m_nc)
         tl.store(ties + row, tl.sum(at_top, AXIS), mask=m_nc)
@@ -219,13 +212,7 @@ def scale_kernel(
     pid = tl.program_id(0)
     if REVERSED:
         pid = tl.num_programs(0) - 1 - pid
-    t = pid % (BLOCKS * S)
-    i_c = t % BLOCKS
-    i_s = t // BLOCKS
-    if WIDE:
-        i_s = i_s.to(tl.int64)
-    o_n = (pid // (BLOCKS * S)) * SAMPLES + tl.arange(0, SAMPLES)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    t, _, i_c, i_s, o_n, o_c = tile_of(pid, S, C, SAMPLES, CHANNELS, WIDE)
     m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
     n = o_n.to(tl.int64)
     if PDL:
@@ -245,7 +232,7 @@ def scale_kernel(
             if i_s == 0:
                 b_pooled = sum_splits(parts, S * C, o_n, o_c, N, S, C, SUM_BLOCK)
                 tl.store(pooled + n[:, None] * pooled_stride + o_c[None, :], b_pooled, mask=m_nc)
-    b_gate = b_gate[:, None, :] if CHANNELS_LAST else b_gate[:, :, None]
+    b_gate = over_positions(b_gate, CHANNELS_LAST)
     for j in range(0, STEPS):
         i = STEPS - 1 - j if REVERSED else j
         p0 = (i_s * STEPS + i) * POSITIONS
@@ -284,14 +271,7 @@ def squeeze_backward_kernel(
         gdc_launch_dependents()
     M = M * M_ALIGN
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    t = tl.program_id(0) % (BLOCKS * S)
-    i_n = tl.program_id(0) // (BLOCKS * S)
-    i_c = t % BLOCKS
-    i_s = t // BLOCKS
-    if WIDE:
-        i_s = i_s.to(tl.int64)
-    o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    t, i_n, i_c, i_s, o_n, o_c = tile_of(tl.program_id(0), S, C, SAMPLES, CHANNELS, WIDE)
     n = o_n.to(tl.int64)
     AXIS: tl.constexpr = 1 if CHANNELS_LAST else 2
     SHAPE: tl.constexpr = [SAMPLES, POSITIONS, CHANNELS] if CHANNELS_LAST else [SAMPLES, CHANNELS, POSITIONS]
@@ -421,12 +401,7 @@ def scale_backward_kernel(
         pid = tl.program_id(0) - WEIGHT_TILES
         if REVERSED:
             pid = tl.num_programs(0) - WEIGHT_TILES - 1 - pid
-        i_c = (pid % T) % BLOCKS
-        i_s = (pid % T) // BLOCKS
-        if WIDE:
-            i_s = i_s.to(tl.int64)
-        o_n = (pid // T) * SAMPLES + tl.arange(0, SAMPLES)
-        o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+        _, _, i_c, i_s, o_n, o_c = tile_of(pid, S, C, SAMPLES, CHANNELS, WIDE)
         m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
         n = o_n.to(tl.int64)
         o_nc = n[:, None] * C + o_c[None, :]
@@ -447,10 +422,10 @@ def scale_backward_kernel(
                 if SQUEEZE == "avgmax":
                     even = even * 0.5
                     each = each * 0.5
-                top = top[:, None, :] if CHANNELS_LAST else top[:, :, None]
-                each = each[:, None, :] if CHANNELS_LAST else each[:, :, None]
-            b_gate = b_gate[:, None, :] if CHANNELS_LAST else b_gate[:, :, None]
-            even = even[:, None, :] if CHANNELS_LAST else even[:, :, None]
+                top = over_positions(top, CHANNELS_LAST)
+                each = over_positions(each, CHANNELS_LAST)
+            b_gate = over_positions(b_gate, CHANNELS_LAST)
+            even = over_positions(even, CHANNELS_LAST)
         for j in range(0, STEPS):
             i = STEPS - 1 - j if REVERSED else j
             p0 = (i_s * STEPS + i) * POSITIONS

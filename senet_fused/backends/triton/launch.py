@@ -278,6 +278,10 @@ def _recipe(
     )
 
 
+def _floats(x: Tensor, *size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float32)
+
+
 def _sample_stride(t: Tensor) -> int:
     return t.stride(0) if t.shape[0] > 1 else t.numel()
 
@@ -413,9 +417,6 @@ def forward(
     x_stride, y_stride, r_stride = (stride // call.align for stride in (x_stride, y_stride, r_stride))
     launched = plan.strategy == "launches"
 
-    def work(*size: int) -> Tensor:
-        return x.new_empty(size, dtype=torch.float32)
-
     saved_stride = pooled = preact = peak = tied = None
     if saved is not None:
         saved_stride = saved.stride(0)
@@ -424,16 +425,16 @@ def forward(
             peak, tied = saved[:, c + r :], saved[:, 2 * c + r :]
     preact_stride = saved_stride
     if preact is None and plan.strategy == "last_block":
-        preact, preact_stride = work(n, r), r
+        preact, preact_stride = _floats(x, n, r), r
     parts = parts_stride = peaks = ties = None
     if recipe.direct:
         parts, parts_stride = saved, saved_stride
     elif launched or saved is not None:
-        parts, parts_stride = work(n, splits, c), splits * c
+        parts, parts_stride = _floats(x, n, splits, c), splits * c
     if squeeze != "avg":
-        peaks, ties = work(n, splits, c), work(n, splits, c)
+        peaks, ties = _floats(x, n, splits, c), _floats(x, n, splits, c)
     if launched and gate is None:
-        gate = work(n, c)
+        gate = _floats(x, n, c)
     if mask is not None and mask.dim() == 1:
         mask = None
     groups = -(-n // tile.samples)
@@ -441,7 +442,7 @@ def forward(
 
     with _on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
-        shares = work(n, recipe.parts if launched else recipe.tiles, r)
+        shares = _floats(x, n, recipe.parts if launched else recipe.tiles, r)
         tickets = _tickets(x, groups) if plan.strategy == "last_block" else None
         steps = (p.positions // call.m_align, splits, tile.steps)
         if tile.form == "rows":
@@ -517,19 +518,16 @@ def backward(
     inv_m = 1.0 / p.positions
     mask = mask if p.relu else None
 
-    def work(*size: int) -> Tensor:
-        return x.new_empty(size, dtype=torch.float32)
-
     with _on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
-        parts, shares, dpreact, dpooled, tickets = work(n, splits, c), None, None, None, None
+        parts, shares, dpreact, dpooled, tickets = _floats(x, n, splits, c), None, None, None, None
         if launched:
-            shares = work(n, recipe.parts, r)
-            dpooled = work(n, c) if dx is not None else None
+            shares = _floats(x, n, recipe.parts, r)
+            dpooled = _floats(x, n, c) if dx is not None else None
         else:
-            shares = work(n, recipe.tiles, r)
+            shares = _floats(x, n, recipe.tiles, r)
             if plan.strategy == "last_block":
-                dpreact, tickets = work(n, r), _tickets(x, groups)
+                dpreact, tickets = _floats(x, n, r), _tickets(x, groups)
         steps = (p.positions // call.m_align, splits, tile.steps)
         if tile.form == "rows":
             recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)

@@ -5,7 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["inside", "load_mask", "offsets_of", "store_mask"]
+__all__ = ["inside", "load_mask", "offsets_of", "over_positions", "store_mask", "tile_of"]
+
+
+@triton.jit
+def tile_of(pid, S, C: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """The pid-th tile: its number in its group of samples, group, block of channels and split; and which samples and
+    channels are in it."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    t = pid % (BLOCKS * S)
+    i_n = pid // (BLOCKS * S)
+    i_c = t % BLOCKS
+    i_s = t // BLOCKS
+    if WIDE:
+        i_s = i_s.to(tl.int64)
+    o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
+    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    return t, i_n, i_c, i_s, o_n, o_c
+
+
+@triton.jit
+def over_positions(v, CHANNELS_LAST: tl.constexpr):
+    """[samples, channels] as it goes with a tile."""
+    return v[:, None, :] if CHANNELS_LAST else v[:, :, None]
 
 
 @triton.jit
