@@ -57,7 +57,7 @@ bench: build ## the microbenchmark (BENCH="..." says which)
 
 lint: $(installed) ## ruff, clang-format, shell syntax
 	$(VENV)/bin/ruff check .
-	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	bash -n .ci/run benchmarks/gpu_check.sh tests/sanitize/run.sh
 
 abi: build ## is the library within LibTorch's stable ABI of the oldest supported torch?

@@ -16,7 +16,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"setuptools 77 or later is needed, this is {setuptools.__version__}: pip install -U setuptools")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "buildtools"))
 
-from ninja_build import FreshBuildPy, NinjaBuildExt, PythonModule, TorchLibrary, Unit  # noqa: E402
+from ninja_build import CudaLibrary, FreshBuildPy, NinjaBuildExt, PythonModule, TorchLibrary, Unit  # noqa: E402
 from switches import no_extensions  # noqa: E402
 
 # The kernels are compiled once for each instruction set and the library picks one at run time:
@@ -32,7 +32,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
     DISPATCH = ("-DSENET_X86_DISPATCH=1",)
 
-# One entry for each shared object. A library for another kind of device is another entry.
+CUDA_KERNELS = ("squeeze", "squeeze_backward", "scale", "scale_backward", "excite")
+
+# One entry for each shared object. A library for another kind of device is another entry; the one for CUDA is left
+# out where there is no nvcc.
 LIBRARIES = [
     TorchLibrary(
         "senet_fused._cpu",
@@ -43,9 +46,18 @@ LIBRARIES = [
             *(Unit("csrc/cpu/kernels.cpp", (f"-DSENET_ISA={isa}", *f), isa) for isa, f in ISA_FLAGS.items()),
         ],
     ),
+    CudaLibrary(
+        "senet_fused._cuda",
+        [
+            Unit("csrc/cuda/library.cpp", facts=True),
+            Unit("csrc/cuda/squeeze_excite.cpp"),
+            Unit("csrc/plan/cuda_plan.cpp"),
+            *(Unit(f"csrc/cuda/{kernels}.cu") for kernels in CUDA_KERNELS),
+        ],
+    ),
     PythonModule(
         "senet_fused._plan",
-        [Unit("csrc/plan/module.cpp", facts=True), Unit("csrc/plan/plan.cpp")],
+        [Unit("csrc/plan/module.cpp", facts=True), Unit("csrc/plan/plan.cpp"), Unit("csrc/plan/cuda_plan.cpp")],
     ),
 ]
 

@@ -37,6 +37,7 @@ or name one with CXX, or install the pure Python package (the same results, none
 class Flags:
     compile: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
 
 
 def find_torch() -> Path | None:

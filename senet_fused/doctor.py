@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "SENET_FUSED_ISA": "the instruction set of the CPU kernels",
     "SENET_FUSED_PLANS": "the file of tuned plans of the Triton kernels, empty for none",
     "SENET_FUSED_NO_EXT": "read by the build: install without compiled code",
+    "SENET_FUSED_CUDA": "read by the build: the CUDA library, 1 required, 0 left out, auto where nvcc is found",
     "SENET_FUSED_SANITIZE": "read by the build: compile with sanitizers",
     "SENET_FUSED_CXXFLAGS": "read by the build: more compiler flags",
 }

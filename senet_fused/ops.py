@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import native, triton
+from .backends import cuda, native, triton
 
 __all__ = ["OPERATORS", "Operator", "call_counts", "count_call", "is_channels_last", "layout_of", "reset_call_counts"]
 
@@ -421,6 +421,7 @@ def _loop_vmap(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any
 OPERATORS: dict[str, Operator] = {
     backend: _define(backend, keys, forward, backward)
     for backend, keys, forward, backward in (
+        ("cuda", ("CUDA", "CPU"), cuda.forward, cuda.backward),
         ("triton", ("CUDA", "CPU"), triton.forward, triton.backward),
         ("cpu", ("CPU",), native.forward, native.backward),
     )

@@ -80,8 +80,9 @@ def requested(backend: str | None) -> tuple[str, str]:
 def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling: bool = False) -> Choice:
     """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
 
-    "auto" never takes the Triton interpreter. Under torch.compile (``compiling``) it leaves GPU tensors to the
-    reference, whose operators torch.compile fuses with their neighbours, which an operator of ours would prevent.
+    "auto" never runs GPU kernels on CPU tensors, as Triton's interpreter does. Under torch.compile (``compiling``) it
+    leaves GPU tensors to the reference, whose operators torch.compile fuses with their neighbours, which an operator of
+    ours would prevent.
 
     Raises:
         ValueError: an unknown backend name.
@@ -92,8 +93,8 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
         reasons = []
         for candidate in backends.NAMES:
             refusal = backends.refusal(candidate, device_type, dtype)
-            if candidate == "triton" and refusal is None:
-                refusal = _why_not_triton(device_type, compiling)
+            if candidate in ("cuda", "triton") and refusal is None:
+                refusal = _why_not(device_type, compiling)
             if refusal is None:
                 return Choice(candidate, "; ".join([*reasons, f"{candidate}: serves {device_type} tensors"]))
             reasons.append(f"not {candidate}: {refusal}")
@@ -105,10 +106,10 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
     return Choice(name, f"asked for by {who}")
 
 
-def _why_not_triton(device_type: str, compiling: bool) -> str | None:
-    """Why "auto" passes over Triton kernels that could run."""
+def _why_not(device_type: str, compiling: bool) -> str | None:
+    """Why "auto" passes over GPU kernels that could run."""
     if device_type == "cpu":
-        return "Triton's interpreter is for those who ask for it by name"
+        return "its kernels run on CPU tensors for those who ask for it by name"
     if compiling:
         return "torch.compile fuses the plain operators with their neighbours"
     return None

@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
 
 import senet_fused  # noqa: E402
 
+# Tests that several modules import.
+pytest.register_assert_rewrite("gpu_contract")
+
 # Kernels take their time on a busy machine, so nothing depends on the clock. CI sees the same examples every time.
 hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("dev"), derandomize=True)

@@ -134,7 +134,7 @@ CASES = {
     "post_act": (dict(post_act="silu"), ValueError, "'relu' or None", "got 'silu'", "None"),
     "post_act_module": (dict(post_act=nn.ReLU()), ValueError, "'relu' or None", "got ReLU()", "None"),
     "backend": (
-        dict(backend="gpu"), ValueError, "choose one of auto, cpu, triton, reference", "'gpu'", "choose one of",
+        dict(backend="gpu"), ValueError, "choose one of auto, cpu, cuda, triton, reference", "'gpu'", "choose one of",
     ),
     "backend_that_cannot": (
         {k: v.to("meta") for k, v in tensors().items()} | dict(backend="cpu"),

@@ -25,7 +25,7 @@ PYTHON = {
     "_version": set(),
     "activations": set(),
     "reference": {"activations"},
-    "backends": {"activations", "reference"},
+    "backends": {"_plan", "activations", "reference"},
     "select": {"backends"},
     "ops": {"backends", "reference"},
     "functional": {"activations", "ops", "reference", "select"},
@@ -52,8 +52,8 @@ OF_TRITON = {f"backends/triton/{name}.py" for name in ("elementwise", "excite", 
 # Files of csrc/ -> the local headers they may include. library -> host file -> {check, plan, kernel}.
 CPP = {
     "library.cpp": {"cpu/squeeze_excite.h"},
-    "check.h": set(),
-    "plan/*": {"plan/plan.h"},
+    "check.h": {"plan/plan.h"},
+    "plan/*": {"plan/plan.h", "plan/cuda_plan.h"},
     "cpu/squeeze_excite.h": set(),
     "cpu/squeeze_excite.cpp": {"cpu/squeeze_excite.h", "check.h", "cpu/schedule.h", "plan/plan.h"},
     "cpu/schedule.h": {"cpu/kernels.h", "plan/plan.h"},
@@ -61,8 +61,22 @@ CPP = {
     "cpu/kernels.cpp": {"cpu/kernels.h", "cpu/kernel/*"},
     "cpu/kernel/*": {"cpu/kernels.h", "cpu/vec.h", "cpu/kernel/*"},
     "cpu/vec.h": set(),
+    "cuda/library.cpp": {"cuda/squeeze_excite.h"},
+    "cuda/squeeze_excite.h": set(),
+    "cuda/squeeze_excite.cpp": {"cuda/squeeze_excite.h", "cuda/call.h", "check.h"},
+    "cuda/call.h": {"plan/cuda_plan.h"},
+    # Host code around the kernels: from a call to their arguments and their launch.
+    "cuda/*.cu": {"cuda/kernel/*", "cuda/launch.cuh", "cuda/weights_of.cuh"},
+    "cuda/weights_of.cuh": {"cuda/kernel/*", "cuda/launch.cuh"},
+    "cuda/launch.cuh": {"cuda/call.h", "cuda/kernel/*"},
+    "cuda/kernel/*": {"cuda/kernel/*", "cuda/prim/*", "plan/cuda_plan.h"},
+    "cuda/prim/*": {"cuda/prim/*", "plan/plan.h"},
 }
-TORCH_HEADERS_IN = {"library.cpp", "check.h", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp"}
+TORCH_HEADERS_IN = {
+    "library.cpp", "check.h", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp", "cuda/library.cpp",
+    "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp",
+}  # fmt: skip
+CUDA_HEADERS_IN = {"cuda/launch.cuh", "cuda/prim/port.cuh"}
 
 
 def imports(path, package):
@@ -135,7 +149,7 @@ def test_the_rules_have_no_circle_and_no_way_up():
     for name in PYTHON:
         assert name not in below(name)
     for name in CORE:
-        assert below(name) <= set(CORE)
+        assert below(name) <= {*CORE, "_plan"}
     assert {name for name in PYTHON if PYTHON[name] & {"bench", "train"}} == {"cli", "doctor", "tune"}
     assert set(PYTHON) >= set(python_graph(PACKAGE))
 
@@ -203,7 +217,8 @@ print(*sorted(set(sys.modules) - before))
     assert not tops & (OPTIONAL | {"sympy", "functorch"})
     assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))]
     core = {f"senet_fused.{name}" for name in CORE} | {
-        "senet_fused", "senet_fused.backends.native", "senet_fused.backends.triton",
+        "senet_fused", "senet_fused._plan",
+        *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core
 
@@ -246,6 +261,8 @@ def cpp_violations(csrc):
                 stable = header.startswith(("torch/csrc/stable/", "torch/headeronly/"))
                 if name not in TORCH_HEADERS_IN or not stable:
                     wrong.append(f"{name} includes <{header}>")
+            elif header.startswith("cuda") and name not in CUDA_HEADERS_IN:
+                wrong.append(f"{name} includes <{header}>")
             elif header.startswith("pybind11/") and name != "plan/module.cpp":
                 wrong.append(f"{name} includes <{header}>")
     return wrong
@@ -263,6 +280,7 @@ def test_the_scan_of_includes_finds_a_violation(tmp_path):
         "cpu/kernel/scale.h": '#include "squeeze.h"\n  #  include <ATen/ATen.h>\n// #include "../schedule.h"',
         "check.h": "#include <torch/extension.h>\n#include <string>",
         "cpu/other.h": "",
+        "cuda/kernel/scale.cuh": '#include "../prim/pack.cuh"\n#include "../call.h"\n#include <cuda_fp16.h>',
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -270,6 +288,8 @@ def test_the_scan_of_includes_finds_a_violation(tmp_path):
         "check.h includes <torch/extension.h>",
         "cpu/kernel/scale.h includes <ATen/ATen.h>",
         "cpu/other.h has no rule here",
+        "cuda/kernel/scale.cuh includes cuda/call.h",
+        "cuda/kernel/scale.cuh includes <cuda_fp16.h>",
         "library.cpp includes plan/plan.h",
         "plan/plan.cpp includes check.h",
         "plan/plan.cpp includes <torch/csrc/stable/tensor.h>",

@@ -176,7 +176,7 @@ def test_plans_depend_on_their_arguments_alone():
 
 def test_build_info():
     info = _plan.build_info()
-    assert set(info) == {"version", "revision", "compiler", "instruction_sets", "torch_headers"}
+    assert set(info) == {"version", "revision", "compiler", "instruction_sets", "cuda", "torch_headers"}
     info.pop("revision")  # unknown outside of a git checkout
     assert info["version"] == senet_fused.__version__
     assert all(isinstance(value, str) and value not in ("", "unknown") for value in info.values())

@@ -9,7 +9,7 @@ import torch
 
 import senet_fused
 from senet_fused import BackendUnavailableError, FusedSE, backends, explain, select, use_backend
-from senet_fused.backends import native, triton
+from senet_fused.backends import cuda, native, triton
 
 REASON = "the compiled library is not installed"
 
@@ -110,11 +110,12 @@ def test_use_backend_takes_none_for_nothing():
 @pytest.mark.parametrize("device", ["meta", "cuda", "mps", "xpu"])
 def test_what_the_cpu_backend_refuses(library, device):
     refusal = f"it serves CPU tensors, got {device} tensors"
-    if device != "cuda" or triton.problem() is not None:
+    if device != "cuda" or (triton.problem() is not None and cuda.problem() is not None):
         choice = select.choose(None, device, torch.float32)
         assert choice.backend == "reference"
         assert choice.reason == (
-            f"not cpu: {refusal}; not triton: {triton.problem(device)}; reference: serves {device} tensors"
+            f"not cpu: {refusal}; not cuda: {cuda.problem(device)}; not triton: {triton.problem(device)}; "
+            f"reference: serves {device} tensors"
         )
     with pytest.raises(BackendUnavailableError) as error:
         select.choose("cpu", device, torch.float32)
@@ -143,7 +144,7 @@ def test_without_the_library(no_library, monkeypatch):
     """auto falls back and says why; a backend asked for by name does not fall back, whoever asked."""
     layer = FusedSE(8, 4)
     assert explain(X).backend == "reference"
-    assert re.fullmatch(f"not cpu: {REASON}; not triton: .*; reference: serves cpu tensors", explain(X).reason)
+    assert re.fullmatch(f"not cpu: {REASON}; not cuda: .*; not triton: .*; reference: serves cpu tensors", explain(X).reason)
     assert _ran(lambda: layer(X).sum().backward()) == {"reference.forward": 1}
     with pytest.raises(
         BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"
@@ -164,7 +165,7 @@ def test_without_the_library(no_library, monkeypatch):
 
 
 def test_status(no_library):
-    cpu, _, reference = backends.status()
+    cpu, _, _, reference = backends.status()
     assert (cpu, reference) == (("cpu", False, REASON), ("reference", True, "plain PyTorch, any device"))
     with pytest.raises(RuntimeError, match=REASON):
         native.instruction_set()
@@ -184,11 +185,11 @@ def test_loading_says_what_is_wrong(monkeypatch, tmp_path):
 
 
 def test_names():
-    assert select.BACKEND_CHOICES == ("auto", "cpu", "triton", "reference")
+    assert select.BACKEND_CHOICES == ("auto", "cpu", "cuda", "triton", "reference")
     for name in select.BACKEND_CHOICES:
         select.check_name(name, "here")
     select.check_name(None, "here")
-    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, triton, reference$"):
+    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, cuda, triton, reference$"):
         select.check_name("CPU", "here")
 
 
@@ -199,34 +200,100 @@ def test_choosing_never_looks_at_sizes():
     assert list(inspect.signature(select.choose).parameters) == ["backend", "device_type", "dtype", "compiling"]
 
 
-# ---------------------------------------------------------------------------------------------------- triton
+# ---------------------------------------------------------------------------------------------------- GPUs
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if there were a GPU and triton; nothing is run with it."""
+    """As if there were an NVIDIA GPU, the CUDA library and triton; nothing is run with them."""
+    monkeypatch.setattr(cuda, "_gpu_problem", lambda: None)
     monkeypatch.setattr(triton, "_gpu_problem", lambda: None)
 
 
-def test_auto_takes_triton_for_gpu_tensors(gpu):
+def test_auto_takes_cuda_for_gpu_tensors_and_triton_without_it(gpu, monkeypatch):
+    for dtype in cuda.DTYPES:
+        choice = select.choose(None, "cuda", dtype)
+        assert choice.backend == "cuda" and choice.reason.endswith("; cuda: serves cuda tensors")
+    monkeypatch.setattr(cuda, "_gpu_problem", lambda: REASON)
     for dtype in triton.DTYPES:
         choice = select.choose(None, "cuda", dtype)
-        assert choice.backend == "triton" and choice.reason.endswith("; triton: serves cuda tensors")
+        assert choice.backend == "triton"
+        assert choice.reason.endswith(f"; not cuda: {REASON}; triton: serves cuda tensors")
+    with pytest.raises(BackendUnavailableError, match=f"backend 'cuda', .*: {REASON}"):
+        select.choose("cuda", "cuda", torch.float32)
     choice = select.choose(None, "cuda", torch.float64)
     assert choice.backend == "reference" and "not triton: it has no kernels for torch.float64" in choice.reason
 
 
-def test_under_torch_compile_auto_leaves_gpu_tensors_to_the_compiler(gpu):
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_under_torch_compile_auto_leaves_gpu_tensors_to_the_compiler(gpu, name):
     choice = select.choose(None, "cuda", torch.bfloat16, compiling=True)
-    assert choice.backend == "reference" and "not triton: torch.compile fuses" in choice.reason
-    assert select.choose("triton", "cuda", torch.bfloat16, compiling=True).backend == "triton"
+    assert choice.backend == "reference" and f"not {name}: torch.compile fuses" in choice.reason
+    assert select.choose(name, "cuda", torch.bfloat16, compiling=True).backend == name
 
 
-def test_auto_never_takes_the_interpreter(no_library, monkeypatch):
-    monkeypatch.setattr(triton, "problem", lambda device_type="cuda": None)
+@pytest.mark.parametrize("backend", [cuda, triton], ids=["cuda", "triton"])
+def test_auto_never_runs_gpu_kernels_on_cpu_tensors(no_library, monkeypatch, backend):
+    name = backend.__name__.rpartition(".")[2]
+    monkeypatch.setattr(backend, "problem", lambda device_type="cuda": None)
     choice = select.choose(None, "cpu", torch.float32)
-    assert choice.backend == "reference" and "not triton: Triton's interpreter is for those who ask" in choice.reason
-    assert select.choose("triton", "cpu", torch.float32).backend == "triton"
+    assert choice.backend == "reference" and f"not {name}: its kernels run on CPU tensors for those" in choice.reason
+    assert select.choose(name, "cpu", torch.float32).backend == name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "served", "not_served"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_90a", [(9, 0)], [(10, 0)]),
+        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(12, 0)]),
+        ("compute_80", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
+        ("compute_100", [(10, 0), (12, 0)], [(9, 0)]),
+    ],
+)
+def test_which_gpus_compiled_code_serves(architecture, served, not_served):
+    assert all(cuda.covers(architecture, capability) for capability in served)
+    assert not any(cuda.covers(architecture, capability) for capability in not_served)
+
+
+def test_why_cuda_cannot_run(monkeypatch, tmp_path):
+    why = cuda._gpu_problem.__wrapped__
+    monkeypatch.setattr(cuda, "_problem", REASON)
+    assert why() == REASON
+    assert cuda.problem("mps") == "it serves CUDA tensors, got mps tensors"
+    with pytest.raises(RuntimeError, match=REASON):
+        cuda.architectures()
+    monkeypatch.setattr(cuda, "_problem", None)
+    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_80", "sm_90", "compute_90"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why() == "PyTorch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = [(9, 0), (12, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capabilities[number])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
+    assert why() is None
+    capabilities[1] = (7, 0)
+    assert why() == (
+        "Tesla V100 has compute capability 7.0, the library was built for sm_80 sm_90 compute_90 "
+        "(reinstall with TORCH_CUDA_ARCH_LIST=7.0)"
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert why() == "it serves NVIDIA GPUs, this PyTorch is built for AMD's"
+
+
+def test_loading_the_cuda_library_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "_operators", {})
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    if cuda._plan is not None:
+        assert cuda._load().startswith("the package was built without CUDA: ") and "SENET_FUSED_CUDA=1" in cuda._load()
+        cuda.LIBRARY.write_bytes(b"no library")
+        assert cuda._load().startswith("the CUDA library does not load: ")
+    monkeypatch.setattr(cuda, "_plan", None)
+    assert "the compiled planner is not installed" in cuda._load()
 
 
 def test_why_triton_cannot_run(monkeypatch):

@@ -27,6 +27,7 @@ from test_triton_kernels import run as run_triton
 import senet_fused
 from senet_fused import ops
 from senet_fused.backends import triton as backend
+from senet_fused.backends.tickets import Tickets
 
 if backend.problem(DEVICE) is not None:
     pytest.skip(backend.problem(DEVICE), allow_module_level=True)
@@ -286,7 +287,7 @@ def test_tf32_only_where_the_user_allows_it(monkeypatch):
     assert precisions == ["ieee", "tf32"]
 
 
-class HostTickets(launch.Tickets):
+class HostTickets(Tickets):
     """As on a GPU, in the CPU's memory."""
 
     SIZE = 4096

@@ -90,41 +90,28 @@ struct Tables<double> {
   static const FunctionKernels<double>* function() { return &kernels().function_double; }
 };
 
-int64_t element_size(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
-
 bool is_supported(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
 }
 
 Options options(int64_t act, double act_p0, int64_t gate, double gate_p0, double gate_p1, int64_t squeeze,
                 int64_t relu) {
-  STD_TORCH_CHECK(act >= 0 && act < kFunctions && gate >= 0 && gate < kFunctions && squeeze >= 0 &&
-                      squeeze < kSqueezes && (relu == 0 || relu == 1),
-                  "senet_fused: unknown function code");
-  const Function g = static_cast<Function>(gate);
-  STD_TORCH_CHECK(g == Function::sigmoid || g == Function::hardsigmoid || g == Function::tanh || g == Function::relu ||
-                      g == Function::identity,
-                  "senet_fused: this function is no gate: its derivative does not follow from its value");
-  return {static_cast<Function>(act), act_p0, g, gate_p0, gate_p1, static_cast<Squeeze>(squeeze), relu == 1};
+  check_codes(act, gate, squeeze, relu);
+  return {static_cast<Function>(act),    act_p0,   static_cast<Function>(gate), gate_p0, gate_p1,
+          static_cast<Squeeze>(squeeze), relu == 1};
 }
 
 Problem problem(const Tensor& x, const Tensor& w1, bool channels_last, bool backward) {
+  STD_TORCH_CHECK(x.is_cpu(), "senet_fused: x must be on the CPU");
   STD_TORCH_CHECK(is_supported(x.scalar_type()), "senet_fused: x must be float64, float32, bfloat16 or float16");
-  STD_TORCH_CHECK(x.dim() >= 3 && w1.dim() >= 2, "senet_fused: x must be [N, C, *spatial] and w1 [R, C], got ", text(x),
-                  " and ", text(w1));
-  int64_t m = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
-  STD_TORCH_CHECK(m > 0 && x.size(1) > 0 && w1.size(0) > 0, "senet_fused: empty channels or positions: x ", text(x),
-                  ", w1 ", text(w1));
-  return {x.size(0),     x.size(1), w1.size(0), m, element_size(x.scalar_type()), element_size(w1.scalar_type()),
-          channels_last, backward};
+  return check_problem(x, w1, channels_last, backward);
 }
 
 template <class A>
 void fill_layer(Layer<A>& layer, const Problem& p, const Options& o, const Tensor& x, const Tensor& w1,
                 const Tensor& w2) {
-  check_dense(w1, "w1", {p.r, p.c}, w1.scalar_type());
-  check_dense(w2, "w2", {p.c, p.r}, w1.scalar_type());
+  check_dense(w1, "w1", {p.r, p.c}, w1.scalar_type(), x);
+  check_dense(w2, "w2", {p.c, p.r}, w1.scalar_type(), x);
   layer.problem = p;
   layer.options = o;
   layer.plan = plan_cpu(p, facts());
@@ -136,14 +123,11 @@ void fill_layer(Layer<A>& layer, const Problem& p, const Options& o, const Tenso
 }
 
 template <class A>
-const A* optional_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
+const A* optional_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes,
+                         const Tensor& x) {
   if (!t.has_value()) return nullptr;
-  check_dense(*t, name, sizes, Tables<A>::kType);
+  check_dense(*t, name, sizes, Tables<A>::kType, x);
   return static_cast<const A*>(t->const_data_ptr());
-}
-
-void check_mask(const Tensor& mask, int64_t n, int64_t rows, int64_t columns) {
-  check_dense(mask, "mask", {n, rows, (columns + 7) / 8}, ScalarType::Byte);
 }
 
 template <class A>
@@ -156,8 +140,8 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
   call.x = static_cast<const char*>(x.const_data_ptr());
   call.w1 = w1.const_data_ptr();
   call.w2 = w2.const_data_ptr();
-  call.b1 = optional_vector<A>(b1, "b1", {p.r});
-  call.b2 = optional_vector<A>(b2, "b2", {p.c});
+  call.b1 = optional_vector<A>(b1, "b1", {p.r}, x);
+  call.b2 = optional_vector<A>(b2, "b2", {p.c}, x);
   if (residual.has_value()) {
     check_same_shape(*residual, "residual", x);
     call.residual_stride = check_samples(*residual, "residual", p.channels_last);
@@ -170,15 +154,15 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
   call.gate = unkept.get();
   call.saved = unkept.get() + (gate.has_value() ? 0 : p.n * p.c);
   if (gate.has_value()) {
-    check_dense(*gate, "gate", {p.n, p.c}, Tables<A>::kType);
+    check_dense(*gate, "gate", {p.n, p.c}, Tables<A>::kType, x);
     call.gate = static_cast<A*>(gate->mutable_data_ptr());
   }
   if (saved.has_value()) {
-    check_dense(*saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
+    check_dense(*saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType, x);
     call.saved = static_cast<A*>(saved->mutable_data_ptr());
   }
   if (o.relu && mask.has_value() && mask->dim() > 1) {
-    check_mask(*mask, p.n, call.rows(), call.columns());
+    check_mask(*mask, p, x);
     call.mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
   }
   call.run();
@@ -196,15 +180,15 @@ void backward(const Problem& p, const Options& o, const Tensor& dy, const std::o
   check_same_shape(dy, "dy", x);
   call.dy_stride = check_samples(dy, "dy", p.channels_last);
   call.dy = static_cast<const char*>(dy.const_data_ptr());
-  call.dgate = optional_vector<A>(dgate, "dgate", {p.n, p.c});
+  call.dgate = optional_vector<A>(dgate, "dgate", {p.n, p.c}, x);
   call.w1 = w1.const_data_ptr();
   call.w2 = w2.const_data_ptr();
-  check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType);
+  check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType, x);
   call.gate = static_cast<const A*>(gate.const_data_ptr());
-  check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType);
+  check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType, x);
   call.saved = static_cast<const A*>(saved.const_data_ptr());
   if (o.relu) {
-    check_mask(mask, p.n, call.rows(), call.columns());
+    check_mask(mask, p, x);
     call.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
   }
   STD_TORCH_CHECK(dw1.has_value() == dw2.has_value(), "senet_fused: dw1 and dw2 go together");
@@ -218,13 +202,13 @@ void backward(const Problem& p, const Options& o, const Tensor& dy, const std::o
   if (dx.has_value()) call.dx = static_cast<char*>(dx->mutable_data_ptr());
   if (dresidual.has_value()) call.dresidual = static_cast<char*>(dresidual->mutable_data_ptr());
   if (dw1.has_value()) {
-    check_dense(*dw1, "dw1", {p.r, p.c}, w1.scalar_type());
-    check_dense(*dw2, "dw2", {p.c, p.r}, w1.scalar_type());
+    check_dense(*dw1, "dw1", {p.r, p.c}, w1.scalar_type(), x);
+    check_dense(*dw2, "dw2", {p.c, p.r}, w1.scalar_type(), x);
     call.dw1 = dw1->mutable_data_ptr();
     call.dw2 = dw2->mutable_data_ptr();
   }
-  call.db1 = const_cast<A*>(optional_vector<A>(db1, "db1", {p.r}));
-  call.db2 = const_cast<A*>(optional_vector<A>(db2, "db2", {p.c}));
+  call.db1 = const_cast<A*>(optional_vector<A>(db1, "db1", {p.r}, x));
+  call.db2 = const_cast<A*>(optional_vector<A>(db2, "db2", {p.c}, x));
   call.run();
 }
 

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from . import native, triton
+from . import cuda, native, triton
 
 __all__ = ["NAMES", "BackendStatus", "dtypes", "refusal", "status"]
 
 # In the order in which "auto" prefers them.
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": cuda.DTYPES,
     "triton": triton.DTYPES,
     "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
@@ -32,10 +33,11 @@ def status() -> list[BackendStatus]:
     """Every backend of this package with its state on this machine."""
     interpreted = triton.problem("cpu") is None
     no_triton = None if interpreted else triton.problem()
-    no_cpu = native.problem()
+    no_cpu, no_cuda = native.problem(), cuda.problem()
     kernels = "Triton kernels, on CPU tensors in Triton's interpreter" if interpreted else "Triton kernels for GPUs"
     return [
         BackendStatus("cpu", no_cpu is None, no_cpu or f"C++ kernels for {native.instruction_set()}"),
+        BackendStatus("cuda", no_cuda is None, no_cuda or f"CUDA kernels for {' '.join(cuda.architectures())}"),
         BackendStatus("triton", no_triton is None, no_triton or kernels),
         BackendStatus("reference", True, "plain PyTorch, any device"),
     ]
@@ -49,7 +51,9 @@ def refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return f"it serves CPU tensors, got {device_type} tensors"
     if dtype not in _DTYPES[name]:
         return f"it has no kernels for {dtype}"
-    return native.problem() if name == "cpu" else triton.problem(device_type)
+    if name == "cpu":
+        return native.problem()
+    return (cuda if name == "cuda" else triton).problem(device_type)
 
 
 def dtypes(name: str) -> tuple[torch.dtype, ...]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation
-from ..reference import SQUEEZES
+from .codes import codes_of
 
 __all__ = ["backward", "forward", "instruction_set", "problem"]
 
@@ -52,16 +50,6 @@ def instruction_set() -> str:
     return torch.ops.senet_fused._cpu_instruction_set()
 
 
-@lru_cache(maxsize=256)
-def _codes(act: str, gate: str, squeeze: str, post_act: str) -> tuple[int, float, int, float, float, int, int]:
-    if squeeze not in SQUEEZES or post_act not in ("", "relu"):
-        known = f"squeeze one of {', '.join(SQUEEZES)}, post_act '' or 'relu'"
-        raise ValueError(f"expected {known}; got {squeeze!r} and {post_act!r}")
-    a, g = Activation.parse(act), Activation.parse(gate)
-    slope, offset = g.args or (0.0, 0.0)
-    return a.code, (a.args or (0.0,))[0], g.code, slope, offset, SQUEEZES.index(squeeze), int(post_act == "relu")
-
-
 def forward(
     x: Tensor,
     w1: Tensor,
@@ -81,7 +69,7 @@ def forward(
     x and residual share one dense layout.
     """
     torch.ops.senet_fused._cpu_forward.default(
-        x, w1, b1, w2, b2, residual, *_codes(act, gate_fn, squeeze, post_act), channels_last, *outputs
+        x, w1, b1, w2, b2, residual, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs
     )
 
 
@@ -103,5 +91,5 @@ def backward(
 ) -> None:
     """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
     torch.ops.senet_fused._cpu_backward.default(
-        dy, dgate, x, w1, w2, gate, saved, mask, *_codes(act, gate_fn, squeeze, post_act), channels_last, *outputs
+        dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs
     )

@@ -1,6 +1,6 @@
-"""Is the compiled library within LibTorch's stable ABI of the oldest torch that it must load on?
+"""Are the compiled libraries within LibTorch's stable ABI of the oldest torch that they must load on?
 
-    python tests/abi/stable_abi.py                         check senet_fused/_cpu.so (make abi)
+    python tests/abi/stable_abi.py                         check senet_fused's _cpu.so, and _cuda.so if built (make abi)
     python tests/abi/stable_abi.py LIBRARY [OBJECT ...]    check another one, and its objects
 
 torch_2_11_symbols.txt lists what torch 2.11 offers: the stable ABI's functions that libtorch_cpu.so exports.
@@ -30,7 +30,7 @@ _RUNTIME = {"GLIBC", "GLIBCXX", "CXXABI", "GCC"}
 _OPTIONAL = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 
 _LIBRARIES = re.compile(
-    r"(libtorch_cpu|libstdc\+\+|libm|libgcc_s|libc|ld-linux-[\w-]+|libpthread)\.so(\.\d+)?"
+    r"(libtorch_cpu|libstdc\+\+|libm|libgcc_s|libc|ld-linux-[\w-]+|libpthread|libdl|librt)\.so(\.\d+)?"
 )
 
 
@@ -107,21 +107,27 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--regenerate"]:
         regenerate(Path(arguments[1]))
         return 0
-    library = Path(arguments[0]) if arguments else ROOT / "senet_fused" / "_cpu.so"
+    libraries = [Path(a) for a in arguments[:1]]
     objects = [Path(a) for a in arguments[1:]]
     if not arguments:
+        # The build leaves the CUDA library out where there is no nvcc; the CPU's has to be there.
+        cuda = ROOT / "senet_fused" / "_cuda.so"
+        libraries = [ROOT / "senet_fused" / "_cpu.so", *([cuda] if cuda.exists() else [])]
         objects = sorted((ROOT / "build" / "ninja").glob("*/senet_fused._cpu/csrc/cpu/kernels.avx*.o"))
         # A sanitizer's build calls what a compiler otherwise inlines, and is never shipped.
         objects = [o for o in objects if not re.search(r"-(address|undefined|thread)\b", o.parents[3].name)]
 
-    symbols = undefined_symbols(library)
-    problems = problems_with_symbols(symbols, allowed_symbols()) + problems_with_libraries(library)
+    problems = []
+    for library in libraries:
+        symbols = undefined_symbols(library)
+        found = problems_with_symbols(symbols, allowed_symbols()) + problems_with_libraries(library)
+        problems += [f"{library.name}: {problem}" for problem in found]
+        torch = sum(s.startswith(("aoti_torch_", "torch_")) for s in symbols)
+        print(f"{library.name}: {torch} of torch's symbols, runtime {runtime_needed(symbols)}")
     for object_file in objects:
         problems += problems_with_object(object_file)
     for problem in problems:
         print(f"error: {problem}")
-    torch = sum(s.startswith(("aoti_torch_", "torch_")) for s in symbols)
-    print(f"{library.name}: {torch} of torch's symbols, runtime {runtime_needed(symbols)}")
     print(f"{len(objects)} objects of wider instruction sets")
     print(f"{len(problems)} problems")
     return 1 if problems else 0

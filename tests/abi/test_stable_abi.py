@@ -9,17 +9,20 @@ import stable_abi
 
 import senet_fused
 
-LIBRARY = Path(senet_fused.__file__).with_name("_cpu.so")
+PACKAGE = Path(senet_fused.__file__).parent
 
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils (nm, objdump) is not installed")
 
 
-@pytest.mark.skipif(not LIBRARY.exists(), reason="this package was installed without compiled code")
-def test_library_keeps_to_the_stable_abi():
-    symbols = stable_abi.undefined_symbols(LIBRARY)
+@pytest.mark.parametrize("name", ["_cpu.so", "_cuda.so"])
+def test_library_keeps_to_the_stable_abi(name):
+    library = PACKAGE / name
+    if not library.exists():
+        pytest.skip(f"this package was installed without {name}")
+    symbols = stable_abi.undefined_symbols(library)
     assert any(symbol.startswith("torch_") for symbol in symbols), "no torch symbol at all: the wrong file?"
     assert stable_abi.problems_with_symbols(symbols, stable_abi.allowed_symbols()) == []
-    assert stable_abi.problems_with_libraries(LIBRARY) == []
+    assert stable_abi.problems_with_libraries(library) == []
 
 
 @pytest.mark.parametrize(

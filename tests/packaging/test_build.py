@@ -5,6 +5,7 @@ The incremental tests drive the real build command over a miniature project: the
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -25,23 +26,27 @@ for tool, module in (("setuptools", "setuptools"), ("ninja", "ninja"), ("pybind1
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 MINIATURE = """
-import sys
+import os, sys
 sys.path.insert(0, "buildtools")
 import setuptools
-from ninja_build import FreshBuildPy, NinjaBuildExt, TorchLibrary, Unit
+from ninja_build import CudaLibrary, FreshBuildPy, NinjaBuildExt, TorchLibrary, Unit
+libraries = [TorchLibrary("senet_fused._tiny", [
+    Unit("csrc/one.cpp", ("-DVARIANT=1",), "first"), Unit("csrc/one.cpp", ("-DVARIANT=2",), "second"),
+    Unit("csrc/two.cpp"), Unit("csrc/facts.cpp", facts=True),
+])]
+if os.path.exists("csrc/cuda"):
+    libraries.append(CudaLibrary("senet_fused._tiny_cuda", [
+        Unit("csrc/cuda/add.cpp"), Unit("csrc/cuda/add.cu"), Unit("csrc/cuda/told.cpp", facts=True),
+    ]))
 setuptools.setup(
-    name="miniature", version="1.2.3", packages=[],
-    ext_modules=[TorchLibrary("senet_fused._tiny", [
-        Unit("csrc/one.cpp", ("-DVARIANT=1",), "first"), Unit("csrc/one.cpp", ("-DVARIANT=2",), "second"),
-        Unit("csrc/two.cpp"), Unit("csrc/facts.cpp", facts=True),
-    ])],
+    name="miniature", version="1.2.3", packages=[], ext_modules=libraries,
     cmdclass={"build_py": FreshBuildPy, "build_ext": NinjaBuildExt},
 )
 """
 
 
 def run(command, cwd, **environment) -> subprocess.CompletedProcess:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SENET_", "PYTEST_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SENET_", "PYTEST_", "TORCH_CUDA_"))}
     return subprocess.run(
         list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True
     )
@@ -61,7 +66,8 @@ def miniature(tmp_path):
     (tmp_path / "csrc/two.cpp").write_text('extern "C" int two() { return 2; }\n')
     (tmp_path / "csrc/facts.cpp").write_text(
         'extern "C" __attribute__((visibility("default"))) const char* facts() { return SENET_BUILD_VERSION '
-        '" " SENET_BUILD_REVISION " " SENET_BUILD_COMPILER " " SENET_BUILD_ISAS " " SENET_BUILD_TORCH; }\n'
+        '" " SENET_BUILD_REVISION " " SENET_BUILD_COMPILER " " SENET_BUILD_ISAS " " SENET_BUILD_TORCH '
+        '" " SENET_BUILD_CUDA; }\n'
     )
     return tmp_path
 
@@ -160,6 +166,240 @@ def test_torch_too_old_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain, "find_torch", lambda: tmp_path)
     with pytest.raises(toolchain.PlatformError, match=r"torch>=2\.11 is needed, found torch 2\.9\.1"):
         toolchain.torch_folder()
+
+
+@pytest.fixture
+def cuda_toolkit(monkeypatch):
+    """buildtools/cuda_toolkit.py, for a machine of which nothing is known."""
+    for name in ("SENET_FUSED_CUDA", "SENET_FUSED_SANITIZE", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "buildtools")
+    import cuda_toolkit
+
+    return cuda_toolkit
+
+
+@pytest.fixture
+def cuda_miniature(miniature):
+    """The project with a library for CUDA: one source of kernels with a header, and C++ of the same name."""
+    (miniature / "csrc/cuda").mkdir()
+    (miniature / "senet_fused").mkdir()
+    (miniature / "csrc/cuda/amount.cuh").write_text("#pragma once\nconstexpr int AMOUNT = 1;\n")
+    (miniature / "csrc/cuda/add.cu").write_text(
+        '#include "cuda/amount.cuh"\n#include <cassert>\n'
+        "namespace { __global__ void kernel(int* p) { assert(p != nullptr); *p += AMOUNT; } }\n"
+        'extern "C" const char* launch_add(int* p, void* stream) {\n'
+        "  kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(p);\n"
+        "  const cudaError_t error = cudaGetLastError();\n"
+        "  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);\n}\n"
+    )
+    (miniature / "csrc/cuda/add.cpp").write_text(
+        "#include <torch/csrc/stable/tensor.h>\n"
+        'extern "C" const char* launch_add(int* p, void* stream);\n'
+        'extern "C" __attribute__((visibility("default"))) const char* add(int* p) { return launch_add(p, nullptr); }\n'
+    )
+    (miniature / "csrc/cuda/told.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) const char* told() {\n'
+        '  return SENET_CUDA_ARCHITECTURES "; " SENET_BUILD_CUDA;\n}\n'
+    )
+    return miniature
+
+
+def write_nvcc(path: Path, release: str = "12.4", top: Path | None = None, failure: str = "") -> Path:
+    """A stand-in that answers what the build asks of nvcc, and knows GPUs up to 9.0."""
+    fails = f"echo '{failure}' >&2; exit 3" if failure else f"echo '#$ TOP={top}' >&2"
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in\n--version) echo 'Cuda compilation tools, release {release}, V{release}.99' ;;\n"
+        f"--list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\n' ;;\n*) {fails} ;;\nesac\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+CUDA_OBJECTS = ["add.cu.o", "add.o", "told.o"]
+
+
+def test_cuda_library(cuda_miniature, cuda_toolkit):
+    """By an nvcc behind a wrapper script, incrementally; it loads where there is no driver."""
+    try:
+        real = cuda_toolkit.find_toolkit(["g++"])
+    except cuda_toolkit.NoCuda as problem:
+        pytest.skip(str(problem))
+    wrapper = cuda_miniature / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\nexec {" ".join(real.nvcc)} "$@"\n')
+    wrapper.chmod(0o755)
+    settings = {"NVCC": str(wrapper), "SENET_FUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX 8.0"}
+    assert build(cuda_miniature, "--inplace", **settings) == sorted(
+        [*EVERYTHING, *CUDA_OBJECTS, "_tiny_cuda.so"]
+    )
+    assert build(cuda_miniature, "--inplace", **settings) == []
+
+    built = cuda_miniature / "senet_fused/_tiny_cuda.so"
+    library = ctypes.CDLL(str(built))
+    library.told.restype = ctypes.c_char_p
+    targets = "sm_80 sm_90 compute_90"
+    assert library.told().decode() == f"{targets}; nvcc {real.version} for {targets}"
+    for path in (cuda_miniature, Path(real.root).resolve()):
+        assert str(path).encode() not in built.read_bytes(), "a path of the building machine"
+
+    (cuda_miniature / "csrc/cuda/amount.cuh").write_text("#pragma once\nconstexpr int AMOUNT = 2;\n")
+    assert build(cuda_miniature, "--inplace", **settings) == ["_tiny_cuda.so", "add.cu.o"], "its user alone"
+
+    settings["TORCH_CUDA_ARCH_LIST"] = "8.0"
+    told = ["_tiny.so", "facts.o"]
+    assert build(cuda_miniature, "--inplace", **settings) == sorted(
+        ["_tiny_cuda.so", "add.cu.o", "told.o", *told]
+    )
+    assert build(cuda_miniature, "--inplace", SENET_FUSED_CUDA="0") == told
+    assert not built.exists(), "the earlier build's library stays beside the others"
+
+
+def build_fails(project, **environment) -> str:
+    done = run([sys.executable, "setup.py", "build_ext"], project, **environment)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_missing_nvcc_leaves_the_cuda_library_out(cuda_miniature):
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cuda_miniature, NVCC="no-such-nvcc")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "CUDA" in line]
+    assert said == ["senet_fused is built without its CUDA library: NVCC=no-such-nvcc can't be run"]
+    assert {p.name for p in (cuda_miniature / "senet_fused").glob("*.so")} == {"_tiny.so"}
+    library = ctypes.CDLL(str(cuda_miniature / "senet_fused/_tiny.so"))
+    library.facts.restype = ctypes.c_char_p
+    assert library.facts().decode().endswith("none: nvcc not found")
+
+
+def test_missing_nvcc_says_what_to_do_where_it_is_required(cuda_miniature):
+    said = build_fails(cuda_miniature, SENET_FUSED_CUDA="1", NVCC="no-such-nvcc")
+    for words in ("SENET_FUSED_CUDA=1", "NVCC=no-such-nvcc", "CUDA toolkit, 12.0", "CUDA_HOME", "SENET_FUSED_CUDA=0"):
+        assert words in said
+
+
+def test_old_or_broken_nvcc_is_told_of(cuda_miniature):
+    nvcc = write_nvcc(cuda_miniature / "nvcc", release="11.8")
+    said = build_fails(cuda_miniature, SENET_FUSED_CUDA="1", NVCC=str(nvcc))
+    assert "it needs CUDA 12.0 or later" in said and "is nvcc 11.8.99" in said
+    assert build(cuda_miniature, NVCC=str(nvcc)) == EVERYTHING
+
+    write_nvcc(nvcc, failure="host_config.h:143: error: unsupported GNU version")
+    said = build_fails(cuda_miniature, SENET_FUSED_CUDA="1", NVCC=str(nvcc))
+    assert "doesn't work" in said and "error: unsupported GNU version" in said
+
+
+def test_wrong_cuda_settings_are_refused(cuda_miniature):
+    said = build_fails(cuda_miniature, SENET_FUSED_CUDA="yes")
+    assert "SENET_FUSED_CUDA='yes'" in said and "auto" in said
+    said = build_fails(cuda_miniature, SENET_FUSED_CUDA="1", SENET_FUSED_SANITIZE="undefined")
+    assert "Unset SENET_FUSED_SANITIZE" in said
+
+    (cuda_miniature / "lib").mkdir()
+    (cuda_miniature / "lib/libcudart_static.a").touch()
+    nvcc = write_nvcc(cuda_miniature / "nvcc", top=cuda_miniature)
+    said = build_fails(cuda_miniature, NVCC=str(nvcc), TORCH_CUDA_ARCH_LIST="Volta")
+    assert "TORCH_CUDA_ARCH_LIST='Volta'" in said and '"8.0;9.0+PTX"' in said
+
+
+def test_nvcc_is_looked_for_in_order(cuda_toolkit, monkeypatch, tmp_path):
+    def put(place: str) -> str:
+        (tmp_path / place / "bin").mkdir(parents=True)
+        return str(write_nvcc(tmp_path / place / "bin/nvcc"))
+
+    for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda_toolkit.shutil, "which", lambda name: None)
+    with pytest.raises(cuda_toolkit.NoCuda, match="/usr/local/cuda"):
+        cuda_toolkit.find_nvcc()
+    monkeypatch.undo()
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'search/bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    for place in ("search", "path", "home"):
+        found = put(place)
+        assert cuda_toolkit.find_nvcc() == [found], place
+    monkeypatch.setenv("NVCC", "env nvcc")
+    assert cuda_toolkit.find_nvcc() == ["env", "nvcc"]
+
+
+@pytest.mark.parametrize("folder", ["lib64", "lib", "targets/x86_64-linux/lib", None])
+def test_toolkit_with_its_libraries_anywhere(cuda_toolkit, monkeypatch, tmp_path, folder):
+    monkeypatch.setenv("NVCC", str(write_nvcc(tmp_path / "nvcc", top=tmp_path / "bin/..")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    (tmp_path / "bin").mkdir()
+    if folder is None:
+        with pytest.raises(cuda_toolkit.NoCuda, match="libcudart_static.a"):
+            cuda_toolkit.find_toolkit(["g++"])
+        return
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "libcudart_static.a").touch()
+    toolkit = cuda_toolkit.find_toolkit(["g++"])
+    assert toolkit.fact == "nvcc 12.4.99 for sm_90"
+    assert toolkit.flags().link[0] == f"-L{tmp_path / folder}"
+    assert "-ccbin" in toolkit.flags().compile
+    assert "-ccbin" not in cuda_toolkit.find_toolkit(["ccache", "g++"]).flags().compile
+
+
+KNOWN = {80, 86, 90, 100, 120}
+
+
+@pytest.mark.parametrize(
+    "listed, targets",
+    [
+        ("8.0", "sm_80"),
+        ("9.0+PTX", "sm_90 compute_90"),
+        ("10.0+PTX;8.0;9.0", "sm_80 sm_90 sm_100 compute_100"),
+        (" 8.0, 9.0a ;; 12.0 8.0", "sm_80 sm_90a sm_120"),
+    ],
+)
+def test_architectures_that_are_listed(cuda_toolkit, monkeypatch, listed, targets):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert " ".join(cuda_toolkit.choose_targets(KNOWN)) == targets
+
+
+@pytest.mark.parametrize(
+    "listed, problem",
+    [
+        ("Hopper", "'Hopper' is no compute capability"),
+        ("8.0;sm_90", "'sm_90' is no"),
+        ("90", "'90' is no"),
+        ("9.0+ptx", "is no"),
+        ("7.5;8.0", "need 8.0, and 7.5 is below"),
+        ("11.0", "doesn't know 11.0, only 8.0, 8.6, 9.0, 10.0, 12.0"),
+    ],
+)
+def test_architectures_that_cannot_be_followed(cuda_toolkit, monkeypatch, listed, problem):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(cuda_toolkit.PlatformError) as refused:
+        cuda_toolkit.choose_targets(KNOWN)
+    for words in (listed, problem, '"8.0;9.0+PTX"', "SENET_FUSED_CUDA=0"):
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "gpus, known, targets",
+    [
+        ([], KNOWN, "sm_80 sm_90 sm_100 compute_100"),
+        ([], {80, 86, 90}, "sm_80 sm_90 compute_90"),
+        ([], {110, 120}, "sm_120 compute_120"),
+        (["9.0", "9.0"], KNOWN, "sm_90"),
+        (["8.6", "9.0", "7.5"], KNOWN, "sm_86 sm_90"),
+        (["8.0", "10.0"], {80, 86, 90}, "sm_80 compute_90"),
+        (["8.9"], KNOWN, "compute_86"),
+        (["7.0"], KNOWN, None),
+    ],
+)
+def test_architectures_of_the_machine(cuda_toolkit, monkeypatch, tmp_path, gpus, known, targets):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + ("".join(f"echo {gpu}\n" for gpu in gpus) or "echo no driver; exit 9\n"))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if targets is None:
+        with pytest.raises(cuda_toolkit.NoCuda, match="8.0 and this machine's best is 7.0"):
+            cuda_toolkit.choose_targets(known)
+    else:
+        assert " ".join(cuda_toolkit.choose_targets(known)) == targets
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ for name in $(grep -rhoE "$unseen" csrc | sort -u); do
 done
 
 echo "== building with -fsanitize=$sanitizers"
-SENET_FUSED_SANITIZE=$sanitizers SENET_FUSED_CXXFLAGS="-include $checked" \
+SENET_FUSED_SANITIZE=$sanitizers SENET_FUSED_CUDA=0 SENET_FUSED_CXXFLAGS="-include $checked" \
   "$python" setup.py -q build --build-lib "$built"
 "$CXX" -std=c++17 -O1 -g -fPIC -shared -fsanitize=$sanitizers -fno-sanitize-recover=all \
   -include $checked tests/sanitize/planted.cpp -o "$built/planted.so"

@@ -128,7 +128,7 @@ def compiling_for(name: str) -> Iterator[dict[str, Any]]:
         mock.patch.object(launch.Kernel, "__call__", compile_kernel),
         mock.patch.object(launch, "device_facts", lambda device: facts),
         mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
-        mock.patch.object(launch, "_tickets", lambda x, count: torch.zeros(count, dtype=torch.int32)),
+        mock.patch.object(launch, "tickets_for", lambda x, count: torch.zeros(count, dtype=torch.int32)),
     ):
         launch._recipe.cache_clear()
         for kernel in vars(launch.kernels).values():

@@ -1,0 +1,130 @@
+// The excitation and its backward on blocks of [samples, channels], for every strategy; equation numbers are those of
+// senet_fused/reference.py. Shares are the parts of w1 @ pooled (or of dlogit @ w2) of single tiles: [n, tiles, r].
+#pragma once
+#include <cstdint>
+
+#include "../../plan/cuda_plan.h"
+#include "../prim/function.cuh"
+#include "../prim/product.cuh"
+#include "tile.cuh"
+
+namespace senet::cuda {
+
+constexpr int kReduced =
+    256;  // squeezed channels at a time: hidden and dpreact are [samples][kReduced] in shared memory
+
+// A block of samples and channels, and which one of `tiles` shares of its samples is its own.
+struct Patch {
+  int64_t n0;
+  int samples, c0, channels, t, tiles;
+};
+__device__ __forceinline__ Patch patch_of(const TileAt& at) {
+  return {at.n0, at.samples, at.c0, at.channels, at.t, at.tiles};
+}
+
+struct Bottleneck {
+  int c, r;
+  Matrix w1, w2;
+  const float *b1, *b2;  // or null
+  Elementwise act, gate;
+  float* shares;
+  float* preact;  // kept, in front of act, or null
+  int64_t preact_stride;
+};
+
+// (E2): this tile's share of w1 @ pooled. pooled: [samples][stride] in shared memory.
+__device__ __forceinline__ void push_preact(const Bottleneck& b, const Patch& at, const float* pooled, int stride) {
+  rows_dot(b.w1, at.c0, b.c, b.r, at.channels, pooled, stride, at.samples,
+           [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+}
+
+// (B4): this tile's share of dlogit @ w2. scratch: kScratch floats.
+__device__ __forceinline__ void push_dhidden(const Bottleneck& b, const Patch& at, const float* dlogit, int stride,
+                                             float* scratch) {
+  columns_dot(b.w2, static_cast<int64_t>(at.c0) * b.r, b.r, b.r, at.channels, dlogit, stride, at.samples, scratch,
+              [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+}
+
+// out(sample, r, sum of the shares) for r in [r0, r0 + count). Past the L1: other blocks of this launch may have
+// written them.
+template <class Out>
+__device__ __forceinline__ void sum_shares(const Bottleneck& b, const Patch& at, int r0, int count, float* scratch,
+                                           Out out) {
+  for (int s = 0; s < at.samples; ++s) {
+    const float* shares = b.shares + (at.n0 + s) * at.tiles * b.r + r0;
+    column_sums(
+        at.tiles, count, scratch, [&](int row, int i) { return __ldcg(shares + static_cast<int64_t>(row) * b.r + i); },
+        [&](int i, float sum) { out(s, i, sum); });
+  }
+}
+
+// (E2) for all squeezed channels, or (B4): what the last block of a group of samples does. finish(sample, r, sum).
+template <class Finish>
+__device__ __forceinline__ void finish_shares(const Bottleneck& b, const Patch& at, float* scratch, Finish finish) {
+  for (int r0 = 0; r0 < b.r; r0 += kReduced)
+    sum_shares(b, at, r0, min(kReduced, b.r - r0), scratch, [&](int s, int i, float sum) { finish(s, r0 + i, sum); });
+}
+
+// (E2), (E3): gates [samples][stride] in shared memory. ready: preact is there already, else it is the sum of the
+// shares, and kept by the block that is to. hidden: [kMostSamples or 1][kReduced]. Ends behind a barrier.
+__device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at, bool ready, float* gates, int stride,
+                                           float* hidden, float* scratch) {
+  for (int r0 = 0; r0 < b.r; r0 += kReduced) {
+    const int count = min(kReduced, b.r - r0);
+    if (ready) {
+      for (int i = thread_index(); i < at.samples * count; i += kThreads) {
+        const int s = i / count, r = i % count;
+        hidden[s * kReduced + r] = apply(b.act, b.preact[(at.n0 + s) * b.preact_stride + r0 + r]);
+      }
+    } else {
+      sum_shares(b, at, r0, count, scratch, [&](int s, int r, float sum) {
+        if (b.b1 != nullptr) sum += b.b1[r0 + r];
+        if (b.preact != nullptr && at.t == 0) b.preact[(at.n0 + s) * b.preact_stride + r0 + r] = sum;
+        hidden[s * kReduced + r] = apply(b.act, sum);
+      });
+    }
+    if (thread_index() < at.samples * 4 && count % 4 != 0) {
+      const int r = count / 4 * 4 + thread_index() % 4;  // up to a multiple of 4
+      if (r >= count) hidden[thread_index() / 4 * kReduced + r] = 0.0f;
+    }
+    __syncthreads();
+    rows_dot(b.w2, static_cast<int64_t>(at.c0) * b.r + r0, b.r, at.channels, count, hidden, kReduced, at.samples,
+             [&](int s, int c, float sum) {
+               float& gate = gates[s * stride + c];
+               gate = sum + (r0 != 0 ? gate : b.b2 != nullptr ? b.b2[at.c0 + c] : 0.0f);
+             });
+    __syncthreads();
+  }
+  for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
+    float& gate = gates[i / at.channels * stride + i % at.channels];
+    gate = apply(b.gate, gate);
+  }
+  __syncthreads();
+}
+
+// (B4), (B5): dpooled [samples][stride] in shared memory. ready: dpreact is there already. dpreact: in global memory if
+// ready, [n, r]. block: [kMostSamples or 1][kReduced]. Ends behind a barrier.
+__device__ __forceinline__ void make_dpooled(const Bottleneck& b, const Patch& at, const float* dpreact, float* dpooled,
+                                             int stride, float* block, float* scratch) {
+  for (int r0 = 0; r0 < b.r; r0 += kReduced) {
+    const int count = min(kReduced, b.r - r0);
+    if (dpreact != nullptr) {
+      for (int i = thread_index(); i < at.samples * count; i += kThreads) {
+        const int s = i / count, r = i % count;
+        block[s * kReduced + r] = dpreact[(at.n0 + s) * b.r + r0 + r];
+      }
+    } else {
+      sum_shares(b, at, r0, count, scratch, [&](int s, int r, float sum) {
+        block[s * kReduced + r] = through_act(b.act, sum, b.preact[(at.n0 + s) * b.preact_stride + r0 + r]);
+      });
+    }
+    __syncthreads();
+    columns_dot(b.w1, static_cast<int64_t>(r0) * b.c + at.c0, b.c, at.channels, count, block, kReduced, at.samples,
+                scratch, [&](int s, int c, float sum) {
+                  float& to = dpooled[s * stride + c];
+                  to = sum + (r0 != 0 ? to : 0.0f);
+                });
+  }
+}
+
+}  // namespace senet::cuda

@@ -1,0 +1,145 @@
+// From a call to a kernel's launch: what all launches share.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "call.h"
+#include "kernel/excite.cuh"
+
+#ifndef SENET_ON_HOST
+#include <cuda_runtime.h>
+#endif
+
+namespace senet::cuda {
+
+#ifndef SENET_ON_HOST
+
+// Makes a device the current one; the one before is current again afterwards.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : error_(cudaGetDevice(&before_)) {
+    if (error_ == cudaSuccess && before_ != device)
+      error_ = cudaSetDevice(device);
+    else
+      before_ = -1;
+  }
+  ~OnDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = -1;
+  cudaError_t error_;
+};
+
+// Launches kernel(arguments); returns an empty text, or what went wrong. dependent: the kernel may begin before the
+// launch in front of it has ended; code that was compiled for a processor before sm_90 would not wait for it.
+template <class Arguments>
+std::string launch(const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
+                   size_t shared_bytes, bool dependent, void* stream, int device) {
+  const OnDevice on_device(device);
+  cudaError_t error = on_device.error();
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess && dependent) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = dependent && attributes.ptxVersion >= 90 ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, kernel, arguments);
+  }
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it is reported here; the next launch is not to find it
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+#endif
+
+inline Geometry geometry_of(const Call& call) {
+  const CudaProblem& p = call.problem;
+  const CudaPlan& plan = call.plan;
+  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
+  return {p.n,
+          narrow(p.c),
+          narrow(p.r),
+          narrow(p.m),
+          narrow(plan.samples),
+          narrow(plan.channels),
+          narrow(plan.positions),
+          narrow(plan.splits),
+          narrow(plan.blocks(p.c)),
+          narrow(plan.lanes),
+          call.wide};
+}
+
+inline int64_t tiles_of(const Call& call) {
+  return (call.problem.n + call.plan.samples - 1) / call.plan.samples * call.plan.tiles(call.problem.c);
+}
+
+// Blocks of the excitation's own launches.
+inline int64_t patches_of(const Call& call) {
+  return (call.problem.n + kMaxSamples - 1) / kMaxSamples * ((call.problem.c + kExciteChannels - 1) / kExciteChannels);
+}
+
+inline int64_t weight_tiles_of(const CudaProblem& p) {
+  return (p.c + kWeightChannels - 1) / kWeightChannels * ((p.r + kWeightReduced - 1) / kWeightReduced);
+}
+
+inline Bottleneck bottleneck_of(const Call& call) {
+  const CudaProblem& p = call.problem;
+  const auto matrix = [&](const void* data, int64_t row) {
+    const bool wide = row % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    return Matrix{data, static_cast<Type>(call.weight_dtype), wide};
+  };
+  Bottleneck b{};
+  b.c = static_cast<int>(p.c);
+  b.r = static_cast<int>(p.r);
+  b.w1 = matrix(call.w1, p.c);
+  b.w2 = matrix(call.w2, p.r);
+  b.act = {call.act, call.act_p0, 0.0f};
+  b.gate = {call.gate_fn, call.gate_p0, call.gate_p1};
+  b.shares = call.shares;
+  b.preact = call.preact;
+  b.preact_stride = call.preact_stride;
+  return b;
+}
+
+inline Bottleneck bottleneck_of(const ForwardCall& call) {
+  Bottleneck b = bottleneck_of(static_cast<const Call&>(call));
+  b.b1 = call.b1;
+  b.b2 = call.b2;
+  return b;
+}
+
+// Bytes of dynamic shared memory for `tensors` tiles of planes, each a multiple of 16 bytes.
+inline size_t staged_bytes(const Call& call, int tensors) {
+  const int64_t elements = (call.plan.channels * call.problem.m + kCudaPack - 1) / kCudaPack * kCudaPack;
+  return static_cast<size_t>(tensors * elements * call.problem.element_size);
+}
+
+// launch(), with the kernel's name and its plan in front of what went wrong.
+template <class Arguments>
+std::string launch_for(const Call& call, const char* name, void (*kernel)(Arguments), const Arguments& arguments,
+                       int64_t blocks, size_t shared_bytes, bool first) {
+  const std::string error = launch(name, kernel, arguments, blocks, static_cast<int>(kCudaThreads), shared_bytes,
+                                   !first && call.plan.dependent_launch, call.stream, call.device);
+  if (error.empty()) return error;
+  return std::string(name) + " of " + std::to_string(blocks) + " blocks (" + text(call.plan) + "): " + error;
+}
+
+// f(a value of x's element type)
+template <class F>
+std::string with_type(Dtype dtype, F f) {
+  if (dtype == Dtype::float32) return f(float());
+  if (dtype == Dtype::bfloat16) return f(__nv_bfloat16());
+  return f(__half());
+}
+
+}  // namespace senet::cuda

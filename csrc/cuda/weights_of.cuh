@@ -1,0 +1,27 @@
+// What the weight gradients' tiles are told, for whichever launch they are a part of.
+#pragma once
+#include "kernel/weight_gradients.cuh"
+#include "launch.cuh"
+
+namespace senet::cuda {
+
+inline WeightArguments weights_of(const BackwardCall& call) {
+  const CudaProblem& p = call.problem;
+  WeightArguments w{};
+  w.n = p.n;
+  w.splits = static_cast<int>(call.plan.splits);
+  w.tiles =
+      static_cast<int>(call.plan.strategy == CudaStrategy::launches ? (p.c + kExciteChannels - 1) / kExciteChannels
+                                                                    : call.plan.tiles(p.c));
+  w.pooled = call.pooled;
+  w.pooled_stride = call.saved_stride;
+  w.parts = call.parts;
+  w.dpreact = call.plan.strategy == CudaStrategy::last_block ? call.dpreact : nullptr;
+  w.dw1 = call.dw1;
+  w.dw2 = call.dw2;
+  w.db1 = call.db1;
+  w.db2 = call.db2;
+  return w;
+}
+
+}  // namespace senet::cuda

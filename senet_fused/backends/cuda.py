@@ -1,0 +1,301 @@
+"""The CUDA C++ backend: NVIDIA GPUs of compute capability 8.0 and later.
+
+The plan comes from the compiled planner (``csrc/plan/cuda_plan.h``); what a call with these sizes takes is kept, so that
+a further one only allocates its workspace and calls into the library. Nothing waits for the device, and all memory is
+PyTorch's. The same kernels built for a host (:func:`load_host`) serve CPU tensors, which is how they are tested where
+there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import SQUEEZES
+from .codes import codes_of
+from .tickets import tickets_for
+
+try:
+    from .. import _plan
+except ImportError:
+    _plan = None
+
+__all__ = [
+    "DTYPES", "Problem", "architectures", "backward", "device_facts", "facts_of_h200", "forward", "load_host",
+    "plan_of", "problem", "using",
+]  # fmt: skip
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
+
+_REINSTALL = "reinstall where there is nvcc, with SENET_FUSED_CUDA=1"
+_operators: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {}
+
+
+def _load() -> str | None:
+    if _plan is None:
+        return "the compiled planner is not installed (reinstall with a C++ compiler and without SENET_FUSED_NO_EXT)"
+    if not LIBRARY.exists():
+        return f"the package was built without CUDA: {_plan.build_info()['cuda'].removeprefix('none: ')} ({_REINSTALL})"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    here = torch.ops.senet_fused
+    _operators["cuda"] = here._cuda_forward.default, here._cuda_backward.default
+    return None
+
+
+# At import: it takes under a millisecond, and torch.compile must not meet it in a traced call.
+_problem = _load()
+
+
+def load_host(library: Path) -> None:
+    """Serves CPU tensors with the kernels that ``tests/cuda_host`` has built for the host, in this process."""
+    if _plan is None:
+        raise RuntimeError(_problem)
+    torch.ops.load_library(str(library))
+    here = torch.ops.senet_fused
+    _operators["cpu"] = here._cuda_host_forward.default, here._cuda_host_backward.default
+
+
+def architectures() -> tuple[str, ...]:
+    """What the library has machine code ("sm_90") and PTX ("compute_100") for; raises RuntimeError without it."""
+    if _problem is not None:
+        raise RuntimeError(_problem)
+    return tuple(torch.ops.senet_fused._cuda_architectures().split())
+
+
+def covers(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for "sm_90", "sm_90a" or "compute_90" runs on a GPU of this compute capability.
+
+    Machine code runs on its own generation from its own number on, PTX on everything later, and code for an "a"
+    architecture on that one alone.
+    """
+    kind, _, number = architecture.partition("_")
+    major, minor = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+    if number[-1] == "a":
+        return capability == (major, minor)
+    if kind == "sm" or number[-1] == "f":
+        return capability[0] == major and capability[1] >= minor
+    return capability >= (major, minor)
+
+
+def problem(device_type: str = "cuda") -> str | None:
+    """Why the kernels cannot run on tensors of this device type here; None if they can."""
+    if device_type == "cpu":
+        return None if "cpu" in _operators else "it serves GPU tensors, got cpu tensors"
+    if device_type != "cuda":
+        return f"it serves CUDA tensors, got {device_type} tensors"
+    return _gpu_problem()
+
+
+@lru_cache(maxsize=1)
+def _gpu_problem() -> str | None:
+    if torch.version.hip is not None:
+        return "it serves NVIDIA GPUs, this PyTorch is built for AMD's"
+    if _problem is not None:
+        return _problem
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    compiled = architectures()
+    for number in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(number)
+        if not any(covers(architecture, capability) for architecture in compiled):
+            name, text = torch.cuda.get_device_name(number), ".".join(map(str, capability))
+            return (
+                f"{name} has compute capability {text}, the library was built for {' '.join(compiled)} "
+                f"(reinstall with TORCH_CUDA_ARCH_LIST={text})"
+            )
+    return None
+
+
+# torch.compile may meet it while it traces; what it says does not change.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+class Problem(NamedTuple):
+    """One direction of one SE layer: the arguments of the planner's ``CudaProblem``, the squeeze by its name.
+
+    n: samples, which decide about nothing but whether stores are marked as not wanted soon. element_size, weight_size:
+    bytes of an element of x and of a weight. residual: read forward, its gradient written backward.
+    """
+
+    n: int
+    channels: int
+    reduced: int
+    positions: int
+    element_size: int = 2
+    weight_size: int = 2
+    channels_last: bool = True
+    squeeze: str = "avg"
+    relu: bool = False
+    residual: bool = False
+    backward: bool = False
+
+    def native(self) -> Any:
+        """As the compiled planner takes it."""
+        return _plan.CudaProblem(*self._replace(squeeze=SQUEEZES.index(self.squeeze)))
+
+
+def facts_of_h200() -> Any:
+    """An NVIDIA H200's facts, for plans where there is no GPU."""
+    return _plan.CudaFacts(capability=90, sms=132, shared_bytes=228 * 1024, l2_bytes=50 * 2**20)
+
+
+@lru_cache(maxsize=64)
+def device_facts(device: torch.device) -> Any:
+    """What the planner wants to know of a device; an H200's facts for the CPU."""
+    if device.type == "cpu":
+        return facts_of_h200()
+    p = torch.cuda.get_device_properties(device)
+    return _plan.CudaFacts(
+        10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_multiprocessor, p.L2_cache_size
+    )
+
+
+Planner = Callable[[Problem, Any], Any]
+_planner: Planner | None = None
+
+
+def plan_of(problem: Problem, facts: Any) -> Any:
+    """The plan that a call takes."""
+    return _plan.plan_cuda(problem.native(), facts) if _planner is None else _planner(problem, facts)
+
+
+@contextlib.contextmanager
+def using(planner: Planner) -> Iterator[None]:
+    """Within the block calls take the plans that this function gives for (problem, facts)."""
+    global _planner
+    before, _planner = _planner, planner
+    _recipe.cache_clear()
+    try:
+        yield
+    finally:
+        _planner = before
+        _recipe.cache_clear()
+
+
+class Recipe(NamedTuple):
+    """What a call of these sizes takes: floats of workspace, counters, and the plan as the library reads it."""
+
+    workspace: int
+    counters: int
+    numbers: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _recipe(
+    device: torch.device,
+    n: int,
+    channels: int,
+    reduced: int,
+    positions: int,
+    element_size: int,
+    weight_size: int,
+    channels_last: bool,
+    squeeze: str,
+    relu: bool,
+    residual: bool,
+    backward: bool,
+    kept: bool,
+    gate: bool,
+) -> Recipe:
+    """The recipe of a call; the arguments are flat because hashing them is most of what a call that was seen costs."""
+    problem = Problem(
+        n, channels, reduced, positions, element_size, weight_size, channels_last, squeeze, relu, residual, backward
+    )
+    plan = plan_of(problem, device_facts(device))
+    counters = -(-n // plan.samples) if plan.strategy == "last_block" else 0
+    return Recipe(_plan.cuda_workspace(problem.native(), plan, kept, gate), counters, plan.numbers())
+
+
+def _operator(x: Tensor, direction: int) -> Callable[..., None]:
+    found = _operators.get(x.device.type)
+    if found is None:
+        raise RuntimeError(f"the cuda backend cannot serve this call: {problem(x.device.type)}")
+    return found[direction]
+
+
+# ---------------------------------------------------------------------------------------------------- calls
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """Fills y, gate, saved, mask (see ``senet_fused.ops``) by the CUDA kernels; None is not kept, y must be there.
+
+    x and residual share one dense layout.
+    """
+    operator = _operator(x, 0)
+    shape = x.shape
+    if shape[0] == 0:
+        return
+    _, gate, saved, _ = outputs
+    recipe = _recipe(
+        x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
+        channels_last, squeeze, post_act == "relu", residual is not None, False, saved is not None, gate is not None,
+    )  # fmt: skip
+    workspace = x.new_empty((recipe.workspace,), dtype=torch.float32)
+    counters = tickets_for(x, recipe.counters) if recipe.counters else None
+    operator(
+        x, w1, b1, w2, b2, residual, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
+        workspace, counters, *recipe.numbers,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor,
+    dgate: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    gate: Tensor,
+    saved: Tensor,
+    mask: Tensor,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
+    operator = _operator(x, 1)
+    shape = x.shape
+    if shape[0] == 0:
+        for t in outputs:
+            if t is not None:
+                t.zero_()
+        return
+    recipe = _recipe(
+        x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
+        channels_last, squeeze, post_act == "relu", outputs[5] is not None, True, True, outputs[0] is not None,
+    )  # fmt: skip
+    workspace = x.new_empty((recipe.workspace,), dtype=torch.float32)
+    counters = tickets_for(x, recipe.counters) if recipe.counters else None
+    operator(
+        dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
+        workspace, counters, *recipe.numbers,
+    )  # fmt: skip
