@@ -3,13 +3,15 @@
 #
 #   benchmarks/gpu_check.sh [PART...]     default: all, in this order
 #
-#   build          compiles the CPU kernels, and says what runs here
-#   tests          all tests; those of GPU kernels run on the GPU
-#   sanitize       every strategy of the Triton plans once under each tool of compute-sanitizer (skipped without it)
-#   bench-bf16     SENet-154's layers at batch 64: both layouts, forward and forward+backward, cold and warm L2, device
-#   bench-float32  time by graph replay and wall time; eager, compile, max-autotune, fused and fused+compile
-#   launches       the GPU kernels of one forward and one backward of each layer; fails if there are more than planned
-#   table          one table of what is measured, and the pictures
+#   build            compiles the CPU kernels and the CUDA kernels, and says what runs here; fails without nvcc
+#   tests            all tests; those of GPU kernels run on the GPU
+#   sanitize-cuda    every strategy and form of the CUDA plans once under each tool of compute-sanitizer: memcheck,
+#   sanitize-triton  racecheck, synccheck, initcheck (skipped without it); the same for the Triton plans
+#   bench-bf16       SENet-154's layers at batch 64: both layouts, forward and forward+backward, cold and warm L2, device
+#   bench-float32    time by graph replay and wall time; eager, compile, max-autotune, fused, cuda, triton, fused+compile
+#   launches         the GPU kernels of one forward and one backward of each layer with either backend; fails if there
+#                    are more than planned
+#   table            one table of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
 # whatever became of those before. Exits 1 if a part failed, 2 where there is no GPU.
@@ -17,14 +19,14 @@
 # OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3), WORKERS the
 # number of test processes (12), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
 # per case and cache mode (1), TIME_LIMIT the seconds after which the benchmark begins no further case (500; what is
-# done is kept). Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++ compiler, for the
-# tests pytest, for the pictures matplotlib.
+# done is kept). Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++ compiler, nvcc, for
+# the tests pytest, for the pictures matplotlib.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-all="build tests sanitize bench-bf16 bench-float32 launches table"
+all="build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches table"
 parts=${*:-$all}
 
 for part in $parts; do
@@ -50,7 +52,7 @@ name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')-senet154-batch64
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 build() {
-  "$python" setup.py -q build_ext --inplace
+  SENET_FUSED_CUDA=1 "$python" setup.py -q build_ext --inplace
   "$python" -m senet_fused doctor
 }
 
@@ -61,44 +63,46 @@ tests() {
 }
 
 sanitize() {
-  local sanitizer tool status failed=0
+  local backend=$1 sanitizer tool log status failed=0
   sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
   if [ -z "$sanitizer" ]; then
     echo "compute-sanitizer is not installed: skipped"
     return
   fi
-  "$python" benchmarks/gpu_sanitize.py # by itself first: it compiles, which the sanitizer need not watch
+  # By itself first: Triton compiles, which the sanitizer need not watch.
+  "$python" benchmarks/gpu_sanitize.py --backend "$backend"
   for tool in memcheck racecheck synccheck initcheck; do
-    status=0
+    status=0 log=$out/sanitize-$backend-$tool.log
     # Without PyTorch's allocator, each tensor is an allocation of its own, with an end that can be overrun.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 130 "$sanitizer" --tool "$tool" --error-exitcode 3 \
-      "$python" benchmarks/gpu_sanitize.py >"$out/sanitize-$tool.log" 2>&1 || status=$?
+      "$python" benchmarks/gpu_sanitize.py --backend "$backend" >"$log" 2>&1 || status=$?
     if [ "$status" = 124 ] && [ "$tool" != memcheck ]; then
       echo "$tool: not done within 130 seconds, nothing said"
     elif [ "$status" != 0 ]; then
       echo "$tool: exit status $status"
-      tail -n 30 "$out/sanitize-$tool.log"
+      tail -n 30 "$log"
       failed=1
     else
-      echo "$tool: $(tail -n 1 "$out/sanitize-$tool.log")"
+      echo "$tool: $(tail -n 1 "$log")"
     fi
   done
   return "$failed"
 }
 
 # How long 16 cases of one dtype take is an estimate, not a measurement: inputs and oracle 30 seconds, torch.compile
-# 2 minutes and max-autotune 4 while their caches are empty, fused and fused+compile 1, samples BUDGET x 2 (cold and
-# warm) x 16 cases: about 8 minutes, less the second time.
+# 2 minutes and max-autotune 4 while their caches are empty, triton and fused+compile 1, samples BUDGET x 2 (cold and
+# warm) x 16 cases, all providers together: about 8 minutes, less the second time.
 bench() {
   # torch.compile's autotuning writes pages to standard error: they go to the log.
   "$python" -m senet_fused bench --problem senet154 --batch 64 --dtype "$1" --layout contiguous channels_last \
-    --direction forward forward+backward --providers eager compile max-autotune fused fused+compile --device cuda \
+    --direction forward forward+backward --device cuda \
+    --providers eager compile max-autotune fused cuda triton fused+compile \
     --budget "${BUDGET:-1}" --time-limit "${TIME_LIMIT:-500}" --json "$out/$name-$1.json" \
     2> >(tee "$out/bench-$1.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2)
 }
 
 launches() {
-  "$python" benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32 |
+  "$python" benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32 --backend cuda triton |
     tee "$out/$name-launches.txt"
 }
 
@@ -122,6 +126,7 @@ for part in $parts; do
   (
     set -e
     case $part in
+      sanitize-*) sanitize "${part#sanitize-}" ;;
       bench-bf16) bench bfloat16 ;;
       bench-float32) bench float32 ;;
       *) "$part" ;;

@@ -3,26 +3,26 @@
     python benchmarks/gpu_launches.py --batch 64 --dtype bfloat16 float32
     TRITON_INTERPRET=1 python benchmarks/gpu_launches.py --device cpu --shape 2,16,4,5,7
 
-Everything that the device runs is counted, ours or not. A plan promises two launches each way, or four where it has
-launches of its own between the sweeps. On a CPU, in Triton's interpreter, there is no profiler to ask: the backend's
-own counter stands in, without times. Exit status: 0 as promised, 1 more kernels than that, 2 the kernels cannot run.
+The backends take turns on each layer. Everything that the device runs is counted, ours or not. A plan promises two
+launches each way, or four where it has launches of its own between the sweeps. On a CPU (see gpu_backends.py) there is
+no profiler to ask: the backend's own counter stands in, without times. Exit status: 0 as promised, 1 more kernels than
+that, 2 a backend's kernels cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import gpu_backends
 import torch
 
 from senet_fused import FusedSE
-from senet_fused.backends import triton as backend
-from senet_fused.backends.triton.plan import Problem
 from senet_fused.bench import buffers
 from senet_fused.bench.problems import DTYPES, LAYOUTS, Case, RequestError, cases, problems
 
@@ -38,25 +38,34 @@ class Launch:
     us: float | None
 
 
+# "void senet::cuda::scale_planes_kernel<float>(senet::cuda::ScaleArguments)"
+_OURS = re.compile(r"^(?:void )?senet::cuda::(\w+)")
+
+
+def short(kernel: str) -> str:
+    """A kernel's name, one of the CUDA library's without types: they are those of the layer."""
+    found = _OURS.match(kernel)
+    return found[1] if found else kernel
+
+
 def launches_of(events: Iterable[Any], calls: int) -> list[Launch]:
     """What ran on the device in so many calls, from a profiler's events, in the order of first launches."""
     found: dict[str, list[float]] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+            found.setdefault(short(event.name), []).append(event.time_range.elapsed_us())
     return [Launch(name, len(times) / calls, statistics.median(times)) for name, times in found.items()]
 
 
-def observe(call: Callable[[], object], calls: int, device: torch.device) -> list[Launch]:
+def observe(call: Callable[[], object], calls: int, device: torch.device, backend: str) -> list[Launch]:
     """What one call launches, over several calls, after one that warms up."""
     call()
     if device.type == "cpu":
-        from senet_fused.backends.triton import launch
-
-        launch.launches.clear()
+        gpu_backends.forget_launches(backend, device)
         for _ in range(calls):
             call()
-        return [Launch(name, times / calls, None) for name, times in launch.launches.items()]
+        counted = gpu_backends.counted_launches(backend, device)
+        return [Launch(name, times / calls, None) for name, times in counted.items()]
     for count in (1, calls):  # the first profile may miss what runs while it is set up
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -66,11 +75,11 @@ def observe(call: Callable[[], object], calls: int, device: torch.device) -> lis
     return launches_of(profiler.events(), calls)
 
 
-def directions(case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+def directions(case: Case, device: torch.device, backend: str) -> dict[str, Callable[[], object]]:
     """One forward that keeps what a backward needs, and one backward of it."""
     (inputs,) = buffers.BufferPool(device).sets(case, 0)
     layer = FusedSE(
-        case.shape.channels, rd_channels=case.shape.rd_channels, bias=True, backend="triton", act=case.act,
+        case.shape.channels, rd_channels=case.shape.rd_channels, bias=True, backend=backend, act=case.act,
         gate=case.gate, device=device, dtype=buffers.torch_dtype(case),
     )  # fmt: skip
     y = layer(inputs.x)
@@ -81,28 +90,15 @@ def directions(case: Case, device: torch.device) -> dict[str, Callable[[], objec
     }
 
 
-def strategies(case: Case, device: torch.device) -> dict[str, str]:
-    """The plan's strategy for each direction."""
-    from senet_fused.backends.triton import launch
-
-    size = buffers.torch_dtype(case).itemsize
-    last = case.layout == "channels_last"
-    problem = Problem(
-        case.shape.channels, case.shape.rd_channels, math.prod(case.shape.spatial), size, size, channels_last=last
-    )
-    facts = launch.device_facts(torch.device(device.type, 0) if device.type == "cuda" else device)
-    both = {"forward": problem, "backward": dataclasses.replace(problem, backward=True)}
-    return {direction: launch.plan_of(p, facts).strategy for direction, p in both.items()}
-
-
-def line(direction: str, strategy: str, launches: Sequence[Launch]) -> str:
+def line(backend: str, direction: str, strategy: str, launches: Sequence[Launch]) -> str:
     count = sum(launch.times for launch in launches)
+    text = f"  {backend:7} {direction:9} {strategy:10} {count:g} launches"
     if any(launch.us is None for launch in launches):
         names = [f"{launch.name} x {launch.times:g}" if launch.times != 1 else launch.name for launch in launches]
-        return f"  {direction:9} {strategy:10} {count:g} launches: {', '.join(names)}"
+        return f"{text}: {', '.join(names)}"
     total = sum(launch.times * launch.us for launch in launches)
     names = [f"{launch.name}{f' x {launch.times:g}' * (launch.times != 1)} {launch.us:.1f}" for launch in launches]
-    return f"  {direction:9} {strategy:10} {count:g} launches {total:8.1f} us: {', '.join(names)}"
+    return f"{text} {total:8.1f} us: {', '.join(names)}"
 
 
 def check(found: dict[str, Sequence[Launch]], planned: dict[str, str]) -> str | None:
@@ -122,14 +118,15 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[64])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[d for d in DTYPES if d != "float64"])
     parser.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    gpu_backends.add_arguments(parser)
     parser.add_argument("--calls", type=int, default=10, help="over which the profiler looks (default 10)")
     args = parser.parse_args()
     device = torch.device(args.device)
-    reason = backend.problem(device.type)
-    if reason is not None:
-        print(f"gpu_launches: {reason}", file=sys.stderr)
-        return 2
+    for backend in args.backend:
+        reason = gpu_backends.refusal(backend, device)
+        if reason is not None:
+            print(f"gpu_launches: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
+            return 2
     names = args.problem or ([] if args.shape else ["senet154"])
     options = {"batches": args.batch, "dtypes": args.dtype, "layouts": args.layout}
     try:
@@ -140,14 +137,17 @@ def main() -> int:
     for case in todo:
         where = f"{case.label} {case.dtype} {case.layout}"
         print(where)
-        planned = strategies(case, device)
-        found = {name: observe(call, args.calls, device) for name, call in directions(case, device).items()}
-        for direction, launches in found.items():
-            print(line(direction, planned[direction], launches), flush=True)
-        complaint = check(found, planned)
-        if complaint is not None:
-            broken.append(f"{where}: {complaint}")
-    print("\n".join(["", *broken] if broken else ["", f"{len(todo)} layers, all as promised"]))
+        for backend in args.backend:
+            calls = directions(case, device, backend)
+            planned = {name: gpu_backends.strategy(backend, case, name == "backward", device) for name in calls}
+            found = {name: observe(call, args.calls, device, backend) for name, call in calls.items()}
+            for direction, launches in found.items():
+                print(line(backend, direction, planned[direction], launches), flush=True)
+            complaint = check(found, planned)
+            if complaint is not None:
+                broken.append(f"{where}, {backend}: {complaint}")
+    summary = [f"{len(todo)} layers, {' and '.join(args.backend)}: all as promised"]
+    print("\n".join(["", *(broken or summary)]))
     return 1 if broken else 0
 
 

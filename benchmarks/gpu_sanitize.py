@@ -1,11 +1,11 @@
-"""Runs the fused layer once, forward and backward, with every strategy and form of tile that the Triton plans know.
+"""Runs the fused layer once, forward and backward, with every strategy and form of tile that a backend's plans know.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py
-    TRITON_INTERPRET=1 python benchmarks/gpu_sanitize.py --device cpu      in Triton's interpreter
+    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py --backend cuda
+    TRITON_INTERPRET=1 python benchmarks/gpu_sanitize.py --device cpu      see gpu_backends.py
 
 The tensors are small and their sizes no multiples of anything, so that every mask has something to hide. y and all
-gradients are held against float64 on the CPU. Exit status: 0 all right, 1 a result is wrong or a strategy or form was
-not met, 2 the kernels cannot run here.
+gradients are held against float64 on the CPU. Exit status: 0 all right, 1 a result is wrong, or a strategy or form was
+not met, 2 a backend's kernels cannot run here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
+import gpu_backends
 import torch
 from torch import Tensor
 
 from senet_fused import FusedSE
-from senet_fused.backends import triton as backend
+from senet_fused.backends import cuda
 from senet_fused.backends.triton import plan as planner
 
 # Of the largest element; rounding gives half of it at most.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Layer:
     channels_last: bool
     squeeze: str = "avg"
     tail: bool = False  # + residual, ReLU
-    split: bool = False  # two programs to a plane, however small it is
+    split: bool = False  # two tiles to a plane, however small it is
 
     def __str__(self) -> str:
         n, c, *spatial = self.shape
@@ -49,6 +52,10 @@ class Layer:
         parts += [self.squeeze] if self.squeeze != "avg" else []
         return " ".join(parts + ["+ residual, relu"] * self.tail)
 
+    def problems(self) -> list[planner.Problem]:
+        """Forward and backward."""
+        return [self.problem(backward) for backward in (False, True)]
+
     def problem(self, backward: bool) -> planner.Problem:
         _, c, *spatial = self.shape
         size = self.dtype.itemsize
@@ -59,34 +66,107 @@ class Layer:
 
 
 LAYERS = (
-    Layer((3, 40, 7, 7), 12, torch.bfloat16, False),  # rows
+    Layer((3, 40, 7, 7), 12, torch.bfloat16, False),  # planes that are no multiples of 16 bytes: rows, tile_of_planes
     Layer((3, 37, 5, 9), 11, torch.float32, False),
+    Layer((3, 21, 3, 8), 7, torch.float16, False, tail=True),  # planes that are
     Layer((3, 37, 5, 9), 11, torch.bfloat16, True),
     Layer((3, 44, 4, 8), 11, torch.float32, True, tail=True),
     Layer((3, 37, 5, 9), 11, torch.bfloat16, False, squeeze="max"),
+    Layer((3, 37, 5, 9), 11, torch.float16, True, squeeze="avgmax"),
     Layer((2, 64, 17, 19), 9, torch.bfloat16, True, split=True),
-    Layer((2, 19, 13, 11), 5, torch.float32, False, split=True),
+    Layer((2, 19, 23, 23), 5, torch.float32, False, split=True),
+)
+# Several blocks of channels, of samples and of squeezed channels; for Triton's interpreter that would take long.
+WIDE = (
+    Layer((2, 300, 7, 7), 36, torch.bfloat16, False),
+    Layer((17, 300, 3, 5), 36, torch.float32, True),
 )
 
 
-def split(plan: planner.Plan, positions: int) -> planner.Plan:
-    """The plan with two splits of a plane, if that is more than one step."""
-    chunks = -(-positions // plan.tile.positions)
-    steps = -(-chunks // 2)
-    tile = dataclasses.replace(plan.tile, steps=steps, splits=-(-chunks // steps))
-    return dataclasses.replace(plan, tile=tile)
+class Variant(NamedTuple):
+    """One way to run a layer. met: the strategies and forms that it makes the backend take."""
+
+    text: str
+    met: set[str]
+    using: Callable[[], AbstractContextManager[None]]
 
 
-def variants(layer: Layer, facts: planner.DeviceFacts) -> Iterator[dict[planner.Problem, planner.Plan]]:
+def variant(plans: list[Any], tiles: list[Any], using: Callable[[], AbstractContextManager[None]]) -> Variant:
+    """From the plans forward and backward and their tiles."""
+    forward, backward = tiles
+    text = f"{plans[0].strategy}, {forward.form}, {forward.splits} and {backward.splits} splits"
+    if forward.samples > 1 or backward.samples > 1:
+        text += f", {forward.samples} and {backward.samples} samples"
+    met = {plan.strategy for plan in plans} | {tile.form for tile in tiles}
+    return Variant(text, met, using)
+
+
+def triton_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
     """The cheapest plan of each strategy, forward and backward."""
-    problems = [layer.problem(backward) for backward in (False, True)]
-    plans = [planner.candidates(problem, facts) for problem in problems]
+    from senet_fused.backends.triton import launch
+
+    def split(plan: planner.Plan, positions: int) -> planner.Plan:
+        chunks = -(-positions // plan.tile.positions)
+        steps = -(-chunks // 2)  # of one step there is nothing to split
+        tile = dataclasses.replace(plan.tile, steps=steps, splits=-(-chunks // steps))
+        return dataclasses.replace(plan, tile=tile)
+
+    problems, facts = layer.problems(), launch.device_facts(device)
+    candidates = [planner.candidates(problem, facts) for problem in problems]
     for strategy in planner.STRATEGIES:
-        found = [next((plan for plan in each if plan.strategy == strategy), None) for each in plans]
+        plans = [next((plan for plan in each if plan.strategy == strategy), None) for each in candidates]
         if layer.split:
-            found = [plan and split(plan, math.prod(layer.shape[2:])) for plan in found]
-        if all(found):
-            yield dict(zip(problems, found, strict=True))
+            plans = [plan and split(plan, problems[0].positions) for plan in plans]
+        if all(plans):
+            using = dict(zip(problems, plans, strict=True))
+            yield variant(plans, [plan.tile for plan in plans], lambda using=using: launch.using(using))
+
+
+def cuda_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
+    """The cheapest plan of each strategy, forward and backward; where samples share tiles, of each strategy with it.
+
+    A layer that is split is planned for a GPU with little shared memory, where planes that break alignment are read as
+    they come, and without an L2, where all stores are streamed.
+    """
+    from senet_fused import _plan
+
+    capability = 90
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    small = _plan.CudaFacts(capability=capability, sms=132, shared_bytes=48 * 1024, l2_bytes=0)
+    facts = small if layer.split else cuda.device_facts(device)
+    problems = [cuda.Problem(layer.shape[0], **dataclasses.asdict(problem)) for problem in layer.problems()]
+    natives = [problem.native() for problem in problems]
+
+    def split(plan: Any, native: Any, positions: int) -> Any:
+        half = -(-positions // 2)
+        if plan.form == "channels_last":
+            return plan.replace(native, positions=half)
+        # Split planes come one at a time, in multiples of 8 positions.
+        return plan.replace(native, channels=1, positions=-(-half // 8) * 8, lanes=256)
+
+    candidates = [_plan.cuda_candidates(native, facts) for native in natives]
+    for strategy in CUDA_STRATEGIES:
+        for several in (False, True):
+            plans = [
+                next((plan for plan in each if plan.strategy == strategy and (plan.samples > 1) == several), None)
+                for each in candidates
+            ]
+            if not all(plans):
+                continue
+            if layer.split:
+                plans = [split(*pair, problems[0].positions) for pair in zip(plans, natives, strict=True)]
+            chosen = dict(zip(problems, plans, strict=True))
+            yield variant(plans, plans, lambda chosen=chosen: cuda.using(lambda problem, facts: chosen[problem]))
+
+
+CUDA_STRATEGIES = ("partials", "last_block", "launches")
+# The layers, the ways to run them, and what is to be met on them.
+BACKENDS = {
+    "cuda": ((*LAYERS, *WIDE), cuda_variants, {*CUDA_STRATEGIES, "channels_last", "planes", "tile_of_planes"}),
+    "triton": (LAYERS, triton_variants, {*planner.STRATEGIES, *planner.FORMS}),
+}
 
 
 def results(layer: Layer, module: FusedSE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,7 +182,7 @@ def results(layer: Layer, module: FusedSE, tensors: dict[str, Tensor]) -> dict[s
     return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
 
 
-def wrong(layer: Layer, device: torch.device) -> list[str]:
+def wrong(layer: Layer, backend: str, device: torch.device) -> list[str]:
     """What is off in one run, on fresh numbers."""
     form = torch.channels_last if layer.channels_last else torch.contiguous_format
 
@@ -112,7 +192,7 @@ def wrong(layer: Layer, device: torch.device) -> list[str]:
     tensors = {"x": draw(), "residual": draw(), "dy": draw()}
     options = {"rd_channels": layer.reduced, "bias": True, "squeeze": layer.squeeze}
     options["post_act"] = "relu" if layer.tail else None
-    module = FusedSE(layer.shape[1], **options, backend="triton", dtype=layer.dtype)
+    module = FusedSE(layer.shape[1], **options, backend=backend, dtype=layer.dtype)
     double = FusedSE(layer.shape[1], **options, backend="reference", dtype=torch.float64)
     double.load_state_dict(module.state_dict())
     exact = results(layer, double, {name: t.double() for name, t in tensors.items()})
@@ -127,31 +207,36 @@ def wrong(layer: Layer, device: torch.device) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    device = torch.device(parser.parse_args().device)
-    reason = backend.problem(device.type)
-    if reason is not None:
-        print(f"gpu_sanitize: {reason}", file=sys.stderr)
-        return 2
-    from senet_fused.backends.triton import launch
+    gpu_backends.add_arguments(parser)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    for backend in args.backend:
+        reason = gpu_backends.refusal(backend, device)
+        if reason is not None:
+            print(f"gpu_sanitize: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
+            return 2
+    if device.type == "cuda":
+        device = torch.device("cuda", 0)
 
     torch.manual_seed(0)
-    met, failed = set(), False
-    for layer in LAYERS:
-        for plans in variants(layer, launch.device_facts(device)):
-            forward, backward = plans.values()
-            launch.launches.clear()
-            with launch.using(plans):
-                complaints = wrong(layer, device)
-            met |= {(plan.strategy, plan.tile.form) for plan in plans.values()}
-            failed = failed or bool(complaints)
-            tile = f"{forward.tile.form}, {forward.tile.splits} and {backward.tile.splits} splits"
-            print(f"{layer}: {forward.strategy}, {tile}: {', '.join(complaints) or 'ok'}", flush=True)
-            print(f"  {', '.join(launch.launches)}")
-    missing = {*planner.STRATEGIES, *planner.FORMS} - {name for pair in met for name in pair}
-    if missing:
-        print(f"gpu_sanitize: not met: {', '.join(sorted(missing))}", file=sys.stderr)
-    return 1 if failed or missing else 0
+    failed = False
+    for backend in args.backend:
+        layers, variants, missing = BACKENDS[backend]
+        for layer in layers:
+            for way in variants(layer, device):
+                gpu_backends.forget_launches(backend, device)
+                with way.using():
+                    complaints = wrong(layer, backend, device)
+                missing = missing - way.met
+                failed = failed or bool(complaints)
+                print(f"{backend}: {layer}: {way.text}: {', '.join(complaints) or 'ok'}", flush=True)
+                counted = gpu_backends.counted_launches(backend, device)
+                if counted:
+                    print(f"  {', '.join(counted)}")
+        if missing:
+            print(f"gpu_sanitize: {backend}: not met: {', '.join(sorted(missing))}", file=sys.stderr)
+            failed = True
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import machine
-from .bench.problems import LAYOUTS, cases
+from .bench.problems import LAYOUTS, Case, cases
 
 if TYPE_CHECKING:
     from .backends import BackendStatus
@@ -48,8 +49,9 @@ _EPILOG = """\
 The self-test runs every backend that is available, forward and backward, in every dtype and layout, against
 float64.
 
---plan prints how the Triton kernels serve one layer, and nothing else: the tuned plan where there is one for this GPU
-(senet-fused tune), else the counted one. Without a GPU it is an H200's.
+--plan prints which backend "auto" takes on a GPU, and how the CUDA and the Triton kernels serve one layer, and nothing
+else: for Triton the tuned plan where there is one for this GPU (senet-fused tune), else the counted one. Without a GPU
+they are an H200's.
 
 exit status: 0 all in order, 1 something that was asked for is broken (a self-test fails; --backend or
 SENET_FUSED_BACKEND names a backend that cannot run here), 2 wrong usage
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="backends that have to be available: cpu, reference, ...",
     )
     parser.add_argument(
-        "--plan", metavar="N,C,R,H,W", help="print the plans of the Triton kernels for this layer, and stop"
+        "--plan", metavar="N,C,R,H,W", help="print the plans of the CUDA and Triton kernels for this layer, and stop"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=_PLAN_DTYPES, help="of --plan (default bfloat16)")
     parser.add_argument(
@@ -285,7 +287,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     """Prints the backends and their self-tests; returns why each cannot run, and the kernels' ISA."""
     import torch
 
-    from . import backends, explain, use_backend
+    from . import backends, explain, select, use_backend
 
     report.section("backends")
     available: dict[str, str | None] = {}
@@ -316,6 +318,12 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     with use_backend("auto"):
         automatic = explain(torch.empty(1, 1, 1, 1)).backend
     report.fact("auto", f"takes {automatic!r} for CPU tensors")
+    if torch.cuda.is_available():
+        choices: dict[select.Choice, list[str]] = {}
+        for dtype in backends.dtypes("reference"):
+            choices.setdefault(select.choose("auto", "cuda", dtype), []).append(str(dtype).removeprefix("torch."))
+        for choice, dtypes in choices.items():
+            report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
     if automatic == "reference" and "cpu" in available:
         report.note(
             "nothing is fused on this installation, all calls run in plain PyTorch; "
@@ -357,16 +365,91 @@ def _plans(report: _Report) -> None:
 
 
 def _print_plans(args: argparse.Namespace) -> int:
-    """Prints the plans of one layer; 1 if the file of tuned plans cannot be read. Raises RequestError."""
+    """Prints each backend's plans of one layer; 1 if the file of tuned plans cannot be read. Raises RequestError."""
+    (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout])
+    print(f"{case.label} {case.dtype} {case.layout}")
+    print(_which_auto_takes(args.dtype))
+    _print_cuda_plans(case)
+    return _print_triton_plans(case)
+
+
+def _which_auto_takes(dtype: str) -> str:
+    """The backend for GPU tensors under "auto", and why: here, or as it would be on an H200."""
+    import torch
+
+    from . import select
+
+    if torch.cuda.is_available():
+        choice = select.choose("auto", "cuda", getattr(torch, dtype))
+        return f"auto takes {choice.backend!r} here: {choice.reason}"
+    not_cuda = _why_not_cuda()
+    if not_cuda is None:
+        return "auto would take 'cuda' on an H200: it comes before triton, and the library has kernels for it"
+    if machine.package_version("triton"):
+        return f"auto would take 'triton' on an H200: not cuda: {not_cuda}; triton is installed"
+    no_triton = "triton is not installed (pip install triton)"
+    return f"auto would take 'reference' on an H200: not cuda: {not_cuda}; not triton: {no_triton}"
+
+
+def _why_not_cuda() -> str | None:
+    """Why the CUDA library could not serve an H200; None if it could."""
+    from .backends import cuda
+
+    try:
+        compiled = cuda.architectures()
+    except RuntimeError as error:
+        return str(error)
+    if any(cuda.covers(architecture, (9, 0)) for architecture in compiled):
+        return None
+    return f"the library was built for {' '.join(compiled)} (reinstall with TORCH_CUDA_ARCH_LIST=9.0)"
+
+
+def _cuda_facts() -> tuple[Any, str]:
+    """What a CUDA plan wants to know of the GPU here, else of an H200; and whose facts they are."""
+    import torch
+
+    from .backends import cuda
+
+    if torch.cuda.is_available() and torch.version.hip is None:
+        found = torch.cuda.get_device_properties(0)
+        if found.major >= 8:
+            text = f"compute capability {found.major}.{found.minor}, {found.multi_processor_count} multiprocessors"
+            return cuda.device_facts(torch.device("cuda", 0)), f"the GPU here ({text})"
+    return cuda.facts_of_h200(), "an H200, as there is no GPU here that these kernels serve"
+
+
+def _print_cuda_plans(case: Case) -> None:
+    from .backends import cuda
+    from .tune import problem_of
+
+    try:
+        from . import _plan
+    except ImportError as error:
+        print(f"\ncuda: no plan, as the compiled planner is missing ({error})\n  to do: {_REINSTALL}")
+        return
+    facts, whose = _cuda_facts()
+    print(f"\ncuda, for {whose}")
+    for backward in (False, True):
+        problem = cuda.Problem(case.batch, **dataclasses.asdict(problem_of(case, backward)))
+        plan = cuda.plan_of(problem, facts)
+        lanes = "" if plan.form == "channels_last" else f", {plan.lanes} lanes to a plane"
+        print(f"  {'backward' if backward else 'forward'}: {plan.strategy}")
+        print(f"    {_plan.cuda_reason(problem.native(), facts, plan)}")
+        print(
+            f"    {plan.form}: {plan.samples} sample(s) x {plan.channels} channels x "
+            f"{min(plan.positions, problem.positions)} positions, {plan.splits} split(s){lanes}, "
+            f"dependent launch {_on(plan.dependent_launch)}, streaming stores {_on(plan.stream_stores)}"
+        )
+
+
+def _print_triton_plans(case: Case) -> int:
     from .backends.triton import plan, tuned
     from .tune import problem_of
 
-    (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout])
     here = _facts_here()
     facts = here[0] if here else plan.DeviceFacts("cuda", 90, 132)
-    whose = "the GPU here" if here else "an H200, as there is no GPU here that Triton serves"
-    device = f"{facts.vendor} {facts.arch}, {facts.sms} multiprocessors"
-    print(f"{case.label} {case.dtype} {case.layout}, for {whose} ({device})")
+    whose = "the GPU here" if here else "an H200, as there is no GPU here that these kernels serve"
+    print(f"\ntriton, for {whose} ({facts.vendor} {facts.arch}, {facts.sms} multiprocessors)")
     for backward in (False, True):
         problem = problem_of(case, backward)
         try:
@@ -376,15 +459,19 @@ def _print_plans(args: argparse.Namespace) -> int:
             return 1
         chosen = kept or plan.plan(problem, facts)
         tile = chosen.tile
-        print(f"\n{'backward' if backward else 'forward'}: {chosen.strategy}, {'tuned' if kept else 'counted'}")
-        print(f"  {chosen.reason}")
+        print(f"  {'backward' if backward else 'forward'}: {chosen.strategy}, {'tuned' if kept else 'counted'}")
+        print(f"    {chosen.reason}")
         rows = f" in rows of {tile.row_channels}" if tile.row_channels else ""
         print(
-            f"  {tile.form}: {tile.samples} sample(s) x {tile.channels} channels{rows} x {tile.positions} positions, "
+            f"    {tile.form}: {tile.samples} sample(s) x {tile.channels} channels{rows} x {tile.positions} positions, "
             f"{tile.steps} steps, {tile.splits} splits, {tile.warps} warps, stages {chosen.stages}, "
-            f"reversed {'on' if chosen.reversed else 'off'}, streaming {'on' if chosen.streaming else 'off'}"
+            f"reversed {_on(chosen.reversed)}, streaming {_on(chosen.streaming)}"
         )
     return 0
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import senet_fused
-from senet_fused import cli
-from senet_fused.bench import buffers, cuda_timing, oracle, problems, providers, report, runner, timing
+from senet_fused import backends, cli
+from senet_fused.bench import buffers, command, cuda_timing, oracle, problems, providers, report, runner, timing
 from senet_fused.bench.problems import Case, RequestError, Shape
 
 CPU = torch.device("cpu")
@@ -53,6 +53,9 @@ def measure(cases, **options):
 
 def by_provider(rows):
     return {row["provider"]: row for row in rows}
+
+
+ON_A_CPU = tuple(name for name in providers.BUILDERS if name not in problems.GPU_BACKENDS)
 
 
 # ------------------------------------------------------------------------------------------------ problems
@@ -518,8 +521,7 @@ def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
     reason="no C++ compiler for torch.compile",
 )
 def test_all_that_compile_are_measured_for_what_ran():
-    everyone = tuple(providers.BUILDERS)
-    rows = by_provider(measure([small_case(direction="forward")], providers=everyone))
+    rows = by_provider(measure([small_case(direction="forward")], providers=ON_A_CPU))
     assert [row["error"] for row in rows.values()] == [None] * 6
     auto = rows["fused"]["backend"]
     assert {name: row["backend"] for name, row in rows.items()} == {
@@ -531,7 +533,7 @@ def test_all_that_compile_are_measured_for_what_ran():
         "copy": "aten",
     }
     form = rows["eager"]["form"]
-    assert [rows[name]["form"] for name in everyone] == [form, form, form, None, None]
+    assert [rows[name]["form"] for name in ON_A_CPU] == [form, form, form, None, None]
 
 
 @pytest.fixture
@@ -549,7 +551,7 @@ def quick_compile(monkeypatch):
 
 
 def test_what_is_compiled_and_how(quick_compile):
-    rows = measure([small_case(direction="forward")], providers=tuple(providers.BUILDERS))
+    rows = measure([small_case(direction="forward")], providers=ON_A_CPU)
     assert not any(row["error"] for row in rows)
     whole = {"fullgraph": True, "dynamic": False}
     assert quick_compile == [
@@ -617,6 +619,84 @@ def test_a_fused_layer_that_is_not_compiled_is_found(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     row = by_provider(measure([small_case()], providers=("fused+compile",)))["fused+compile"]
     assert "compiled nothing" in row["error"] and row["median_s"] is None
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Makes a backend with GPU kernels serve CPU tensors, until the test ends."""
+
+    def serve(name):
+        if name == "cuda":
+            from cuda_host import build
+
+            if build.problem() is not None:
+                pytest.skip(build.problem())
+            monkeypatch.setattr(backends.cuda, "_operators", dict(backends.cuda._operators))
+            backends.cuda.load_host(build.kernels_library())
+        refusal = backends.refusal(name, "cpu", torch.float32)
+        if refusal is not None:
+            pytest.skip(refusal)
+
+    return serve
+
+
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+@pytest.mark.parametrize("name", problems.GPU_BACKENDS)
+def test_a_backend_as_a_provider_runs_on_that_backend_under_our_rule(monkeypatch, on_the_cpu, name, direction):
+    on_the_cpu(name)
+    seen, real = [], runner.judge
+    monkeypatch.setattr(runner, "judge", lambda *a, ours: seen.append(ours) or real(*a, ours=ours))
+    case = small_case(shape=Shape(24, 5, (3, 5)), direction=direction)
+    settings = dataclasses.replace(FAST, max_inner=1)
+    rows = measure([case], providers=("eager", "fused", name), backend="reference", cache_bytes=1, settings=settings)
+    assert [(row["provider"], row["backend"], row["error"]) for row in rows[1:]] == [
+        ("fused", "reference", None),
+        (name, name, None),
+        ("copy", "aten", None),
+    ]
+    assert seen == [False, True, True]
+
+
+def test_a_backend_as_a_provider_is_insisted_on(monkeypatch):
+    snapshots = iter([{}, {"triton.forward": 1, "triton.backward": 1}])
+    monkeypatch.setattr(senet_fused, "call_counts", lambda: next(snapshots))
+    monkeypatch.setattr(providers, "_fused_module", lambda case, weights, _: providers.StockSE(case, weights, "conv"))
+    row = by_provider(measure([small_case()], providers=("cuda",)))["cuda"]
+    assert row["error"] == "RuntimeError: backend 'cuda' was asked for, but 'triton' ran"
+    assert row["median_s"] is None
+
+
+def test_a_backend_without_kernels_for_a_dtype_is_a_row_with_the_reason():
+    row = by_provider(measure([small_case(dtype="float64")], providers=("eager", "cuda")))["cuda"]
+    assert "backend 'cuda'" in row["error"] and "it has no kernels for torch.float64" in row["error"]
+
+
+def parsed(*argv):
+    parser = command.argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_both_backends_are_measured_on_a_gpu_where_they_serve_all_that_is_asked_for(monkeypatch):
+    missing = set()
+
+    def refusal(name, device_type, dtype):
+        if device_type == "cpu":
+            return "it serves GPU tensors"
+        return "not installed" if name in missing else "no kernels" if dtype == torch.float64 else None
+
+    monkeypatch.setattr(backends, "refusal", refusal)
+    usual = ("eager", "compile", "fused")
+    assert command._providers(parsed()) == usual
+    assert command._providers(parsed("--device", "cuda")) == (*usual, "cuda", "triton")
+    assert command._providers(parsed("--device", "cuda", "--dtype", "float32", "float64")) == usual
+    missing.add("cuda")
+    assert command._providers(parsed("--device", "cuda", "--dtype", "float32", "bfloat16")) == (*usual, "triton")
+    assert command._providers(parsed("--device", "cuda", "--providers", "triton", "eager")) == ("eager", "triton")
+    with pytest.raises(RequestError, match="provider 'cuda' cannot run with --device cuda: not installed"):
+        command._providers(parsed("--device", "cuda", "--providers", "cuda", "triton"))
+    with pytest.raises(RequestError, match="provider 'triton' cannot run with --device cpu: it serves GPU tensors"):
+        command._providers(parsed("--providers", "triton", "eager"))
 
 
 def test_no_case_is_begun_after_the_time_limit(monkeypatch):
@@ -879,7 +959,7 @@ def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind, 
         pytest.importorskip("rich")
     if kind == "no rich":
         monkeypatch.setitem(sys.modules, "rich", None)
-    rows = [made_row("eager", 1.0, form="linear", backend="aten"), failed_row(), made_row(speedup=2.0)]
+    rows = [made_row("eager", 1.0, form="linear", backend="aten"), failed_row(), made_row("cuda", speedup=2.0)]
     out = io.StringIO() if kind == "file" else Terminal()
     header = {"device": {"name": "a CPU"}, "cache": "cold: inputs rotate", "revision": None}
     report.render(header, rows, report.summarise(rows), out, plain=kind == "plain")
@@ -888,6 +968,7 @@ def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind, 
     assert "wrong output: y is off by 1.0e+00" in text.replace("\n", " ")
     assert "500 us" in text and "2.00" in text and "Geometric means" in text
     assert ("\x1b[" in text) == (kind == "rich")
+    assert ("\x1b[1mcuda" in text) == (kind == "rich")  # ours is bold
 
 
 def test_json_is_plain_json(tmp_path):
@@ -914,7 +995,7 @@ def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
         row | {"layout": layout, "dtype": dtype}
         for layout in problems.LAYOUTS
         for dtype in ("float32", "bfloat16")
-        for row in (made_row("eager", 1.0), failed_row(), made_row(), made_row("copy", 3.0))
+        for row in (made_row("eager", 1.0), failed_row(), made_row("cuda"), made_row("triton"), made_row("copy", 3.0))
     ]
     shapes = []
     for number, rows in enumerate((full, [made_row(speedup=2.0, speedup_vs_eager=None)], [failed_row()])):
@@ -951,7 +1032,7 @@ def roofline_rows():
         for dtype in ("float32", "bfloat16")
         for shape in ("8,256,16,56,56", "8,2048,128,7,7")
         for layout in problems.LAYOUTS
-        for provider, fraction in (("eager", 0.2), ("fused", 0.7), ("fused+compile", 0.6), ("copy", 1.0))
+        for provider, fraction in (("eager", 0.2), ("cuda", 0.7), ("triton", 0.6), ("copy", 1.0))
     ]
 
 
@@ -1031,7 +1112,7 @@ def test_a_run_out_of_time_reports_what_is_done(tmp_path, capsys):
 
 
 def test_every_provider_can_be_asked_for_and_drawn():
-    from senet_fused.bench import command, plot
+    from senet_fused.bench import plot
 
     assert command.PROVIDERS == tuple(providers.BUILDERS) == tuple(plot._COLOURS)
     assert plot._COLOURS.keys() == plot._LABELS.keys() == plot._MARKERS.keys()

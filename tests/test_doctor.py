@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
 import senet_fused
-from senet_fused import backends, cli, doctor, machine
+from senet_fused import backends, cli, doctor, machine, select
+from senet_fused.backends import cuda
 from senet_fused.backends.triton import plan as planner
 from senet_fused.backends.triton import tuned
 
@@ -208,10 +212,11 @@ def test_the_plans_of_a_layer(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(doctor, "_facts_here", lambda: [])
     assert cli.main(["doctor", "--plan", "64,256,16,56,56"]) == 0
     text = capsys.readouterr().out
-    assert "64 x 256/16 @ 56x56 bfloat16 channels_last, for an H200, as there is no GPU here" in text
+    assert text.startswith("64 x 256/16 @ 56x56 bfloat16 channels_last\nauto ")
+    assert "\ntriton, for an H200, as there is no GPU here that these kernels serve (cuda 90, 132 multi" in text
     for direction in ("forward", "backward"):
         plan = planner.plan(planner.Problem(256, 16, 56 * 56, backward=direction == "backward"), H200)
-        assert f"{direction}: {plan.strategy}, counted\n  {plan.reason}\n" in text
+        assert f"  {direction}: {plan.strategy}, counted\n    {plan.reason}\n" in text
 
     others = [plan for plan in planner.candidates(LAYER, H200) if plan.strategy == "launches"]
     tuned.write(tuned.default_path(), {(H200, LAYER): others[0]})
@@ -222,7 +227,116 @@ def test_the_plans_of_a_layer(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(doctor, "_facts_here", lambda: [planner.DeviceFacts("hip", "gfx942", 304, 64)])
     assert cli.main(["doctor", "--plan", "8,64,4,7,7", "--layout", "contiguous", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
-    assert "for the GPU here (hip gfx942, 304 multiprocessors)" in text and "rows: 1 sample(s)" in text
+    assert "triton, for the GPU here (hip gfx942, 304 multiprocessors)" in text and "rows: 1 sample(s)" in text
+
+
+def test_the_cuda_plans_of_a_layer(monkeypatch, capsys):
+    native = pytest.importorskip("senet_fused._plan", exc_type=ImportError)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def section(*options):
+        assert cli.main(["doctor", "--plan", *options]) == 0
+        found = re.search(r"^cuda, for (an H200.*?)\n(.*?)^$", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
+        return found[2].splitlines()
+
+    lines = section("64,256,16,56,56")
+    facts = cuda.facts_of_h200()
+    for direction, (first, why, tile) in zip(("forward", "backward"), (lines[:3], lines[3:]), strict=True):
+        problem = cuda.Problem(64, 256, 16, 56 * 56, backward=direction == "backward")
+        plan = native.plan_cuda(problem.native(), facts)
+        assert first == f"  {direction}: {plan.strategy}"
+        assert why.strip() == native.cuda_reason(problem.native(), facts, plan)
+        assert f"channels_last: 1 sample(s) x {plan.channels} channels x {plan.positions} positions, " in tile
+        assert tile.endswith(f" {plan.splits} split(s), dependent launch on, streaming stores on")
+
+    # Positions that a tile could take and a plane does not have are not shown; nor is an output of 25 kB streamed.
+    tile = section("2,64,4,7,7", "--dtype", "float32")[2]
+    assert "x 49 positions, 1 split(s)" in tile and tile.endswith("streaming stores off")
+    tile = section("2,64,4,7,7", "--layout", "contiguous")[2]
+    assert "tile_of_planes: " in tile and re.search(r", \d+ lanes to a plane, dependent launch on", tile)
+
+
+def test_the_facts_of_the_gpu_here_are_taken(monkeypatch):
+    pytest.importorskip("senet_fused._plan", exc_type=ImportError)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda, "device_facts", lambda device: asked.append(device) or "facts")
+
+    def has(major, minor):
+        found = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=108)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+
+    has(8, 0)
+    assert doctor._cuda_facts() == ("facts", "the GPU here (compute capability 8.0, 108 multiprocessors)")
+    assert asked == [torch.device("cuda", 0)]
+    has(7, 5)
+    assert doctor._cuda_facts()[1].startswith("an H200")
+    has(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert doctor._cuda_facts()[1].startswith("an H200") and len(asked) == 1
+
+
+def test_without_the_compiled_planner_triton_s_plan_is_there(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "senet_fused._plan", None)
+    monkeypatch.delattr(senet_fused, "_plan", raising=False)
+    assert cli.main(["doctor", "--plan", "64,256,16,56,56"]) == 0
+    text = capsys.readouterr().out
+    assert "\ncuda: no plan, as the compiled planner is missing (" in text and "to do: install a C++ compiler" in text
+    assert "\ntriton, for " in text and text.count("ward: ") == 2
+
+
+def test_which_backend_auto_would_take_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def line():
+        assert cli.main(["doctor", "--plan", "1,8,2,4,4"]) == 0
+        return capsys.readouterr().out.splitlines()[1]
+
+    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_80", "compute_80"))
+    assert line().startswith("auto would take 'cuda' on an H200: it comes before triton, ")
+    monkeypatch.setattr(machine, "package_version", lambda name: "3.9.0")
+    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_100",))
+    assert line() == (
+        "auto would take 'triton' on an H200: not cuda: the library was built for sm_100 (reinstall with "
+        "TORCH_CUDA_ARCH_LIST=9.0); triton is installed"
+    )
+
+    def none():
+        raise RuntimeError("the package was built without CUDA")
+
+    monkeypatch.setattr(cuda, "architectures", none)
+    monkeypatch.setattr(machine, "package_version", lambda name: None)
+    assert line() == (
+        "auto would take 'reference' on an H200: not cuda: the package was built without CUDA; not triton: triton is "
+        "not installed (pip install triton)"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_cuda_facts", lambda: (None, "a GPU"))
+    monkeypatch.setattr(doctor, "_print_cuda_plans", lambda case: None)
+    monkeypatch.setattr(doctor, "_facts_here", lambda: [H200])
+    monkeypatch.setattr(select, "choose", lambda *asked: select.Choice("cuda", f"for {asked}"))
+    assert line() == "auto takes 'cuda' here: for ('auto', 'cuda', torch.bfloat16)"
+
+
+def test_where_there_is_a_gpu_the_report_says_what_auto_takes_for_it(monkeypatch, examine):
+    monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
+    real = select.choose
+
+    def choose(backend, device_type, dtype, compiling=False):
+        if device_type == "cpu":
+            return real(backend, device_type, dtype, compiling)
+        name = "reference" if dtype == torch.float64 else "cuda"
+        return select.Choice(name, f"{name}: serves cuda tensors")
+
+    monkeypatch.setattr(select, "choose", choose)
+    assert "on a GPU" not in examine()[1] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_plans", lambda report: None)
+    status, text = examine()
+    assert status == 0
+    assert "takes 'cuda' for float32, bfloat16, float16 on a GPU: cuda: serves cuda tensors\n" in text
+    assert "takes 'reference' for float64 on a GPU: reference: serves cuda tensors\n" in text
 
 
 def test_a_layer_or_a_file_that_cannot_be_read(monkeypatch, capsys, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import build
 
 import senet_fused
 
@@ -22,6 +23,7 @@ SCRIPT = BENCHMARKS / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not a checkout")
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+needs_cuda_host = pytest.mark.skipif(build.problem() is not None, reason=str(build.problem()))
 
 
 # ---------------------------------------------------------------------------------------------------- the script
@@ -32,7 +34,7 @@ case "$*" in
   *get_device_name*) [ -n "${NO_GPU:-}" ] && exit 1; echo "NVIDIA H200"; exit ;;
   *"import xdist"*) exit 1 ;;
 esac
-echo "$*" >>"$LOG"
+echo "${SENET_FUSED_CUDA:+SENET_FUSED_CUDA=$SENET_FUSED_CUDA }$*" >>"$LOG"
 for flag in --json --plot --roofline; do
   file=$(sed -n "s/.* $flag \\([^ ]*\\).*/\\1/p" <<<" $*")
   [ -z "$file" ] || echo result >"$file"
@@ -41,7 +43,9 @@ case "$*" in
   *"${FAILING:-nothing fails}"*) exit 1 ;;
 esac
 """
-PARTS = ["build", "tests", "sanitize", "bench-bf16", "bench-float32", "launches", "table"]
+PARTS = ["build", "tests", "sanitize-cuda", "sanitize-triton", "bench-bf16", "bench-float32", "launches", "table"]
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+BUILD = "SENET_FUSED_CUDA=1 setup.py -q build_ext --inplace"
 
 
 @pytest.fixture
@@ -59,6 +63,7 @@ def check(tmp_path):
         log.write_text("")
         env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "LOG": str(log), **environment}
         env["PATH"] = f"{tools}:{env['PATH']}"
+        env.pop("SENET_FUSED_CUDA", None)
         done = subprocess.run(["bash", str(SCRIPT), *parts], env=env, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, log.read_text().splitlines()
 
@@ -82,7 +87,7 @@ def test_without_a_gpu_nothing_is_checked(check):
 def test_an_unknown_part_is_refused(check):
     code, text, calls = check("build", "bench")
     assert code == 1 and not calls
-    assert "unknown part 'bench' (build, tests, sanitize, bench-bf16, bench-float32, launches, table)" in text
+    assert f"unknown part 'bench' ({', '.join(PARTS)})" in text
 
 
 @needs_bash
@@ -92,20 +97,25 @@ def test_all_parts_run_in_order(check):
     assert [line.split()[1].rstrip(":") for line in text.splitlines() if "(NVIDIA H200)" in line] == PARTS
     assert f"== done: {' '.join(PARTS)}; results in {check.out}" in text
     name = f"{check.out}/nvidia-h200-senet154-batch64"
-    assert calls[:3] == ["setup.py -q build_ext --inplace", "-m senet_fused doctor", "-m pytest"]
-    assert calls[3:8] == ["benchmarks/gpu_sanitize.py"] * 5
-    assert "memcheck: ERROR SUMMARY: 0 errors" in text and "initcheck: ERROR" in text
-    for call, dtype in zip(calls[8:10], ("bfloat16", "float32"), strict=True):
+    assert calls[:3] == [BUILD, "-m senet_fused doctor", "-m pytest"]
+    for backend, found in (("cuda", calls[3:8]), ("triton", calls[8:13])):
+        assert found == [f"benchmarks/gpu_sanitize.py --backend {backend}"] * 5
+        logs = {f"sanitize-{backend}-{tool}.log" for tool in TOOLS}
+        assert {path.name for path in check.out.glob(f"sanitize-{backend}-*")} == logs
+    for tool in TOOLS:
+        assert text.count(f"{tool}: ERROR SUMMARY: 0 errors") == 2
+    for call, dtype in zip(calls[13:15], ("bfloat16", "float32"), strict=True):
         assert call.startswith(f"-m senet_fused bench --problem senet154 --batch 64 --dtype {dtype} ")
         assert "--layout contiguous channels_last" in call
-        assert "--providers eager compile max-autotune fused fused+compile --device cuda --budget 1" in call
+        assert "--device cuda --providers eager compile max-autotune fused cuda triton fused+compile --budget 1" in call
         assert "--direction forward forward+backward" in call and call.endswith(f"--json {name}-{dtype}.json")
-    assert calls[10].startswith("benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32")
-    assert calls[11] == (
+    launches = "benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32"
+    assert calls[15] == f"{launches} --backend cuda triton"
+    assert calls[16] == (
         f"-m senet_fused bench --from {name}-bfloat16.json {name}-float32.json --plain --plot {name}.png "
         f"--roofline {name}-roofline.png"
     )
-    assert len(calls) == 12 and (check.out / "nvidia-h200-senet154-batch64-launches.txt").exists()
+    assert len(calls) == 17 and (check.out / "nvidia-h200-senet154-batch64-launches.txt").exists()
 
 
 @needs_bash
@@ -133,7 +143,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(check):
 @needs_bash
 def test_nothing_runs_after_a_build_that_fails(check):
     code, text, calls = check(FAILING="build_ext")
-    assert code == 1 and calls == ["setup.py -q build_ext --inplace"]
+    assert code == 1 and calls == [BUILD]
     assert "== failed: build;" in text
 
 
@@ -146,9 +156,9 @@ def test_a_table_of_nothing_fails(check):
 @needs_bash
 def test_what_the_sanitizer_finds_is_shown_and_fails(check):
     found = 'echo "= Invalid read of size 4"; [ "$2" != racecheck ] || exit 3'
-    code, text, _ = check("sanitize", sanitizer=found)
+    code, text, _ = check("sanitize-cuda", sanitizer=found)
     assert code == 1 and "racecheck: exit status 3\n= Invalid read of size 4" in text
-    assert "memcheck: = Invalid" in text and "== failed: sanitize" in text
+    assert "memcheck: = Invalid" in text and "== failed: sanitize-cuda;" in text
 
 
 @needs_bash
@@ -157,7 +167,7 @@ def test_what_the_sanitizer_finds_is_shown_and_fails(check):
     reason="there is a compute-sanitizer",
 )
 def test_without_a_sanitizer_its_part_is_skipped(check):
-    code, text, calls = check("sanitize")
+    code, text, calls = check("sanitize-triton")
     assert code == 0 and not calls and "compute-sanitizer is not installed: skipped" in text
 
 
@@ -172,43 +182,94 @@ def python(*arguments, **environment):
     )
 
 
-@needs_triton
-def test_every_strategy_and_form_runs_and_is_right():
-    done = python("benchmarks/gpu_sanitize.py", "--device", "cpu", TRITON_INTERPRET="1")
+def sanitized(backend):
+    """The lines of gpu_sanitize.py, and the strategies with the forms that it has met."""
+    done = python("benchmarks/gpu_sanitize.py", "--device", "cpu", "--backend", backend, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert all(line.endswith(": ok") for line in lines)
-    met = {tuple(line.split(": ")[1].split(", ")[:2]) for line in lines}
-    forms = ("channels_last", "planes")
-    assert met == {(s, f) for s in ("partials", "last_block", "launches") for f in forms} | {("launches", "rows")}
+    assert all(line.startswith(f"{backend}: ") and line.endswith(": ok") for line in lines)
     assert any("2 and 2 splits" in line for line in lines)
+    return lines, {tuple(line.split(": ")[2].split(", ")[:2]) for line in lines}
 
 
+STRATEGIES = ("partials", "last_block", "launches")
+
+
+@needs_triton
+def test_every_strategy_and_form_of_the_triton_plans_runs_and_is_right():
+    _, met = sanitized("triton")
+    assert met == {(s, f) for s in STRATEGIES for f in ("channels_last", "planes")} | {("launches", "rows")}
+
+
+@needs_cuda_host
+def test_every_strategy_and_form_of_the_cuda_plans_runs_and_is_right():
+    lines, met = sanitized("cuda")
+    assert met == {(s, f) for s in STRATEGIES for f in ("channels_last", "planes", "tile_of_planes")}
+    assert any("2 and 2 samples" in line for line in lines)
+
+
+@needs_cuda_host
+def test_a_strategy_or_form_that_was_not_met_is_missed(program, monkeypatch, capsys):
+    gpu_sanitize = program("gpu_sanitize")
+    layers, variants, wanted = gpu_sanitize.BACKENDS["cuda"]
+    contiguous = tuple(layer for layer in layers[:3] if not layer.channels_last)
+    monkeypatch.setattr(gpu_sanitize, "BACKENDS", {"cuda": (contiguous, variants, wanted)})
+    monkeypatch.setattr(gpu_sanitize, "wrong", lambda layer, backend, device: [])
+    monkeypatch.setattr(gpu_sanitize.gpu_backends, "refusal", lambda backend, device: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--device", "cpu", "--backend", "cuda"])
+    assert gpu_sanitize.main() == 1
+    assert capsys.readouterr().err == "gpu_sanitize: cuda: not met: channels_last\n"
+    monkeypatch.setattr(gpu_sanitize, "BACKENDS", {"cuda": (layers, variants, wanted)})
+    assert gpu_sanitize.main() == 0
+    monkeypatch.setattr(gpu_sanitize, "wrong", lambda layer, backend, device: ["y is off by 1.0e+00"])
+    assert gpu_sanitize.main() == 1 and ": y is off by 1.0e+00\n" in capsys.readouterr().out
+
+
+@needs_cuda_host
 @needs_triton
 def test_the_launches_of_a_layer_are_counted():
     shapes = ("--shape", "2,16,4,5,7", "2,24,4,7,7", "--calls", "1")
     done = python("benchmarks/gpu_launches.py", "--device", "cpu", *shapes, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "2 x 16/4 @ 5x7 bfloat16 contiguous" and lines[-1] == "4 layers, all as promised"
-    assert "  forward   partials   2 launches: squeeze_kernel, scale_kernel" in lines
-    assert "  backward  partials   2 launches: squeeze_backward_kernel, scale_backward_kernel" in lines
+    assert lines[0] == "2 x 16/4 @ 5x7 bfloat16 contiguous"
+    assert lines[-1] == "4 layers, cuda and triton: all as promised"
+    assert "  triton  forward   partials   2 launches: squeeze_kernel, scale_kernel" in lines
+    assert "  triton  backward  partials   2 launches: squeeze_backward_kernel, scale_backward_kernel" in lines
+    (forward, backward) = [line for line in lines[:5] if line.startswith("  cuda ")]
+    assert forward.startswith("  cuda    forward   partials   2 launches: ")
+    assert set(forward.split(": ")[1].split(", ")) == {"squeeze_tile_of_planes_kernel", "scale_planes_kernel"}
+    assert "squeeze_backward_tile_of_planes_kernel" in backward
 
 
-@pytest.mark.parametrize("program", ["gpu_sanitize", "gpu_launches"])
-def test_where_the_kernels_cannot_run_the_reason_is_given(program):
-    done = python(f"benchmarks/{program}.py", "--device", "cpu", TRITON_INTERPRET="0")
-    assert done.returncode == 2 and done.stderr.startswith(f"{program}: ") and "TRITON_INTERPRET=1" in done.stderr
+@pytest.mark.parametrize("name", ["gpu_sanitize", "gpu_launches"])
+def test_where_the_kernels_cannot_run_the_reason_is_given(name):
+    done = python(f"benchmarks/{name}.py", "--device", "cpu", "--backend", "triton", TRITON_INTERPRET="0")
+    assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
+    assert done.stderr.startswith(f"{name}: 'triton' cannot run with --device cpu: ")
+    nowhere = {"PATH": "", "CUDA_HOME": ""}
+    done = python(f"benchmarks/{name}.py", "--device", "cpu", "--backend", "cuda", **nowhere)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}: 'cuda' cannot run with --device cpu: ")
 
 
-@pytest.fixture(scope="module")
-def gpu_launches():
-    spec = importlib.util.spec_from_file_location("gpu_launches", BENCHMARKS / "gpu_launches.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+@pytest.fixture
+def program(monkeypatch):
+    """Imports a program of benchmarks/, until the test ends."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def load(name):
+        for module in (name, "gpu_backends"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return importlib.import_module(name)
+
+    yield load
+    for module in ("gpu_sanitize", "gpu_launches", "gpu_backends"):
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def gpu_launches(program):
+    return program("gpu_launches")
 
 
 def event(name, start, us, device="CUDA", annotation=False):
@@ -226,16 +287,22 @@ def test_a_profile_gives_what_ran_on_the_device(gpu_launches):
         event("squeeze_kernel", 30, 6.0),
         event("scale_kernel", 40, 8.0),
         event("Memset (Device)", 50, 1.0),
+        event("void senet::cuda::scale_planes_kernel<float>(senet::cuda::ScaleArguments)", 60, 2.0),
+        event("senet::cuda::excite_gate_kernel(senet::cuda::ExciteArguments)", 70, 2.0),
+        event("void at::native::fill_kernel<float>(int)", 80, 2.0),
     ]
     found = gpu_launches.launches_of(events, 2)
     assert [(launch.name, launch.times, launch.us) for launch in found] == [
         ("squeeze_kernel", 1, 5.5),
         ("scale_kernel", 1, 7.5),
         ("Memset (Device)", 0.5, 1.0),
+        ("scale_planes_kernel", 0.5, 2.0),
+        ("excite_gate_kernel", 0.5, 2.0),
+        ("void at::native::fill_kernel<float>(int)", 0.5, 2.0),
     ]
-    line = gpu_launches.line("forward", "partials", found)
+    line = gpu_launches.line("triton", "forward", "partials", found[:3])
     assert line.split() == (
-        "forward partials 2.5 launches 13.5 us: squeeze_kernel 5.5, scale_kernel 7.5, Memset (Device) x 0.5 1.0"
+        "triton forward partials 2.5 launches 13.5 us: squeeze_kernel 5.5, scale_kernel 7.5, Memset (Device) x 0.5 1.0"
     ).split()
 
 
@@ -256,7 +323,7 @@ def test_the_profiler_is_asked_on_a_gpu(gpu_launches, monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = gpu_launches.observe(lambda: called.append(1), 5, torch.device("cuda"))
+    found = gpu_launches.observe(lambda: called.append(1), 5, torch.device("cuda"), "cuda")
     assert found == [gpu_launches.Launch("squeeze_kernel", 1, 4.0)]
     assert [profile.calls for profile in profiles] == [1, 5] and len(called) == 7
 

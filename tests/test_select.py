@@ -144,7 +144,8 @@ def test_without_the_library(no_library, monkeypatch):
     """auto falls back and says why; a backend asked for by name does not fall back, whoever asked."""
     layer = FusedSE(8, 4)
     assert explain(X).backend == "reference"
-    assert re.fullmatch(f"not cpu: {REASON}; not cuda: .*; not triton: .*; reference: serves cpu tensors", explain(X).reason)
+    reasons = f"not cpu: {REASON}; not cuda: .*; not triton: .*; reference: serves cpu tensors"
+    assert re.fullmatch(reasons, explain(X).reason)
     assert _ran(lambda: layer(X).sum().backward()) == {"reference.forward": 1}
     with pytest.raises(
         BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"
@@ -189,7 +190,8 @@ def test_names():
     for name in select.BACKEND_CHOICES:
         select.check_name(name, "here")
     select.check_name(None, "here")
-    with pytest.raises(ValueError, match="^here: unknown backend 'CPU'; choose one of auto, cpu, cuda, triton, reference$"):
+    choices = "choose one of auto, cpu, cuda, triton, reference"
+    with pytest.raises(ValueError, match=f"^here: unknown backend 'CPU'; {choices}$"):
         select.check_name("CPU", "here")
 
 

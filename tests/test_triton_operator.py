@@ -10,6 +10,8 @@ from collections import Counter
 
 import pytest
 import torch
+from gpu_operator_contract import *  # noqa: F403
+from gpu_operator_contract import CASES, ON_GPU, arguments, gradients, layer_and_input
 from oracle import Case, draw
 from test_triton_kernels import (
     BETWEEN,
@@ -19,12 +21,10 @@ from test_triton_kernels import (
     FORMS,
     STRATEGIES,
     SWEEPS,
-    on_device,
     plans_for,
 )
 from test_triton_kernels import run as run_triton
 
-import senet_fused
 from senet_fused import ops
 from senet_fused.backends import triton as backend
 from senet_fused.backends.tickets import Tickets
@@ -37,48 +37,11 @@ from senet_fused.backends.triton.plan import count_bytes
 
 FORWARD = torch.ops.senet_fused.squeeze_excite_triton.default
 BACKWARD = torch.ops.senet_fused.squeeze_excite_triton_backward.default
-ON_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
-
-CASES = {
-    "plain": Case((2, 24, 5, 4), 4),
-    "tail": Case((3, 24, 4, 6), 4, torch.bfloat16, "channels_last", post_act="relu", residual=True, act="silu"),
-    "maximum": Case((2, 20, 3, 5), 4, torch.float16, squeeze="avgmax", post_act="relu", gate="hardsigmoid"),
-    "rows": Case((2, 16, 7, 7), 4, torch.bfloat16, bias=False),
-}
 
 
-def arguments(case: Case, requires_grad: bool = False) -> tuple:
-    """The forward operator's arguments, and dy, dgate."""
-    inputs = {name: on_device(t) for name, t in draw(case, 0).items()}
-    names = ("x", "w1", "b1", "w2", "b2", "residual")
-    tensors = [inputs[k].requires_grad_(requires_grad) if k in inputs else None for k in names]
-    options = (case.act, case.gate, case.squeeze, case.post_act or "")
-    return (*tensors, *options), inputs["dy"], inputs["dgate"].to(case.dtype_of("gate"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck(name):
-    args, dy, dgate = arguments(CASES[name], requires_grad=True)
-    torch.library.opcheck(FORWARD, (*args, True))
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    _, gate, saved, mask = FORWARD(*detached, True)
-    x, w1, b1, w2, b2, residual, *options = detached
-    rest = (x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, residual is not None)
-    torch.library.opcheck(BACKWARD, (dy, dgate, *rest), test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_eager_and_registered_agree_bitwise(name):
-    results = []
-    for path in (ops.OPERATORS["triton"].eager, FORWARD):
-        args, dy, dgate = arguments(CASES[name], requires_grad=True)
-        senet_fused.reset_call_counts()
-        y, gate, _, _ = path(*args, True)
-        leaves = [t for t in args if isinstance(t, torch.Tensor)]
-        results.append([y, gate, *torch.autograd.grad([y, gate], leaves, [dy, dgate])])
-        assert senet_fused.call_counts() == {"triton.forward": 1, "triton.backward": 1}
-    for a, b in zip(*results, strict=True):
-        assert a.stride() == b.stride() and torch.equal(a, b)
+@pytest.fixture
+def backend_name():
+    return "triton"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -109,46 +72,6 @@ def test_inference_keeps_nothing_and_gives_the_same():
                 assert torch.equal(y, kept[0]) and torch.equal(gate, kept[1])
                 y, gate = ops.OPERATORS["triton"].infer(*args, False)
                 assert torch.equal(y, kept[0]) and gate is None
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile(dynamic):
-    """By name the operator stays whole in the graph, forward and backward; one graph for all sizes."""
-    layer = senet_fused.FusedSE(24, 4, backend="triton").to(DEVICE)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for size in (5, 6, 7) if dynamic else (5,):
-        x = torch.randn(2, 24, size, 4, device=DEVICE, requires_grad=True)
-        senet_fused.reset_call_counts()
-        y = compiled(x)
-        dy = torch.randn_like(y)
-        found = torch.autograd.grad(y, [x, *layer.parameters()], dy)
-        assert senet_fused.call_counts() == {"triton.forward": 1, "triton.backward": 1}
-        expected_y = layer(x)
-        expected = torch.autograd.grad(expected_y, [x, *layer.parameters()], dy)
-        for a, b in zip([y, *found], [expected_y, *expected], strict=True):
-            assert torch.equal(a, b)
-
-
-def test_second_order():
-    """The backward of the backward is the reference's."""
-    gradients = []
-    for name in ("triton", "reference"):
-        (x, w1, b1, w2, b2, *_), dy, _ = arguments(Case((2, 6, 3, 4), 3, act="silu"), requires_grad=True)
-        y = senet_fused.squeeze_excite(x, w1, w2, b1, b2, act="silu", backend=name)
-        first = torch.autograd.grad(y, [x, w1], dy, create_graph=True)
-        gradients.append(torch.autograd.grad(sum((g**2).sum() for g in first), [x, w1, w2]))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_autocast():
-    """No input is cast: x decides."""
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = senet_fused.FusedSE(24, 4, backend="triton").to(DEVICE)
-        x = torch.randn(2, 24, 4, 4, device=DEVICE, dtype=dtype)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            y = layer(x)
-        assert y.dtype == dtype and torch.equal(y, layer(x))
 
 
 # ---------------------------------------------------------------------------------------------------- bits
@@ -230,9 +153,9 @@ def test_counted_bytes_are_those_of_the_plan(layout, strategy, tail):
         for problem, plan in plans.items():
             with counted_accesses() as counted:
                 if problem.backward:
-                    results = BACKWARD(dy, None, *args[:5], *kept[1:], *args[6:], True, False, tail)  # noqa: F821
+                    results = BACKWARD(dy, None, *args[:5], *kept[1:], *args[6:], True, False, tail)  # noqa: F405
                     large = [args[0], dy, results[0], *([results[5]] if tail else [])]
-                    mask = kept[3]  # noqa: F821
+                    mask = kept[3]  # noqa: F405
                 else:
                     kept = FORWARD(*args, True)
                     large = [t for t in (args[0], args[5], kept[0]) if t is not None]
@@ -332,78 +255,12 @@ def _parameters(function):
 # ---------------------------------------------------------------------------------------------------- GPUs
 
 
-def layer_and_input(strategy: str, layout: str = "channels_last"):
-    sizes = {"partials": (256, 16, 56), "last_block": (2048, 128, 7), "launches": (960, 240, 7)}
-    c, r, size = sizes[strategy]
-    layer = senet_fused.FusedSE(c, rd_channels=r, backend="triton").to(DEVICE, torch.bfloat16)
-    x = torch.randn(64, c, size, size, device=DEVICE, dtype=torch.bfloat16)
-    return layer, x.contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-def gradients(layer, x, dy):
-    y = layer(x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
-
-
-@ON_GPU
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_streams(strategy):
-    """Calls that overlap in two streams give what they give alone."""
-    layer, x = layer_and_input(strategy)
-    dy = torch.randn_like(x)
-    expected = gradients(layer, x, dy)
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    torch.cuda.synchronize()
-    found = []
-    for i in range(20):
-        with torch.cuda.stream(streams[i % 2]):
-            found.append(gradients(layer, x, dy))
-    torch.cuda.synchronize()
-    for results in found:
-        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@ON_GPU
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_graph_replay(strategy):
-    layer, x = layer_and_input(strategy)
-    dy = torch.randn_like(x)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        gradients(layer, x, dy)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(layer, x, dy)
-    for _ in range(3):
-        with torch.no_grad():
-            x.normal_()
-            dy.normal_()
-        graph.replay()
-        expected = gradients(layer, x, dy)
-        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
-
-
-@ON_GPU
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_reduce_overhead(strategy):
-    layer, x = layer_and_input(strategy)
-    dy = torch.randn_like(x)
-    expected = gradients(layer, x, dy)
-    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):
-        torch.compiler.cudagraph_mark_step_begin()
-        y = compiled(x)
-        found = [y.detach().clone(), *(g.clone() for g in torch.autograd.grad(y, [x, *layer.parameters()], dy))]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 @ON_GPU
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_kernels_that_the_profiler_sees(strategy):
     from torch.profiler import ProfilerActivity, profile
 
-    layer, x = layer_and_input(strategy)
+    layer, x = layer_and_input("triton", strategy)
     dy = torch.randn_like(x)
     gradients(layer, x, dy)
     torch.cuda.synchronize()
@@ -412,44 +269,3 @@ def test_kernels_that_the_profiler_sees(strategy):
         torch.cuda.synchronize()
     seen = Counter(event.name for event in profiled.events() if event.name.endswith("_kernel"))
     assert seen == Counter([*SWEEPS, *BETWEEN[strategy], *BETWEEN_BACKWARD[strategy]])
-
-
-@ON_GPU
-@pytest.mark.parametrize("layout", DENSE)
-def test_more_than_2_to_the_31_elements(layout):
-    """A batch in which the last samples lie beyond 32-bit offsets: they are what they are alone."""
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.empty(2700, 256, 56, 56, device=DEVICE, dtype=torch.bfloat16, memory_format=memory_format).normal_()
-    assert x.numel() > 2**31
-    layer = senet_fused.FusedSE(256, rd_channels=16, backend="triton").to(DEVICE, torch.bfloat16)
-    x.requires_grad_()
-    y = layer(x)
-    (dx,) = torch.autograd.grad(y, [x], y)
-    for chosen in (slice(0, 2), slice(1350, 1352), slice(2698, 2700)):
-        alone = x.detach()[chosen].requires_grad_()
-        y_alone = layer(alone)
-        assert torch.equal(y[chosen], y_alone)
-        assert torch.equal(dx[chosen], torch.autograd.grad(y_alone, [alone], y_alone)[0])
-
-
-@ON_GPU
-def test_nothing_waits_for_the_device():
-    for strategy in STRATEGIES:
-        layer, x = layer_and_input(strategy)
-        dy = torch.randn_like(x)
-        gradients(layer, x, dy)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            gradients(layer, x, dy)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@ON_GPU
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_a_device_that_is_not_the_current_one():
-    layer, x = layer_and_input("partials")
-    expected = layer(x)
-    assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), expected.cpu())
-
-

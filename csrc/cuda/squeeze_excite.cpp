@@ -49,9 +49,10 @@ struct PlanNumbers {
 };
 
 CudaPlan plan_of(const CudaProblem& p, const PlanNumbers& given) {
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  STD_TORCH_CHECK(p.c < kLimit && p.r < kLimit && p.m < kLimit,
-                  "senet_fused: the CUDA kernels take less than 2^31 channels, squeezed channels and positions");
+  // Loops count in 32 bits, and look a few thousand positions ahead.
+  constexpr int64_t kLimit = (int64_t{1} << 31) - 4096;
+  STD_TORCH_CHECK(p.c < kLimit && p.r < kLimit && p.m < kLimit, "senet_fused: the CUDA kernels take less than ", kLimit,
+                  " channels, squeezed channels and positions");
   STD_TORCH_CHECK(given.strategy >= 0 && given.strategy < kCudaStrategies && given.form >= 0 &&
                       given.form < kCudaForms && given.positions >= 1,
                   "senet_fused: unknown plan");

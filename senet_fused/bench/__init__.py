@@ -1,7 +1,8 @@
 """Measurement: problems, what is compared, how it is timed, and the report.
 
     problems     the SE layers of known networks, and the case that one measurement is (no torch)
-    providers    eager, compile, max-autotune, fused and fused+compile behind one interface, and the copy, their ceiling
+    providers    eager, compile, max-autotune, fused, cuda, triton and fused+compile behind one interface, and the copy,
+                 their ceiling
     oracle       float64 results and the error bound: a provider whose output is wrong is not timed
     buffers      weights, the inputs that are judged, and the rotating inputs that keep the caches cold
     timing       interleaved wall-clock sampling;  cuda_timing: CUDA-graph replays beside it

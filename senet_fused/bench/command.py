@@ -15,14 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import machine
-from .problems import ACTS, DIRECTIONS, DTYPES, GATES, LAYOUTS, POST_ACTS, RequestError, cases, problems
+from .problems import (
+    ACTS,
+    DIRECTIONS,
+    DTYPES,
+    GATES,
+    GPU_BACKENDS,
+    LAYOUTS,
+    POST_ACTS,
+    RequestError,
+    cases,
+    problems,
+)
 
 if TYPE_CHECKING:
     from .runner import Options
 
 __all__ = ["add_arguments", "add_layers", "positive", "run"]
 
-PROVIDERS = ("eager", "compile", "max-autotune", "fused", "fused+compile")
+PROVIDERS = ("eager", "compile", "max-autotune", "fused", *GPU_BACKENDS, "fused+compile")
 _BY_DEFAULT = ("eager", "compile", "fused")
 _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 _MIB = 2**20
@@ -34,16 +45,17 @@ _FORMS = {
 
 _EPILOG = """\
 Every run is checked before it is timed: outputs, and with forward+backward every gradient for a random dy,
-against a float64 oracle in plain PyTorch. The fused provider may be off by twice stock PyTorch's own error in
-the same dtype plus one unit in the last place, the others by 16 times and 16 units; one that is off by more
-gets an error instead of a time. fused+compile is held to the first rule where this package's operator runs in the
-graph, to the second where the layer was compiled as plain PyTorch.
+against a float64 oracle in plain PyTorch. The providers fused, cuda and triton may be off by twice stock PyTorch's
+own error in the same dtype plus one unit in the last place, the others by 16 times and 16 units; one that is off by
+more gets an error instead of a time. fused+compile is held to the first rule where this package's operator runs in
+the graph, to the second where the layer was compiled as plain PyTorch.
 
 examples:
   senet-fused bench --problem senet154 --quick
   senet-fused bench --problem senet154 --batch 8 --dtype float32 bfloat16 --layout contiguous channels_last \\
       --direction forward forward+backward --json out.json --plot out.png
   senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
+  senet-fused bench --device cuda --batch 64 --dtype bfloat16 --providers eager compile cuda triton
   senet-fused bench --from out.json --plot out.png --roofline roofline.png
 
 exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met,
@@ -126,16 +138,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--providers",
         nargs="+",
-        default=list(_BY_DEFAULT),
         choices=PROVIDERS,
-        help=f"default: {' '.join(_BY_DEFAULT)}; a copy, the ceiling, is always measured with them. max-autotune is "
-        "torch.compile's mode of that name (without CUDA graphs of its own), fused+compile the fused layer under "
-        "torch.compile",
+        help=f"default: {' '.join(_BY_DEFAULT)}, with --device cuda also {' and '.join(GPU_BACKENDS)}, each where it "
+        "can run and has kernels for every dtype asked for; a copy, the ceiling, is always measured with them. "
+        "max-autotune is torch.compile's mode of that name (without CUDA graphs of its own), cuda and triton the fused "
+        "layer with that backend, fused+compile the fused layer under torch.compile",
     )
     who.add_argument(
         "--backend",
         metavar="NAME",
-        help="of the fused layer: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+        help="of fused and fused+compile: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument(
         "--eager-form",
@@ -264,6 +276,29 @@ def _check_device(args: argparse.Namespace) -> None:
             raise RequestError(f"backend {args.backend!r} cannot run here: {known[args.backend].reason}")
 
 
+def _providers(args: argparse.Namespace) -> tuple[str, ...]:
+    """Who is measured. Raises RequestError for a backend that is asked for as a provider and cannot run."""
+    import torch
+
+    from .. import backends
+
+    if args.providers is None:
+        serving = [
+            name
+            for name in GPU_BACKENDS
+            if args.device == "cuda"
+            and all(backends.refusal(name, "cuda", getattr(torch, dtype)) is None for dtype in args.dtype)
+        ]
+        return tuple(name for name in PROVIDERS if name in (*_BY_DEFAULT, *serving))
+    for name in GPU_BACKENDS:
+        refusal = backends.refusal(name, args.device, torch.float32)
+        if name in args.providers and refusal is not None:
+            raise RequestError(
+                f"provider {name!r} cannot run with --device {args.device}: {refusal}; leave it out of --providers"
+            )
+    return tuple(name for name in PROVIDERS if name in args.providers)
+
+
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
     import torch
 
@@ -385,6 +420,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     )
     _check_outputs(args)
     _check_device(args)
+    providers = _providers(args)
 
     from . import cuda_timing, runner, timing
     from .progress import open_progress
@@ -402,7 +438,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     if args.budget is not None:
         settings = dataclasses.replace(settings, budget_s=args.budget)
     options = runner.Options(
-        providers=tuple(name for name in PROVIDERS if name in args.providers),
+        providers=providers,
         backend=args.backend,
         caches=caches,
         cache_bytes=cache_bytes,

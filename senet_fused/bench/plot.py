@@ -16,6 +16,8 @@ _COLOURS = {
     "compile": "#e2902f",
     "max-autotune": "#a8481f",
     "fused": "#2268a8",
+    "cuda": "#6f9a1e",
+    "triton": "#8b62b5",
     "fused+compile": "#3fb0a4",
 }
 _LABELS = {
@@ -23,9 +25,20 @@ _LABELS = {
     "compile": "torch.compile",
     "max-autotune": "torch.compile max-autotune",
     "fused": "senet_fused",
+    "cuda": "senet_fused cuda",
+    "triton": "senet_fused triton",
     "fused+compile": "senet_fused + torch.compile",
 }
-_MARKERS = {"eager": "s", "compile": "^", "max-autotune": "v", "fused": "o", "fused+compile": "D"}
+_MARKERS = {
+    "eager": "s",
+    "compile": "^",
+    "max-autotune": "v",
+    "fused": "o",
+    "cuda": "P",
+    "triton": "X",
+    "fused+compile": "D",
+}
+_RIVALS = ("eager", "compile", "max-autotune")  # drawn behind what is ours
 _LINES = {"contiguous": "-", "channels_last": (0, (3, 2))}
 _MANY = 10  # cells from which on a panel's labels are turned and its figures small
 _LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels_last"}
@@ -184,11 +197,11 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
         if column[1]
     ]
     most = max(len(_cells([row for row in rows if _group(row) == group])) for group in groups)
-    panel_width = max(6.0 if len(providers) <= 3 else 8.4, min(0.85 * most, 12))
+    # Wide enough for a panel's two titles, and together for the line of the legend.
+    roomy = 6.0 if len(providers) <= 3 else 8.4 if len(providers) <= 5 else 9.6
+    width = max(max(roomy, min(0.85 * most, 12)) * len(columns), 1.8 * (len(providers) + 1))
     head = 0.95  # inches for the title and the legend
-    figure, grid, height = _figure(
-        panel_width * len(columns), 2.7 if most <= _MANY else 3.4, len(groups), len(columns), head
-    )
+    figure, grid, height = _figure(width, 2.7 if most <= _MANY else 3.4, len(groups), len(columns), head)
     several = len({problem for problem, _, _ in groups}) > 1
     for line, group in zip(grid, groups, strict=True):
         members = [row for row in rows if _group(row) == group]
@@ -243,7 +256,7 @@ def _roofline_panel(
                 markeredgewidth=1.2,
                 lw=1 if len(shapes) <= _MANY else 0,
                 ls=_LINES[layout],
-                zorder=4 if provider.startswith("fused") else 3,
+                zorder=3 if provider in _RIVALS else 4,
             )
     axes.set_xscale("log")
     sizes = sorted(set(places.values()))
@@ -283,7 +296,8 @@ def draw_roofline(header: Row, rows: Sequence[Row], path: Path) -> None:
     )
     lines = [(problem, direction) for problem in problems for direction in directions]
     top = 1.08 * max([1.0, *(row["fraction_of_copy"] for row in rows if row["fraction_of_copy"])])
-    figure, grid, height = _figure(max(9.5, 5.4 * len(dtypes)), 3.0, len(lines), len(dtypes), 1.12)
+    width = max(9.5, 1.6 * len(providers), 5.4 * len(dtypes))
+    figure, grid, height = _figure(width, 3.0, len(lines), len(dtypes), 1.12)
     for line, (problem, direction) in zip(grid, lines, strict=True):
         for axes, dtype in zip(line, dtypes, strict=True):
             members = [row for row in rows if _group(row) == (problem, direction, dtype)]

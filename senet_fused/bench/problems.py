@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib import resources
 
 __all__ = [
-    "ACTS", "DIRECTIONS", "DTYPES", "GATES", "LAYOUTS", "POST_ACTS",
+    "ACTS", "DIRECTIONS", "DTYPES", "GATES", "GPU_BACKENDS", "LAYOUTS", "POST_ACTS",
     "Case", "Problem", "RequestError", "Shape", "cases", "problem", "problems", "shape_of",
 ]  # fmt: skip
 
@@ -19,6 +19,8 @@ DIRECTIONS = ("forward", "forward+backward")
 POST_ACTS = ("none", "relu")
 ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish", "tanh", "sigmoid")
 GATES = ("sigmoid", "hardsigmoid", "tanh", "relu", "identity")
+# The fused layer with each of these is a provider of its own, named after it.
+GPU_BACKENDS = ("cuda", "triton")
 
 
 class RequestError(ValueError):

@@ -15,7 +15,7 @@ from senet_fused.modules import FusedSE
 
 from .buffers import torch_dtype
 from .oracle import InputSet, Weights
-from .problems import Case
+from .problems import GPU_BACKENDS, Case
 
 __all__ = [
     "BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "forget_compiled", "is_ours", "results",
@@ -75,7 +75,8 @@ class Provider:
 
     forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, in any
     shape that flattens to the oracle's. path() says what ran since the provider was built, and is asked before another
-    provider runs: the counters it reads are the process's. form is the stock layer's form.
+    provider runs: the counters it reads are the process's. form is the stock layer's form, backend the one that the
+    fused layer was built with, None for the default.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Provider:
     parameters: list[Tensor]
     path: Callable[[], str]
     form: str | None = None
+    backend: str | None = None
 
 
 # From case, weights, the stock layer's form and the fused layer's backend.
@@ -177,17 +179,23 @@ def _counted(before: Counter[str], case: Case) -> str:
     return "+".join(names)
 
 
-def _fused(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-    module = _fused_module(case, weights, backend)
-    before = Counter(senet_fused.call_counts())
+def _fused_as(name: str, always: str | None = None) -> Builder:
+    """The fused layer, with one backend always or with whichever is asked for."""
 
-    def path() -> str:
-        names = _counted(before, case)
-        if not names:
-            raise RuntimeError("no backend counted a call")
-        return names
+    def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
+        backend = always or backend
+        module = _fused_module(case, weights, backend)
+        before = Counter(senet_fused.call_counts())
 
-    return Provider("fused", module, _parameters(module), path)
+        def path() -> str:
+            names = _counted(before, case)
+            if not names:
+                raise RuntimeError("no backend counted a call")
+            return names
+
+        return Provider(name, module, _parameters(module), path, backend=backend)
+
+    return build
 
 
 def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
@@ -200,12 +208,14 @@ def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None)
         require_a_graph()
         return _counted(before, case) or "inductor"
 
-    return Provider("fused+compile", compiled, _parameters(module), path)
+    return Provider("fused+compile", compiled, _parameters(module), path, backend=backend)
 
 
 def is_ours(provider: Provider) -> bool:
     """Whether a provider that has run is held to this package's own rule: its code was ours, not torch.compile's."""
-    return provider.name == "fused" or (provider.name == "fused+compile" and provider.path() != "inductor")
+    if provider.name == "fused+compile":
+        return provider.path() != "inductor"
+    return provider.name in ("fused", *GPU_BACKENDS)
 
 
 # In the order of tables and pictures.
@@ -214,7 +224,8 @@ BUILDERS: dict[str, Builder] = {
     "compile": _compile_as("compile", None),
     # Its own CUDA graphs would be graphs within the graph that is timed.
     "max-autotune": _compile_as("max-autotune", "max-autotune-no-cudagraphs"),
-    "fused": _fused,
+    "fused": _fused_as("fused"),
+    **{name: _fused_as(name, name) for name in GPU_BACKENDS},
     "fused+compile": _fused_compile,
 }
 

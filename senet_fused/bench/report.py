@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .problems import DIRECTIONS, RequestError
+from .problems import DIRECTIONS, GPU_BACKENDS, RequestError
 
 __all__ = [
     "geometric_mean", "read_json", "render", "shape_label", "size_label", "summarise", "tensor_bytes", "write_json",
@@ -266,7 +266,9 @@ def _rich(tables: Sequence[_Table], out: TextIO) -> None:
             )
         errors = []
         for row in table.rows:
-            style = {"fused": "bold", "copy": "dim"}.get(row.get("provider", ""), "")
+            style = {"copy": "dim"}.get(row.get("provider", ""), "")
+            if row.get("provider") in ("fused", *GPU_BACKENDS):
+                style = "bold"
             if "error" in row:
                 errors.append(row["error"])
                 style = "red"

@@ -33,7 +33,8 @@ _MIN_GRAPH_BUFFERS, _MAX_GRAPH_BUFFERS = 8, 512
 class Options:
     """What to run and how.
 
-    providers: names from BUILDERS. backend: what the fused layer is built with, None for the default.
+    providers: names from BUILDERS. backend: what the fused layer is built with where the provider's name says nothing
+        about it, None for the default.
     caches: "cold" and "warm", each gives rows of its own. cache_bytes: the size of the cache that cold inputs
         have to exceed twice. eager_form: one of STOCK_FORMS, or "faster" for whichever a short trial finds
         faster in the case. time_limit_s: after so long no case is begun.
@@ -247,8 +248,8 @@ class _Runner:
 
     def _ask_path(self, contender: _Contender) -> None:
         """Notes what ran, which is the backend asked for by name, if one was. Compiled, the reference is inductor's."""
-        contender.path, asked = contender.provider.path(), self.options.backend
-        if not contender.name.startswith("fused") or asked in (None, "auto", contender.path):
+        contender.path, asked = contender.provider.path(), contender.provider.backend
+        if asked in (None, "auto", contender.path):
             return
         if (contender.name, asked, contender.path) != ("fused+compile", "reference", "inductor"):
             raise RuntimeError(f"backend {asked!r} was asked for, but {contender.path!r} ran")

@@ -68,4 +68,21 @@ sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --ca
     -n auto --maxprocesses=8 --dist=worksteal \
     "${@:-tests/test_cpu_kernels.py}"
 done
+# The CUDA kernels, run on the host. What tests/test_cuda_host.py plants has been found by then, if it is run as well.
+reason=$(sanitized -c "import sys; sys.path[:] = [p for p in sys.path if p] + ['tests/cuda_host']; import build; print(build.problem() or '')")
+if [ $# -gt 0 ]; then
+  : # other tests were asked for
+elif [ -n "$reason" ]; then
+  echo "== CUDA kernels: skipped, $reason"
+else
+  echo "== CUDA kernels on the host"
+  # Without LD_PRELOAD, for the compiler's sake.
+  "$python" tests/cuda_host/build.py --sanitize
+  # Every CUDA thread is a fibre here, and following up on returned stacks makes switching them ten times slower.
+  export ASAN_OPTIONS=$ASAN_OPTIONS:detect_stack_use_after_return=0
+  SENET_HOST_SANITIZE=1 sanitized -c "$outside
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
+    -n auto --maxprocesses=8 --dist=worksteal tests/test_cuda_kernels.py tests/test_cuda_prims.py
+fi
 echo "== no error under -fsanitize=$sanitizers: $(echo $isas)"

@@ -32,15 +32,24 @@ struct Scaled8 {
 template <class T>
 __device__ __forceinline__ uint32_t scale(const ScaleArguments& a, const Scaled8<T>& in, const float (&gate)[kPack],
                                           float (&y)[kPack]) {
-  float residual[kPack] = {};
   unpack(in.x, y);
-  if (a.residual != nullptr) unpack(in.residual, residual);
-  uint32_t keep = 0;
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) {
-    y[j] = a.residual != nullptr ? y[j] * gate[j] + residual[j] : y[j] * gate[j];
-    keep |= (y[j] <= 0.0f ? 0u : 1u) << j;
-    if (a.relu && y[j] <= 0.0f) y[j] = 0.0f;
+  for (int j = 0; j < kPack; ++j) y[j] *= gate[j];
+  if (a.residual != nullptr) {
+    float residual[kPack];
+    unpack(in.residual, residual);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) y[j] += residual[j];
+  }
+  uint32_t keep = 0;
+  if (a.relu) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      if (y[j] <= 0.0f)
+        y[j] = 0.0f;
+      else
+        keep |= 1u << j;
+    }
   }
   return keep;
 }
@@ -113,14 +122,17 @@ __global__ void __launch_bounds__(kThreads, 3) scale_channels_last_kernel(const 
         use);
 }
 
-// The vectors' values for elements [lo, hi) of a pack of contiguous planes, of which the first is position p of the
+// A vector's values for elements [lo, hi) of a pack of contiguous planes, of which the first is position p of the
 // tile's plane k.
 __device__ __forceinline__ void over_planes(const float* vector, int k, int p, int lo, int hi, int m,
                                             float (&v)[kPack]) {
-  float value = vector[k];
-  if (p + hi - lo <= m) hi = 0;  // all of one plane
+  const float first = vector[k];
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) {
+  for (int j = 0; j < kPack; ++j) v[j] = first;
+  if (p + hi - lo <= m) return;  // all of one plane
+  float value = first;
+#pragma unroll
+  for (int j = 1; j < kPack; ++j) {
     if (j > lo && j < hi && ++p == m) p = 0, value = vector[++k];
     v[j] = value;
   }

@@ -67,7 +67,7 @@ __device__ __forceinline__ float chain(float upstream, float slope, Function f) 
 
 // upstream * act'(v)
 __device__ inline float through_act(const Elementwise& f, float upstream, float v) {
-  float slope = v * 0.0f + 1.0f;
+  float slope = v != v ? v : 1.0f;
   if (f.function == Function::relu) slope = v <= 0.0f ? 0.0f : 1.0f;
   if (f.function == Function::relu6) slope = v <= 0.0f || v >= 6.0f ? 0.0f : 1.0f;
   if (f.function == Function::leaky_relu) slope = v > 0.0f ? slope : f.p0 * slope;
@@ -91,7 +91,7 @@ __device__ inline float through_act(const Elementwise& f, float upstream, float 
 
 // upstream * gate_fn', from the gate itself
 __device__ inline float through_gate(const Elementwise& f, float upstream, float gate) {
-  float slope = gate * 0.0f + 1.0f;
+  float slope = gate != gate ? gate : 1.0f;
   if (f.function == Function::sigmoid) slope = gate * (1.0f - gate);
   if (f.function == Function::hardsigmoid) slope = gate > 0.0f && gate < 1.0f ? f.p0 : 0.0f;
   if (f.function == Function::tanh) slope = 1.0f - gate * gate;

@@ -27,7 +27,7 @@ __device__ __forceinline__ void in_flight(int first, int end, int step, Load loa
 template <int kAtOnce, class LoadWhole, class LoadPart, class Use>
 __device__ __forceinline__ void over_packs(int begin, int end, int lane, int lanes, bool wide, LoadWhole load_whole,
                                            LoadPart load_part, Use use) {
-  const int first = begin / kPack, last = (end + kPack - 1) / kPack;
+  const int first = begin / kPack, last = begin < end ? (end + kPack - 1) / kPack : first;
   const int whole = wide ? (begin + kPack - 1) / kPack : last, whole_end = wide ? end / kPack : last;
   in_flight<kAtOnce>(whole + lane, whole_end, lanes, load_whole,
                      [&](int i, const auto& loaded) { use(i, 0, kPack, loaded); });
