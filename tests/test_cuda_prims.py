@@ -498,20 +498,20 @@ def test_sums_and_peaks_of_groups(venue, lanes):
 
 
 @pytest.mark.parametrize(
-    "rows, columns",
-    [(1, 1), (3, 256), (100, 7), (16, 16), (5, 200), (0, 9), (1, 129), (300, 1), (257, 1), (64, 4), (63, 5), (2, 128)],
+    "rows, items",
+    [(1, 1), (3, 256), (100, 7), (16, 4), (5, 200), (0, 9), (1, 129), (300, 1), (257, 1), (64, 4), (7, 257), (2, 600)],
 )
-def test_column_sums(venue, rows, columns):
-    exact = whole_numbers(rows, columns)
-    rough = torch.randn(rows, columns, generator=generator())
+def test_sum_rows(venue, rows, items):
+    exact = whole_numbers(rows, items * 4)
+    rough = torch.randn(rows, items * 4, generator=generator())
     for v in (exact, rough):
         runs = []
         for _ in venue.seeds():
-            out, before = venue.full(columns, fill=nan), venue.full(256, fill=nan)
-            reads, calls = (venue.full(n, dtype=torch.int32) for n in (rows * columns, columns))
-            venue.call("column_sums", venue.of(v), rows, columns, out, before, reads, calls)
+            out, before = venue.full(items * 4, fill=nan), venue.full(256, fill=nan)
+            reads, calls = (venue.full(n, dtype=torch.int32) for n in (rows * items, items))
+            venue.call("sum_rows", venue.of(v), rows, items, out, before, reads, calls)
             assert reads.eq(1).all() and calls.eq(1).all()
-            assert before.tolist() == [float((i + 97) % 256) for i in range(256)]
+            assert before.tolist() == [float(i + 97) for i in range(256)]
             runs.append(out)
         sums = once(runs)
         if v is exact:
@@ -546,6 +546,7 @@ class Product:
     """A slice of a matrix, with NaN around it, and vectors, with NaN behind the zeros that the kernels may read."""
 
     def __init__(self, venue: Venue, dtype: torch.dtype, columns: bool, outer: int, inner: int, wide: bool):
+        self.by_itself = False
         self.venue, self.columns, self.outer, self.inner, self.wide = venue, columns, outer, inner, wide
         self.type = TYPES.index(dtype)
         rows, length = (inner, outer) if columns else (outer, inner)
@@ -568,8 +569,8 @@ class Product:
         out = self.venue.full(samples, self.outer, fill=nan)
         calls = self.venue.full(samples, self.outer, dtype=torch.int32)
         self.venue.call(
-            *("product", self.columns, self.w, self.type, self.wide, self.first, self.row_stride, self.outer),
-            *(self.inner, self.venue.of(self.v[first : first + samples]), self.v.shape[1], samples, out, calls),
+            *("product", self.by_itself, self.columns, self.w, self.type, self.wide, self.first, self.row_stride),
+            *(self.outer, self.inner, self.venue.of(self.v[first : first + samples]), self.v.shape[1], samples, out, calls),
         )
         assert calls.eq(1).all()
         return out
@@ -598,6 +599,10 @@ def test_products(venue, dtype, columns, outer, inner):
     for samples in range(1, SAMPLES):
         for first in {0, SAMPLES - samples}:
             once([all_samples[first : first + samples], product.run(first, samples).cpu()])
+    # Nor on how many are worked on at a time.
+    product.by_itself = True
+    for samples in (1, 5, SAMPLES):
+        once([all_samples[:samples], product.run(0, samples).cpu()])
     wide = Product(venue, dtype, columns, outer, inner, wide=True)
     once([all_samples, *(wide.run(0, SAMPLES).cpu() for _ in venue.seeds())])
 

@@ -551,7 +551,7 @@ def test_an_unknown_backend_in_the_environment_is_named():
     """
     assert run_python(code, SENET_FUSED_BACKEND="gpu") == (
         "the environment variable SENET_FUSED_BACKEND: unknown backend 'gpu'; "
-        "choose one of auto, cpu, triton, reference"
+        "choose one of auto, cpu, cuda, triton, reference"
     )
 
 

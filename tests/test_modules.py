@@ -269,7 +269,7 @@ def test_r_by_timms_rule_with_other_ratios():
         (dict(channels=64, post_act="silu"), "post_act must be 'relu' or None, got 'silu'"),
         (
             dict(channels=64, backend="gpu"),
-            "FusedSE: unknown backend 'gpu'; choose one of auto, cpu, triton, reference",
+            "FusedSE: unknown backend 'gpu'; choose one of auto, cpu, cuda, triton, reference",
         ),
     ],
 )

@@ -114,6 +114,7 @@ float* workspace_of(Call& call, const CudaWorkspace& w, const Tensor& memory, co
                   " elements, got ", text(memory));
   check_dense(memory, "workspace", {memory.size(0)}, ScalarType::Float, x);
   auto* first = static_cast<float*>(memory.mutable_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(first) % 16 == 0, "senet_fused: workspace must be aligned to 16 bytes");
   const auto at = [first](int64_t offset) { return offset < 0 ? nullptr : first + offset; };
   call.parts = at(w.parts);
   call.peaks = at(w.peaks);

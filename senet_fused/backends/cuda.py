@@ -1,9 +1,9 @@
 """The CUDA C++ backend: NVIDIA GPUs of compute capability 8.0 and later.
 
 The plan comes from the compiled planner (``csrc/plan/cuda_plan.h``); what a call with these sizes takes is kept, so
-that a further one only allocates its workspace and calls into the library. Nothing waits for the device, and all memory
-is PyTorch's. The same kernels built for a host (:func:`load_host`) serve CPU tensors, which is how they are tested where
-there is no GPU.
+that a further one only allocates its workspace and calls into the library. Nothing waits for the device, and all
+memory is PyTorch's. The same kernels built for a host (:func:`load_host`) serve CPU tensors, which is how they are
+tested where there is no GPU.
 """
 
 from __future__ import annotations

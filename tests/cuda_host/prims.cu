@@ -309,30 +309,31 @@ __global__ void groups_kernel(const Groups a) {
   a.doubled[index()] = group_sum(v + v, lanes, scratch);
 }
 
-struct Columns {
-  const float* v;  // [rows][columns]
+struct Rows {
+  const float* v;  // [rows][items][4]
   float *out, *before;
-  int *reads, *calls;
-  int64_t rows, columns;
+  int *reads, *calls;  // [rows][items], [items]
+  int64_t rows, items;
 };
 
 // What a caller may count on: its own use of scratch right in front and right behind disturbs nothing.
-__global__ void columns_kernel(const Columns a) {
-  SENET_SHARED(float, scratch, kThreads);
-  scratch[thread_index()] = static_cast<float>(thread_index());
+__global__ void rows_kernel(const Rows a) {
+  constexpr int kScratchFloats = 4 * kThreads;
+  SENET_SHARED(float, scratch, kScratchFloats);
+  for (int i = thread_index(); i < kScratchFloats; i += kThreads) scratch[i] = static_cast<float>(i);
   __syncthreads();
-  a.before[thread_index()] = scratch[(thread_index() + 97) % kThreads];
-  column_sums(
-      static_cast<int>(a.rows), static_cast<int>(a.columns), scratch,
-      [&](int row, int column) {
-        atomicAdd(a.reads + row * a.columns + column, 1);
-        return a.v[row * a.columns + column];
+  a.before[thread_index()] = scratch[(thread_index() + 97) % kScratchFloats];
+  sum_rows(
+      static_cast<int>(a.rows), static_cast<int>(a.items), scratch,
+      [&](int row, int i) {
+        atomicAdd(a.reads + row * a.items + i, 1);
+        return *reinterpret_cast<const float4*>(a.v + 4 * (row * a.items + i));
       },
-      [&](int column, float sum) {
-        atomicAdd(a.calls + column, 1);
-        a.out[column] = sum;
+      [&](int i, const float4& sum) {
+        atomicAdd(a.calls + i, 1);
+        *reinterpret_cast<float4*>(a.out + 4 * i) = sum;
       });
-  scratch[(thread_index() + 97) % kThreads] = -1e30f;
+  for (int i = thread_index(); i < kScratchFloats; i += kThreads) scratch[kScratchFloats - 1 - i] = -1e30f;
 }
 
 struct Arrivals {
@@ -368,8 +369,9 @@ struct Product {
   bool columns;
 };
 
+template <class Size>
 __global__ void __launch_bounds__(kThreads) product_kernel(const Product a) {
-  SENET_SHARED(float, scratch, kScratch);
+  SENET_SHARED(float, scratch, kProductScratch<Size>);
   SENET_DYNAMIC_SHARED(memory);
   float* v = reinterpret_cast<float*>(memory);
   for (int i = thread_index(); i < a.samples * a.stride; i += kThreads) v[i] = a.v[i];
@@ -379,12 +381,13 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product a) {
     atomicAdd(a.calls + static_cast<int64_t>(s) * a.outer + k, 1);
   };
   if (!a.columns) {
-    rows_dot(a.w, a.first, a.row_stride, a.outer, a.inner, v, a.stride, a.samples, out);
+    rows_dot<Size>(a.w, a.first, a.row_stride, a.outer, a.inner, v, a.stride, a.samples, out);
     return;
   }
-  columns_dot(a.w, a.first, a.row_stride, a.outer, a.inner, v, a.stride, a.samples, scratch, out);
+  columns_dot<Size>(a.w, a.first, a.row_stride, a.outer, a.inner, v, a.stride, a.samples, scratch, out);
   // It ends behind a barrier, so this disturbs nothing.
-  for (int i = thread_index(); i < kScratch; i += kThreads) scratch[kScratch - 1 - i] = -1e30f;
+  constexpr int kFloats = kProductScratch<Size>;
+  for (int i = thread_index(); i < kFloats; i += kThreads) scratch[kFloats - 1 - i] = -1e30f;
   for (int i = thread_index(); i < a.samples * a.stride; i += kThreads) v[a.samples * a.stride - 1 - i] = -1e30f;
 }
 
@@ -490,9 +493,9 @@ SENET_TEST test_groups(const float* v, int64_t blocks, int64_t lanes, float* sum
   return kept(run_blocks("groups", groups_kernel, Groups{v, sums, peaks, doubled, lanes}, blocks));
 }
 
-SENET_TEST test_column_sums(const float* v, int64_t rows, int64_t columns, float* out, float* before, int* reads,
-                            int* calls) {
-  return kept(run_blocks("column_sums", columns_kernel, Columns{v, out, before, reads, calls, rows, columns}, 1));
+SENET_TEST test_sum_rows(const float* v, int64_t rows, int64_t items, float* out, float* before, int* reads,
+                         int* calls) {
+  return kept(run_blocks("sum_rows", rows_kernel, Rows{v, out, before, reads, calls, rows, items}, 1));
 }
 
 SENET_TEST test_is_last_block(int64_t groups, int64_t count, int* data, int* counters, int* last_threads, int* sums) {
@@ -500,7 +503,7 @@ SENET_TEST test_is_last_block(int64_t groups, int64_t count, int* data, int* cou
   return kept(run_blocks("is_last_block", arrivals_kernel, a, groups * count));
 }
 
-SENET_TEST test_product(int64_t columns, const void* data, int64_t type, int64_t wide, int64_t first,
+SENET_TEST test_product(int64_t by_itself, int64_t columns, const void* data, int64_t type, int64_t wide, int64_t first,
                         int64_t row_stride, int64_t outer, int64_t inner, const float* v, int64_t stride,
                         int64_t samples, float* out, int* calls) {
   const auto narrow = [](int64_t n) { return static_cast<int>(n); };
@@ -515,7 +518,9 @@ SENET_TEST test_product(int64_t columns, const void* data, int64_t type, int64_t
                   out,
                   calls,
                   columns != 0};
-  return kept(run_blocks("product", product_kernel, a, 1, samples * stride * sizeof(float)));
+  const size_t shared = samples * stride * sizeof(float);
+  if (by_itself != 0) return kept(run_blocks("product", product_kernel<ByItself>, a, 1, shared));
+  return kept(run_blocks("product", product_kernel<InSweep>, a, 1, shared));
 }
 
 SENET_TEST test_staging(const unsigned char* from, void* to, int64_t n) {

@@ -16,10 +16,11 @@ constexpr int kReduced =
 // A block of samples and channels, and which one of `tiles` shares of its samples is its own.
 struct Patch {
   int64_t n0;
-  int samples, c0, channels, t, tiles;
+  int samples, most_samples;  // that there are, that there may be
+  int c0, channels, t, tiles;
 };
-__device__ __forceinline__ Patch patch_of(const TileAt& at) {
-  return {at.n0, at.samples, at.c0, at.channels, at.t, at.tiles};
+__device__ __forceinline__ Patch patch_of(const Geometry& g, const TileAt& at) {
+  return {at.n0, at.samples, g.samples, at.c0, at.channels, at.t, at.tiles};
 }
 
 struct Bottleneck {
@@ -33,29 +34,43 @@ struct Bottleneck {
 };
 
 // (E2): this tile's share of w1 @ pooled. pooled: [samples][stride] in shared memory.
+template <class Size>
 __device__ __forceinline__ void push_preact(const Bottleneck& b, const Patch& at, const float* pooled, int stride) {
-  rows_dot(b.w1, at.c0, b.c, b.r, at.channels, pooled, stride, at.samples,
-           [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+  rows_dot<Size>(b.w1, at.c0, b.c, b.r, at.channels, pooled, stride, at.samples,
+                 [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
 }
 
-// (B4): this tile's share of dlogit @ w2. scratch: kScratch floats.
+// (B4): this tile's share of dlogit @ w2.
+template <class Size>
 __device__ __forceinline__ void push_dhidden(const Bottleneck& b, const Patch& at, const float* dlogit, int stride,
                                              float* scratch) {
-  columns_dot(b.w2, static_cast<int64_t>(at.c0) * b.r, b.r, b.r, at.channels, dlogit, stride, at.samples, scratch,
-              [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+  columns_dot<Size>(b.w2, static_cast<int64_t>(at.c0) * b.r, b.r, b.r, at.channels, dlogit, stride, at.samples, scratch,
+                    [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
 }
 
-// out(sample, r, sum of the shares) for r in [r0, r0 + count). Past the L1: other blocks of this launch may have
-// written them.
+// out(sample, r, sum of the shares) for r in [r0, r0 + count), all samples at once. How the shares are summed depends
+// on how many samples there may be, not on how many there are. scratch: 4 * kThreads floats.
 template <class Out>
 __device__ __forceinline__ void sum_shares(const Bottleneck& b, const Patch& at, int r0, int count, float* scratch,
                                            Out out) {
-  for (int s = 0; s < at.samples; ++s) {
-    const float* shares = b.shares + (at.n0 + s) * at.tiles * b.r + r0;
-    column_sums(
-        at.tiles, count, scratch, [&](int row, int i) { return __ldcg(shares + static_cast<int64_t>(row) * b.r + i); },
-        [&](int i, float sum) { out(s, i, sum); });
-  }
+  const int quads = (count + 3) / 4;
+  const bool wide = b.r % 4 == 0;
+  const float* shares = b.shares + at.n0 * at.tiles * b.r + r0;
+  sum_rows(
+      at.tiles, at.most_samples * quads, scratch,
+      [&](int row, int i) {
+        const int s = i / quads, r = i % quads * 4;
+        if (s >= at.samples) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        return floats_at(shares + (static_cast<int64_t>(s) * at.tiles + row) * b.r + r, count - r, wide);
+      },
+      [&](int i, const float4& sum) {
+        const int s = i / quads, r = i % quads * 4;
+        if (s >= at.samples) return;
+        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (r + j < count) out(s, r + j, sums[j]);
+      });
 }
 
 // (E2) for all squeezed channels, or (B4): what the last block of a group of samples does. finish(sample, r, sum).
@@ -67,6 +82,7 @@ __device__ __forceinline__ void finish_shares(const Bottleneck& b, const Patch& 
 
 // (E2), (E3): gates [samples][stride] in shared memory. ready: preact is there already, else it is the sum of the
 // shares, and kept by the block that is to. hidden: [kMostSamples or 1][kReduced]. Ends behind a barrier.
+template <class Size>
 __device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at, bool ready, float* gates, int stride,
                                            float* hidden, float* scratch) {
   for (int r0 = 0; r0 < b.r; r0 += kReduced) {
@@ -88,11 +104,11 @@ __device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at,
       if (r >= count) hidden[thread_index() / 4 * kReduced + r] = 0.0f;
     }
     __syncthreads();
-    rows_dot(b.w2, static_cast<int64_t>(at.c0) * b.r + r0, b.r, at.channels, count, hidden, kReduced, at.samples,
-             [&](int s, int c, float sum) {
-               float& gate = gates[s * stride + c];
-               gate = sum + (r0 != 0 ? gate : b.b2 != nullptr ? b.b2[at.c0 + c] : 0.0f);
-             });
+    rows_dot<Size>(b.w2, static_cast<int64_t>(at.c0) * b.r + r0, b.r, at.channels, count, hidden, kReduced, at.samples,
+                   [&](int s, int c, float sum) {
+                     float& gate = gates[s * stride + c];
+                     gate = sum + (r0 != 0 ? gate : b.b2 != nullptr ? b.b2[at.c0 + c] : 0.0f);
+                   });
     __syncthreads();
   }
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
@@ -104,6 +120,7 @@ __device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at,
 
 // (B4), (B5): dpooled [samples][stride] in shared memory. ready: dpreact is there already. dpreact: in global memory if
 // ready, [n, r]. block: [kMostSamples or 1][kReduced]. Ends behind a barrier.
+template <class Size>
 __device__ __forceinline__ void make_dpooled(const Bottleneck& b, const Patch& at, const float* dpreact, float* dpooled,
                                              int stride, float* block, float* scratch) {
   for (int r0 = 0; r0 < b.r; r0 += kReduced) {
@@ -119,11 +136,11 @@ __device__ __forceinline__ void make_dpooled(const Bottleneck& b, const Patch& a
       });
     }
     __syncthreads();
-    columns_dot(b.w1, static_cast<int64_t>(r0) * b.c + at.c0, b.c, at.channels, count, block, kReduced, at.samples,
-                scratch, [&](int s, int c, float sum) {
-                  float& to = dpooled[s * stride + c];
-                  to = sum + (r0 != 0 ? to : 0.0f);
-                });
+    columns_dot<Size>(b.w1, static_cast<int64_t>(r0) * b.c + at.c0, b.c, at.channels, count, block, kReduced,
+                      at.samples, scratch, [&](int s, int c, float sum) {
+                        float& to = dpooled[s * stride + c];
+                        to = sum + (r0 != 0 ? to : 0.0f);
+                      });
   }
 }
 

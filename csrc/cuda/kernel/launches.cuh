@@ -26,9 +26,8 @@ struct ExciteArguments {
 __device__ __forceinline__ Patch patch_at(const ExciteArguments& a, unsigned block) {
   const int tiles = (a.excite.c + kBlockC - 1) / kBlockC, t = block % tiles;
   const int64_t n0 = static_cast<int64_t>(block / tiles) * kMostSamples;
-  return {n0,          static_cast<int>(min(static_cast<int64_t>(kMostSamples), a.n - n0)),
-          t * kBlockC, min(kBlockC, a.excite.c - t * kBlockC),
-          t,           tiles};
+  const int samples = static_cast<int>(min(static_cast<int64_t>(kMostSamples), a.n - n0)), c0 = t * kBlockC;
+  return {n0, samples, kMostSamples, c0, min(kBlockC, a.excite.c - c0), t, tiles};
 }
 
 __device__ __forceinline__ float sum_splits(const float* parts, int splits, int c) {
@@ -72,18 +71,18 @@ __global__ void __launch_bounds__(kThreads, 2) excite_push_kernel(const ExciteAr
     pooled[i] = v;
   }
   __syncthreads();
-  push_preact(a.excite, at, pooled, kBlockC);
+  push_preact<ByItself>(a.excite, at, pooled, kBlockC);
 }
 
 // (E2), (E3) from the shares.
 __global__ void __launch_bounds__(kThreads, 2) excite_gate_kernel(const ExciteArguments a) {
-  SENET_SHARED(float, scratch, kScratch);
+  SENET_SHARED(float, scratch, kProductScratch<ByItself>);
   SENET_SHARED(float, gates, kMostSamples* kBlockC);
   SENET_SHARED(float, hidden, kMostSamples* kReduced);
   const Patch at = patch_at(a, blockIdx.x);
   wait_for_previous();
   release_dependents();
-  make_gates(a.excite, at, false, gates, kBlockC, hidden, scratch);
+  make_gates<ByItself>(a.excite, at, false, gates, kBlockC, hidden, scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels;
     a.out[(at.n0 + s) * a.excite.c + at.c0 + c] = gates[s * kBlockC + c];
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) excite_gate_kernel(const ExciteAr
 
 // Sums the parts of dlogit over the splits, and pushes a share of (B4).
 __global__ void __launch_bounds__(kThreads, 2) excite_push_backward_kernel(const ExciteArguments a) {
-  SENET_SHARED(float, scratch, kScratch);
+  SENET_SHARED(float, scratch, kProductScratch<ByItself>);
   SENET_SHARED(float, dlogit, kMostSamples* kBlockC);
   const Patch at = patch_at(a, blockIdx.x);
   wait_for_previous();
@@ -104,19 +103,19 @@ __global__ void __launch_bounds__(kThreads, 2) excite_push_backward_kernel(const
         there ? sum_splits(a.parts + (at.n0 + s) * a.splits * a.excite.c + at.c0 + k, a.splits, a.excite.c) : 0.0f;
   }
   __syncthreads();
-  push_dhidden(a.excite, at, dlogit, kBlockC, scratch);
+  push_dhidden<ByItself>(a.excite, at, dlogit, kBlockC, scratch);
 }
 
 // From the shares: in the first blocks (B7), in the others (B4), (B5).
 __global__ void __launch_bounds__(kThreads, 2) excite_backward_kernel(const ExciteArguments a) {
-  SENET_SHARED(float, scratch, kScratch);
-  SENET_SHARED(float, vectors, 4 * kMostSamples * kBlockC);
+  SENET_SHARED(float, scratch, kProductScratch<ByItself>);
+  SENET_SHARED(float, vectors, kWeightMemory);
   SENET_SHARED(float, block, kMostSamples* kReduced);
   wait_for_previous();
   release_dependents();
   if (blockIdx.x < a.weight_tiles) return weight_gradients(a.excite, a.weights, blockIdx.x, vectors);
   const Patch at = patch_at(a, blockIdx.x - a.weight_tiles);
-  make_dpooled(a.excite, at, nullptr, vectors, kBlockC, block, scratch);
+  make_dpooled<ByItself>(a.excite, at, nullptr, vectors, kBlockC, block, scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels;
     a.out[(at.n0 + s) * a.excite.c + at.c0 + c] = vectors[s * kBlockC + c];

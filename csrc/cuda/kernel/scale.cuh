@@ -59,7 +59,8 @@ __device__ __forceinline__ void gates_of(const ScaleArguments& a, const TileAt& 
                                          float* hidden, float* scratch) {
   const bool launched = a.strategy == CudaStrategy::launches;
   if (!launched)
-    make_gates(a.excite, patch_of(at), a.strategy == CudaStrategy::last_block, gates, stride, hidden, scratch);
+    make_gates<InSweep>(a.excite, patch_of(a.g, at), a.strategy == CudaStrategy::last_block, gates, stride, hidden,
+                        scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels;
     const int64_t n = at.n0 + s, nc = n * a.g.c + at.c0 + c;

@@ -5,6 +5,8 @@
 
 namespace senet::cuda {
 
+static_assert(kWeightMemory >= 2 * kMaxColumns && kWeightMemory >= 4 * kFlatChannels, "vectors share the memory");
+
 struct ScaleBackwardArguments {
   Geometry g;
   Divisor by_m;
@@ -63,8 +65,8 @@ __device__ __forceinline__ void columns_of(const ScaleBackwardArguments& a, cons
   if (a.dx == nullptr) return;
   if constexpr (!kPeak)  // with a peak the launches between the sweeps have made it
     if (a.strategy != CudaStrategy::launches)
-      make_dpooled(a.excite, patch_of(at), a.strategy == CudaStrategy::last_block ? a.dpreact : nullptr, even, stride,
-                   block, scratch);
+      make_dpooled<InSweep>(a.excite, patch_of(a.g, at), a.strategy == CudaStrategy::last_block ? a.dpreact : nullptr,
+                            even, stride, block, scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels, k = s * stride + c;
     const int64_t n = at.n0 + s, nc = n * a.g.c + at.c0 + c;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void columns_of(const ScaleBackwardArguments& a, cons
 template <class T, bool kPeak>
 __global__ void __launch_bounds__(kThreads, 2) scale_backward_channels_last_kernel(const ScaleBackwardArguments a) {
   SENET_SHARED(float, scratch, kScratch);
-  SENET_SHARED(float, vectors, (kPeak ? 4 : 2) * kMaxColumns);
+  SENET_SHARED(float, vectors, kPeak ? 4 * kMaxColumns : kWeightMemory);
   SENET_SHARED(float, block, kMostSamples* kReduced);
   wait_for_previous();
   if (blockIdx.x < a.weight_tiles) return weight_gradients(a.excite, a.weights, blockIdx.x, vectors);
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_backward_channels_last_kern
 template <class T, bool kPeak>
 __global__ void __launch_bounds__(kThreads, 2) scale_backward_planes_kernel(const ScaleBackwardArguments a) {
   SENET_SHARED(float, scratch, kScratch);
-  SENET_SHARED(float, vectors, 4 * kFlatChannels);
+  SENET_SHARED(float, vectors, kWeightMemory);
   SENET_SHARED(float, block, kReduced);
   wait_for_previous();
   if (blockIdx.x < a.weight_tiles) return weight_gradients(a.excite, a.weights, blockIdx.x, vectors);

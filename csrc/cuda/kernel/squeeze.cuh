@@ -63,9 +63,9 @@ __device__ __forceinline__ void finish_squeeze(const SqueezeArguments& a, const 
           pooled[s * stride + c];
     }
   if (a.excite.shares == nullptr) return;
-  push_preact(a.excite, patch_of(at), pooled, stride);
+  push_preact<InSweep>(a.excite, patch_of(a.g, at), pooled, stride);
   if (a.counters != nullptr && is_last_block(a.counters + at.group, at.tiles))
-    finish_shares(a.excite, patch_of(at), scratch, [&](int s, int r, float sum) {
+    finish_shares(a.excite, patch_of(a.g, at), scratch, [&](int s, int r, float sum) {
       if (a.excite.b1 != nullptr) sum += a.excite.b1[r];
       a.excite.preact[(at.n0 + s) * a.excite.preact_stride + r] = sum;
     });
@@ -77,7 +77,7 @@ __device__ __forceinline__ int64_t peak_at(const SqueezeArguments& a, const Tile
 }
 
 template <class T, bool kPeak>
-__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 4) squeeze_channels_last_kernel(const SqueezeArguments a) {
+__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_channels_last_kernel(const SqueezeArguments a) {
   SENET_SHARED(float, scratch, kScratch);
   SENET_SHARED(float, pooled, kMaxColumns);
   release_dependents();
@@ -140,8 +140,8 @@ __device__ __forceinline__ void pad(float* v, int channels) {
 }
 
 template <class T, bool kPeak>
-__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 4) squeeze_planes_kernel(const SqueezeArguments a) {
-  SENET_SHARED(float, scratch, kThreads);
+__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_planes_kernel(const SqueezeArguments a) {
+  SENET_SHARED(float, scratch, 4 * kThreads);
   SENET_SHARED(float, pooled, kFlatChannels);
   release_dependents();
   const TileAt at(a.g, blockIdx.x);
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, kPeak ? 2 : 4) squeeze_planes_kernel
 }
 
 template <class T, bool kPeak>
-__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 4) squeeze_tile_of_planes_kernel(const SqueezeArguments a) {
-  SENET_SHARED(float, scratch, kThreads);
+__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_tile_of_planes_kernel(const SqueezeArguments a) {
+  SENET_SHARED(float, scratch, 4 * kThreads);
   SENET_SHARED(float, pooled, kFlatChannels);
   SENET_DYNAMIC_SHARED(memory);
   T* tile = reinterpret_cast<T*>(memory);

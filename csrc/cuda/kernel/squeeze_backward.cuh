@@ -48,9 +48,9 @@ __device__ __forceinline__ void finish_squeeze_backward(const SqueezeBackwardArg
   }
   __syncthreads();
   if (a.excite.shares == nullptr) return;
-  push_dhidden(a.excite, patch_of(at), dgate, stride, scratch);
+  push_dhidden<InSweep>(a.excite, patch_of(a.g, at), dgate, stride, scratch);
   if (a.counters != nullptr && is_last_block(a.counters + at.group, at.tiles))
-    finish_shares(a.excite, patch_of(at), scratch, [&](int s, int r, float sum) {
+    finish_shares(a.excite, patch_of(a.g, at), scratch, [&](int s, int r, float sum) {
       const int64_t n = at.n0 + s;
       a.dpreact[n * a.g.r + r] = through_act(a.excite.act, sum, a.excite.preact[n * a.excite.preact_stride + r]);
     });

@@ -6,7 +6,8 @@
 namespace senet::cuda {
 
 constexpr int kTileC = static_cast<int>(kWeightChannels), kTileR = static_cast<int>(kWeightReduced);
-constexpr int kChunk = 16;  // samples at a time
+constexpr int kChunk = 32;  // samples at a time
+constexpr int kWeightMemory = 2 * kChunk * (kTileC + kTileR);
 
 struct WeightArguments {
   int64_t n;
@@ -17,45 +18,44 @@ struct WeightArguments {
   const float* dpreact;  // [n, r], or null: the sum of the shares through act
   void *dw1, *dw2;       // in the weights' dtype
   float *db1, *db2;      // or null
+  bool wide;             // all vectors can be read four floats at a time
 };
 
 // Samples [n0, n0 + kChunk) of the vectors that the tile needs, in shared memory, zero beyond the last one.
 __device__ __forceinline__ void load_chunk(const Bottleneck& b, const WeightArguments& a, int64_t n0, int c0, int r0,
                                            float (*pooled)[kTileC], float (*dlogit)[kTileC], float (*dpreact)[kTileR],
                                            float (*hidden)[kTileR]) {
-  for (int i = thread_index(); i < kChunk * kTileC; i += kThreads) {
-    const int s = i / kTileC, k = i % kTileC, c = c0 + k;
-    const int64_t n = n0 + s;
-    const bool there = n < a.n && c < b.c;
-    float sum = 0.0f;
-    if (there) {
+  for (int i = thread_index(); i < kChunk * kTileC / 4; i += kThreads) {
+    const int s = i / (kTileC / 4), k = i % (kTileC / 4) * 4, count = n0 + s < a.n ? b.c - c0 - k : 0;
+    const bool wide = a.wide && count >= 4;
+    const float* parts = a.parts + (n0 + s) * a.splits * b.c + c0 + k;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-      for (int split = 0; split < a.splits; ++split) sum += a.parts[(n * a.splits + split) * b.c + c];
-    }
-    pooled[s][k] = there ? a.pooled[n * a.pooled_stride + c] : 0.0f;
-    dlogit[s][k] = sum;
+    for (int split = 0; split < a.splits; ++split)
+      add(sum, floats_at(parts + static_cast<int64_t>(split) * b.c, count, wide));
+    *reinterpret_cast<float4*>(&pooled[s][k]) = floats_at(a.pooled + (n0 + s) * a.pooled_stride + c0 + k, count, wide);
+    *reinterpret_cast<float4*>(&dlogit[s][k]) = sum;
   }
-  for (int i = thread_index(); i < kChunk * kTileR; i += kThreads) {
-    const int s = i / kTileR, k = i % kTileR, r = r0 + k;
-    const int64_t n = n0 + s;
-    float d = 0.0f, h = 0.0f;
-    if (n < a.n && r < b.r) {
-      const float preact = b.preact[n * b.preact_stride + r];
-      h = apply(b.act, preact);
-      if (a.dpreact != nullptr) {
-        d = a.dpreact[n * b.r + r];
-      } else {
+  for (int i = thread_index(); i < kChunk * kTileR / 4; i += kThreads) {
+    const int s = i / (kTileR / 4), k = i % (kTileR / 4) * 4, count = n0 + s < a.n ? b.r - r0 - k : 0;
+    const bool wide = a.wide && count >= 4;
+    const float4 preact = floats_at(b.preact + (n0 + s) * b.preact_stride + r0 + k, count, wide);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (a.dpreact != nullptr) sum = floats_at(a.dpreact + (n0 + s) * b.r + r0 + k, count, wide);
 #pragma unroll 8
-        for (int t = 0; t < a.tiles; ++t) d += b.shares[(n * a.tiles + t) * b.r + r];
-        d = through_act(b.act, d, preact);
-      }
+    for (int t = 0; t < (a.dpreact != nullptr ? 0 : a.tiles); ++t)
+      add(sum, floats_at(b.shares + ((n0 + s) * a.tiles + t) * b.r + r0 + k, count, wide));
+    const float at[4] = {preact.x, preact.y, preact.z, preact.w}, d[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool there = j < count;
+      dpreact[s][k + j] = !there ? 0.0f : a.dpreact != nullptr ? d[j] : through_act(b.act, d[j], at[j]);
+      hidden[s][k + j] = there ? apply(b.act, at[j]) : 0.0f;
     }
-    dpreact[s][k] = d;
-    hidden[s][k] = h;
   }
 }
 
-// memory: 2 * kChunk * (kTileC + kTileR) floats.
+// memory: kWeightMemory floats.
 __device__ __forceinline__ void weight_gradients(const Bottleneck& b, const WeightArguments& a, int tile,
                                                  float* memory) {
   const int across = (b.r + kTileR - 1) / kTileR, c0 = tile / across * kTileC, r0 = tile % across * kTileR;

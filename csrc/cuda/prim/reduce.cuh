@@ -45,24 +45,33 @@ __device__ __forceinline__ float group_max(float v, int lanes, float* scratch) {
   return v;
 }
 
-// out(column, sum over rows of at(row, column)) for columns below `columns`, which is at most kThreads. Rows are shared
-// by threads where there are more threads than columns. scratch: kThreads floats. Begins and ends behind a barrier.
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+
+// out(i, sum over rows of at(row, i)) for i below `items`, four sums at a time. Rows are shared by threads where there
+// are more threads than items, and several are under way per thread. scratch: 4 * kThreads floats. Ends behind a
+// barrier.
 template <class At, class Out>
-__device__ __forceinline__ void column_sums(int rows, int columns, float* scratch, At at, Out out) {
-  const int width = power_at_least(columns), parts = kThreads / width;
-  const int column = thread_index() % width, part = thread_index() / width;
-  float sum = 0.0f;
-  if (column < columns) {
+__device__ __forceinline__ void sum_rows(int rows, int items, float* scratch, At at, Out out) {
+  const int width = min(kThreads, power_at_least(items)), parts = kThreads / width;
+  const int part = thread_index() / width;
+  float4* sums = reinterpret_cast<float4*>(scratch);
+  for (int first = 0; first < items; first += width) {
+    const int i = first + thread_index() % width;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (i < items) {
 #pragma unroll 8
-    for (int row = part; row < rows; row += parts) sum += at(row, column);
-  }
-  __syncthreads();
-  scratch[thread_index()] = sum;
-  __syncthreads();
-  if (part == 0 && column < columns) {
-    sum = 0.0f;
-    for (int p = 0; p < min(parts, rows); ++p) sum += scratch[p * width + column];
-    out(column, sum);
+      for (int row = part; row < rows; row += parts) add(sum, at(row, i));
+    }
+    if (parts > 1) {
+      __syncthreads();
+      sums[thread_index()] = sum;
+      __syncthreads();
+      for (int p = 1; p < min(parts, rows); ++p)
+        if (part == 0) add(sum, sums[p * width + thread_index()]);
+    }
+    if (part == 0 && i < items) out(i, sum);
   }
   __syncthreads();
 }

@@ -40,6 +40,14 @@ __device__ __forceinline__ float4 weights_at(const Matrix& w, int64_t at, int co
                      count > 2 ? weight_at(w, at + 2) : 0.0f, count > 3 ? weight_at(w, at + 3) : 0.0f);
 }
 
+// As weights_at, of float32 vectors. wide: `at` is a multiple of 16 bytes, and all four are there. Past the L1: other
+// blocks of the same launch may have written them.
+__device__ __forceinline__ float4 floats_at(const float* at, int count, bool wide) {
+  if (wide) return __ldcg(reinterpret_cast<const float4*>(at));
+  return make_float4(count > 0 ? __ldcg(at) : 0.0f, count > 1 ? __ldcg(at + 1) : 0.0f,
+                     count > 2 ? __ldcg(at + 2) : 0.0f, count > 3 ? __ldcg(at + 3) : 0.0f);
+}
+
 __device__ __forceinline__ void store_weight(void* data, Type type, int64_t at, float v) {
   if (type == Type::float32)
     static_cast<float*>(data)[at] = v;
