@@ -570,7 +570,8 @@ class Product:
         calls = self.venue.full(samples, self.outer, dtype=torch.int32)
         self.venue.call(
             *("product", self.by_itself, self.columns, self.w, self.type, self.wide, self.first, self.row_stride),
-            *(self.outer, self.inner, self.venue.of(self.v[first : first + samples]), self.v.shape[1], samples, out, calls),
+            *(self.outer, self.inner, self.venue.of(self.v[first : first + samples]), self.v.shape[1], samples),
+            *(out, calls),
         )
         assert calls.eq(1).all()
         return out

@@ -119,14 +119,15 @@ def distance(first: list[float], second: list[float]) -> float:
 @pytest.mark.parametrize("make_tail", [fused_tail, one_tail])
 def test_loss_curves_stay_close(backend, make_tail):
     senet_fused.reset_call_counts()
+    steps = 3 if backend == "triton" and not torch.cuda.is_available() else 4  # the interpreter takes its time
     with senet_fused.use_backend(backend):
-        fused = curve(make_tail)
+        fused = curve(make_tail, steps)
     assert set(senet_fused.call_counts()) <= {f"{backend}.forward", f"{backend}.backward"}
-    assert senet_fused.call_counts()[f"{backend}.forward"] == 4 * 4
-    stock = curve(stock_tail)
+    assert senet_fused.call_counts()[f"{backend}.forward"] == 4 * steps
+    stock = curve(stock_tail, steps)
     assert distance(stock, fused) < 5e-5
     # The bound tells a right backward from a wrong one.
-    assert distance(stock, curve(lambda channels: SeparateTail(CutGate(channels)))) > 5e-4
+    assert distance(stock, curve(lambda channels: SeparateTail(CutGate(channels)), steps)) > 5e-4
 
 
 def test_pair_takes_turns_on_the_same_batches():

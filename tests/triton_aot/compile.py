@@ -229,12 +229,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--layer", default="", help="only layers whose name has this in it")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th layer, from the first on")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, with what it takes to make it again")
     args = parser.parse_args()
     if launch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
-    layers = [layer for layer in LAYERS if args.layer in layer.name]
+    layers = [layer for layer in LAYERS if args.layer in layer.name][:: args.every]
     table = compile_all(args.target, layers, not args.quiet)
     content = {"triton": triton.__version__, "layers": table}
     if args.write:
