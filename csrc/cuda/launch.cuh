@@ -8,6 +8,9 @@
 
 #ifndef SENET_ON_HOST
 #include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
 #endif
 
 namespace senet::cuda {
@@ -33,15 +36,32 @@ class OnDevice {
   cudaError_t error_;
 };
 
+// Whether the code that runs on a device is compiled for sm_90 or later: earlier code does not wait for the launch in
+// front of it (PTX for sm_80 runs on every later GPU). All kernels are compiled for the same architectures, and the
+// answer takes longer than a launch, so it is asked for once.
+inline cudaError_t code_waits(const void* kernel, int device, bool& waits) {
+  static std::array<std::atomic<int>, 64> known{};  // 0: not asked yet, 1: no, 2: yes
+  const auto place = static_cast<size_t>(device);
+  int answer = place < known.size() ? known[place].load(std::memory_order_relaxed) : 0;
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+    answer = attributes.ptxVersion >= 90 ? 2 : 1;
+    if (place < known.size()) known[place].store(answer, std::memory_order_relaxed);
+  }
+  waits = answer == 2;
+  return cudaSuccess;
+}
+
 // Launches kernel(arguments); returns an empty text, or what went wrong. dependent: the kernel may begin before the
-// launch in front of it has ended; code that was compiled for a processor before sm_90 would not wait for it.
+// launch in front of it has ended.
 template <class Arguments>
 std::string launch(const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
                    size_t shared_bytes, bool dependent, void* stream, int device) {
   const OnDevice on_device(device);
   cudaError_t error = on_device.error();
-  cudaFuncAttributes attributes{};
-  if (error == cudaSuccess && dependent) error = cudaFuncGetAttributes(&attributes, kernel);
+  bool early = false;
+  if (error == cudaSuccess && dependent) error = code_waits(reinterpret_cast<const void*>(kernel), device, early);
   if (error == cudaSuccess) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -52,7 +72,7 @@ std::string launch(const char* name, void (*kernel)(Arguments), const Arguments&
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
-    config.numAttrs = dependent && attributes.ptxVersion >= 90 ? 1 : 0;
+    config.numAttrs = early ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
   }
   if (error == cudaSuccess) return "";
