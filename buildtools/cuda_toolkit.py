@@ -195,7 +195,7 @@ def _listed_targets(listed: str, known: set[int]) -> tuple[str, ...]:
             "means this machine's GPUs. SENET_FUSED_CUDA=0 builds without CUDA"
         )
 
-    wanted = set()
+    wanted, too_old = set(), []
     for entry in re.split(r"[;,\s]+", listed.strip(" \t\n;,")):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if parts is None:
@@ -203,12 +203,18 @@ def _listed_targets(listed: str, known: set[int]) -> tuple[str, ...]:
         major, minor, suffix, ptx = parts.groups()
         number = int(major + minor)
         if number < OLDEST_ARCHITECTURE:
-            raise refuse(f"the kernels need 8.0, and {entry} is below it")
+            too_old.append(entry)  # other packages' kernels may run there: such lists are set for whole images
+            continue
         if number not in known:
             raise refuse(f"this nvcc doesn't know {entry}, only {', '.join(map(_dotted, sorted(known)))}")
         wanted.add(("sm", number, suffix))
         if ptx:
             wanted.add(("compute", number, suffix))
+    if not wanted:
+        raise refuse("the kernels need 8.0, and all of it is below that")
+    if too_old:
+        names = ", ".join(too_old)
+        print(f"senet_fused: nothing is compiled for {names} of TORCH_CUDA_ARCH_LIST: the kernels need 8.0")
     ordered = sorted(wanted, key=lambda target: (target[0] == "compute", target))
     return tuple(f"{kind}_{number}{suffix}" for kind, number, suffix in ordered)
 

@@ -99,3 +99,16 @@ def test_sixteen_bytes_at_a_time():
             assert counted["load 128"] >= in_flight * (2 if "float32" in name else 1), (name, counted)
         if name.startswith("scale"):
             assert counted["store 128"] > 0, (name, counted)
+
+
+def test_loads_of_the_excitation_do_not_wait_for_each_other():
+    """Between the loads of shares, and between those of 16-bit weights, stands nothing that uses them."""
+    architecture = "sm_90" if "sm_90" in built()["architectures"] else next(iter(built()["architectures"]))
+    runs = tool.longest_runs(architecture, ("LDG.E.128.STRONG", "LDG.E.64.CONSTANT"))
+    for name in sorted(SWEEPS | EXCITE):
+        shares, weights = runs[name]
+        peak = name.endswith(" peak")  # its shares and weights are the launches' between the sweeps
+        if not peak and name != "excite_push_kernel" and name != "excite_push_backward_kernel":
+            assert shares >= 4, (name, shares)
+        if not peak:
+            assert weights >= (4 if name in EXCITE else 2), (name, weights)

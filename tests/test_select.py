@@ -274,15 +274,24 @@ def test_why_cuda_cannot_run(monkeypatch, tmp_path):
     assert why() == "PyTorch finds no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.ops.senet_fused, "_cuda_driver_problem", lambda: "", raising=False)
     capabilities = [(9, 0), (12, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capabilities[number])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
     assert why() is None
-    capabilities[1] = (7, 0)
-    assert why() == (
+    capabilities[0] = (7, 0)
+    assert why() is None
+    refusal = (
         "Tesla V100 has compute capability 7.0, the library was built for sm_80 sm_90 compute_90 "
         "(reinstall with TORCH_CUDA_ARCH_LIST=7.0)"
     )
+    with pytest.raises(RuntimeError, match="the cuda backend cannot serve this call: Tesla V100 has compute"):
+        cuda.device_facts.__wrapped__(torch.device("cuda", 0))
+    capabilities[1] = (7, 0)
+    assert why() == refusal
+    capabilities[0] = (9, 0)
+    monkeypatch.setattr(torch.ops.senet_fused, "_cuda_driver_problem", lambda: "the driver serves CUDA 12.4")
+    assert why() == "the driver serves CUDA 12.4"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert why() == "it serves NVIDIA GPUs, this PyTorch is built for AMD's"
 

@@ -46,6 +46,9 @@ struct BackwardCall : Call {
   float *db1, *db2;                  // or null
 };
 
+// Why the driver cannot run what this library was built with; empty if it can. Makes no context.
+std::string driver_problem();
+
 // Each launches one kernel (excite two), and returns an empty text or what went wrong, with the kernel and its plan.
 std::string launch_squeeze(const ForwardCall& call);
 std::string launch_excite(const ForwardCall& call);

@@ -19,6 +19,20 @@ ExciteArguments arguments_of(const Call& call) {
 
 }  // namespace
 
+std::string driver_problem() {
+#ifndef SENET_ON_HOST
+  int driver = 0, runtime = 0;
+  if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess)
+    return std::string("the driver does not answer: ") + cudaGetErrorString(error);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver / 1000 < runtime / 1000)
+    return "the driver serves CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+           ", the library was built with CUDA " + std::to_string(runtime / 1000) + "." +
+           std::to_string(runtime % 1000 / 10) + " (update the driver, or reinstall with an older nvcc)";
+#endif
+  return "";
+}
+
 std::string launch_excite(const ForwardCall& call) {
   ExciteArguments a = arguments_of(call);
   a.peaks = call.peaks;

@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
       "bool channels_last, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
       "Tensor(f!)? dresidual, " SENET_PLAN ") -> ()");
   m.def(SENET_OPERATOR("architectures") "() -> str");
+  m.def(SENET_OPERATOR("driver_problem") "() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(senet_fused, SENET_KEY, m) {
@@ -42,4 +43,5 @@ STABLE_TORCH_LIBRARY_IMPL(senet_fused, SENET_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(senet_fused, CompositeExplicitAutograd, m) {
   m.impl(SENET_OPERATOR("architectures"), TORCH_BOX(&architectures));
+  m.impl(SENET_OPERATOR("driver_problem"), TORCH_BOX(&senet::cuda_driver_problem));
 }

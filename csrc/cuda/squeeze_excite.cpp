@@ -257,4 +257,6 @@ void squeeze_excite_backward_cuda(Tensor dy, std::optional<Tensor> dgate, Tensor
   run(launch_scale_backward(call));
 }
 
+std::string cuda_driver_problem() { return cuda::driver_problem(); }
+
 }  // namespace senet

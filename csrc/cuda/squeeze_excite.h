@@ -30,4 +30,7 @@ void squeeze_excite_backward_cuda(Tensor dy, std::optional<Tensor> dgate, Tensor
                                   int64_t samples, int64_t channels, int64_t positions, int64_t lanes,
                                   bool dependent_launch, bool stream_stores);
 
+// Why the driver cannot run what this library was built with; empty if it can.
+std::string cuda_driver_problem();
+
 }  // namespace senet

@@ -204,7 +204,7 @@ std::string misfit(const CudaProblem& p, const CudaPlan& plan) {
   const auto within = [](int64_t v, int64_t low, int64_t high) { return v >= low && v <= high; };
   if (p.channels_last != (plan.form == CudaForm::channels_last)) return "the form does not fit the layout";
   if (!is_allowed(p, plan.strategy)) return "the maximum of a plane is no sum of shares: the strategy must be launches";
-  if (plan.channels < 1 || plan.positions < 1 || plan.splits != ceil_div(p.m, plan.positions))
+  if (plan.channels < 1 || !within(plan.positions, 1, int64_t{1} << 30) || plan.splits != ceil_div(p.m, plan.positions))
     return "the splits do not cover the positions";
   if (plan.form == CudaForm::channels_last) {
     if (!within(plan.samples, 1, kMaxSamples) || plan.channels % kCudaPack != 0 ||

@@ -105,16 +105,22 @@ def _gpu_problem() -> str | None:
         return _problem
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
-    compiled = architectures()
-    for number in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(number)
-        if not any(covers(architecture, capability) for architecture in compiled):
-            name, text = torch.cuda.get_device_name(number), ".".join(map(str, capability))
-            return (
-                f"{name} has compute capability {text}, the library was built for {' '.join(compiled)} "
-                f"(reinstall with TORCH_CUDA_ARCH_LIST={text})"
-            )
-    return None
+    problems = [_device_problem(number) for number in range(torch.cuda.device_count())]
+    if all(problems):  # a GPU that it does not serve may stand beside one that it does
+        return problems[0]
+    return torch.ops.senet_fused._cuda_driver_problem() or None
+
+
+def _device_problem(number: int) -> str | None:
+    """Why the library has no code for a GPU; None if it has."""
+    compiled, capability = architectures(), torch.cuda.get_device_capability(number)
+    if any(covers(architecture, capability) for architecture in compiled):
+        return None
+    name, text = torch.cuda.get_device_name(number), ".".join(map(str, capability))
+    return (
+        f"{name} has compute capability {text}, the library was built for {' '.join(compiled)} "
+        f"(reinstall with TORCH_CUDA_ARCH_LIST={text})"
+    )
 
 
 # torch.compile may meet it while it traces; what it says does not change.
@@ -155,9 +161,16 @@ def facts_of_h200() -> Any:
 
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> Any:
-    """What the planner wants to know of a device; an H200's facts for the CPU."""
+    """What the planner wants to know of a device; an H200's facts for the CPU.
+
+    Raises:
+        RuntimeError: a GPU for which the library has no code.
+    """
     if device.type == "cpu":
         return facts_of_h200()
+    refusal = _device_problem(device.index)
+    if refusal is not None:
+        raise RuntimeError(f"the cuda backend cannot serve this call: {refusal}")
     p = torch.cuda.get_device_properties(device)
     return _plan.CudaFacts(
         10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_multiprocessor, p.L2_cache_size

@@ -71,6 +71,9 @@ def tickets_for(x: Tensor, count: int) -> Tensor:
     if x.device.type == "cpu":
         return torch.zeros(count, dtype=torch.int32)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    with torch.cuda.device(x.device):
+    if x.device.index == torch.cuda.current_device():
         capturing = torch.cuda.is_current_stream_capturing()
+    else:
+        with torch.cuda.device(x.device):
+            capturing = torch.cuda.is_current_stream_capturing()
     return _tickets_of(x.device).get(count, stream, capturing)

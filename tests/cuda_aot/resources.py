@@ -75,12 +75,36 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
     return dict(sorted(table.items()))
 
 
+@functools.lru_cache(maxsize=1)
+def _code(architecture: str) -> dict[str, str]:
+    """By kernel, its machine code as text."""
+    text = _output("-sass", "-arch", architecture)
+    parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
+    # A function that kernels call has a section of its own.
+    return {kernel_of(part.split(None, 1)[0]): part for part in parts if "_kernel" in part.split(None, 1)[0]}
+
+
+def longest_runs(architecture: str, loads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """By kernel, how many of each kind of load follow each other without arithmetic, a barrier or a branch between."""
+    breaks = re.compile(r"\b(FFMA|FADD|FMUL|BSYNC|BAR|BRA)\b")
+    found = {}
+    for name, text in _code(architecture).items():
+        longest = []
+        for load in loads:
+            most = now = 0
+            for instruction in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", text):
+                now = now + 1 if load in instruction else 0 if breaks.search(instruction) else now
+                most = max(most, now)
+            longest.append(most)
+        found[name] = tuple(longest)
+    return found
+
+
 def accesses(architecture: str) -> dict[str, Counter[str]]:
     """By kernel, how often which global access stands in its code: "load 128", "store 128", "copy 128", "load 16"."""
-    text = _output("-sass", "-arch", architecture)
     found: dict[str, Counter[str]] = {}
-    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
-        counted = found.setdefault(kernel_of(part.split(None, 1)[0]), Counter())
+    for name, part in _code(architecture).items():
+        counted = found.setdefault(name, Counter())
         for kind, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)((?:\.\w+)*)\s", part):
             width = next(
                 (w for w in ("128", "64", "U16", "S16", "U8", "S8", "16", "8") if w in modifiers.split(".")), "32"

@@ -23,12 +23,14 @@
 #undef __constant__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __noinline__
 #define __global__
 #define __device__
 #define __host__
 #define __constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __noinline__
 
 // The lambda's static is one per place in the source and per instantiation of a template, as a __shared__ array is.
 // 16 is what the device's version of this aligns to.

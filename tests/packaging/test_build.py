@@ -350,6 +350,7 @@ KNOWN = {80, 86, 90, 100, 120}
         ("8.0", "sm_80"),
         ("9.0+PTX", "sm_90 compute_90"),
         ("10.0+PTX;8.0;9.0", "sm_80 sm_90 sm_100 compute_100"),
+        ("7.5 8.0 9.0+PTX", "sm_80 sm_90 compute_90"),
         (" 8.0, 9.0a ;; 12.0 8.0", "sm_80 sm_90a sm_120"),
     ],
 )
@@ -365,7 +366,7 @@ def test_architectures_that_are_listed(cuda_toolkit, monkeypatch, listed, target
         ("8.0;sm_90", "'sm_90' is no"),
         ("90", "'90' is no"),
         ("9.0+ptx", "is no"),
-        ("7.5;8.0", "need 8.0, and 7.5 is below"),
+        ("7.5;7.0+PTX", "need 8.0, and all of it is below that"),
         ("11.0", "doesn't know 11.0, only 8.0, 8.6, 9.0, 10.0, 12.0"),
     ],
 )

@@ -54,23 +54,27 @@ template <class Out>
 __device__ __forceinline__ void sum_shares(const Bottleneck& b, const Patch& at, int r0, int count, float* scratch,
                                            Out out) {
   const int quads = (count + 3) / 4;
-  const bool wide = b.r % 4 == 0;
   const float* shares = b.shares + at.n0 * at.tiles * b.r + r0;
-  sum_rows(
-      at.tiles, at.most_samples * quads, scratch,
-      [&](int row, int i) {
-        const int s = i / quads, r = i % quads * 4;
-        if (s >= at.samples) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        return floats_at(shares + (static_cast<int64_t>(s) * at.tiles + row) * b.r + r, count - r, wide);
-      },
-      [&](int i, const float4& sum) {
-        const int s = i / quads, r = i % quads * 4;
-        if (s >= at.samples) return;
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  const auto take = [&](int i, const float4& sum) {
+    const int s = i / quads, r = i % quads * 4;
+    if (s >= at.samples) return;
+    const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (r + j < count) out(s, r + j, sums[j]);
-      });
+    for (int j = 0; j < 4; ++j)
+      if (r + j < count) out(s, r + j, sums[j]);
+  };
+  // A sample that is not there reads the last one, and is not taken.
+  const auto row_of = [&](int row, int i) {
+    return shares + (static_cast<int64_t>(min(i / quads, at.samples - 1)) * at.tiles + row) * b.r + i % quads * 4;
+  };
+  if (b.r % 4 == 0)
+    sum_rows(
+        at.tiles, at.most_samples * quads, scratch, [&](int row, int i) { return floats_at<true>(row_of(row, i), 4); },
+        take);
+  else
+    sum_rows(
+        at.tiles, at.most_samples * quads, scratch,
+        [&](int row, int i) { return floats_at<false>(row_of(row, i), count - i % quads * 4); }, take);
 }
 
 // (E2) for all squeezed channels, or (B4): what the last block of a group of samples does. finish(sample, r, sum).

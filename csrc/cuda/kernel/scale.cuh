@@ -131,6 +131,12 @@ __device__ __forceinline__ void over_planes(const float* vector, int k, int p, i
 #pragma unroll
   for (int j = 0; j < kPack; ++j) v[j] = first;
   if (p + hi - lo <= m) return;  // all of one plane
+  if (m >= kPack) {              // of two
+    const float second = vector[k + 1];
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) v[j] = j - lo < m - p ? first : second;
+    return;
+  }
   float value = first;
 #pragma unroll
   for (int j = 1; j < kPack; ++j) {
@@ -151,7 +157,7 @@ __device__ __forceinline__ void store_mask(uint8_t* mask, const uint8_t* bits, c
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) scale_planes_kernel(const ScaleArguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3) scale_planes_kernel(const ScaleArguments a) {
   SENET_SHARED(float, scratch, kScratch);
   SENET_SHARED(float, gates, kFlatChannels);
   SENET_SHARED(float, hidden, kReduced);

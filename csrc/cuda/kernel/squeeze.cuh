@@ -139,8 +139,10 @@ __device__ __forceinline__ void pad(float* v, int channels) {
   if (thread_index() < (4 - channels % 4) % 4) v[channels + thread_index()] = 0.0f;
 }
 
+// Two blocks to a multiprocessor, with half as many loads again under way as three would have: for three a register
+// would be missing.
 template <class T, bool kPeak>
-__global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_planes_kernel(const SqueezeArguments a) {
+__global__ void __launch_bounds__(kThreads, 2) squeeze_planes_kernel(const SqueezeArguments a) {
   SENET_SHARED(float, scratch, 4 * kThreads);
   SENET_SHARED(float, pooled, kFlatChannels);
   release_dependents();
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_planes_kernel
       const int64_t flat = static_cast<int64_t>(at.c0 + k) * a.g.m + at.p0;
       const int begin = static_cast<int>(flat % kPack);
       const T* x = static_cast<const T*>(a.x) + at.n0 * a.x_stride + flat - begin;
-      over_packs<kInFlight<T>>(
+      over_packs<kInFlight<T> * 3 / 2>(
           begin, begin + at.p1 - at.p0, lane, a.g.lanes, a.g.wide,
           [&](int i) { return load_pack<false>(x + i * kPack); },
           [&](int i, int lo, int hi) { return load_part(x + i * kPack, lo, hi, a.g.wide); },

@@ -21,35 +21,57 @@ struct WeightArguments {
   bool wide;             // all vectors can be read four floats at a time
 };
 
+// sum of rows at(0), at(1), ...; kAtOnce are loaded before the first is added.
+template <int kAtOnce, class At>
+__device__ __forceinline__ float4 sum_of_rows(int rows, At at) {
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int row = 0; row < rows; row += kAtOnce) {
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) v[u] = at(min(row + u, rows - 1));
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (row + u < rows) add(sum, v[u]);
+  }
+  return sum;
+}
+
+// The first `count` of four, the others zero.
+__device__ __forceinline__ float4 first_of(const float4& v, int count) {
+  return make_float4(count > 0 ? v.x : 0.0f, count > 1 ? v.y : 0.0f, count > 2 ? v.z : 0.0f, count > 3 ? v.w : 0.0f);
+}
+
 // Samples [n0, n0 + kChunk) of the vectors that the tile needs, in shared memory, zero beyond the last one.
+template <bool kWide>
 __device__ __forceinline__ void load_chunk(const Bottleneck& b, const WeightArguments& a, int64_t n0, int c0, int r0,
                                            float (*pooled)[kTileC], float (*dlogit)[kTileC], float (*dpreact)[kTileR],
                                            float (*hidden)[kTileR]) {
   for (int i = thread_index(); i < kChunk * kTileC / 4; i += kThreads) {
-    const int s = i / (kTileC / 4), k = i % (kTileC / 4) * 4, count = n0 + s < a.n ? b.c - c0 - k : 0;
-    const bool wide = a.wide && count >= 4;
-    const float* parts = a.parts + (n0 + s) * a.splits * b.c + c0 + k;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int split = 0; split < a.splits; ++split)
-      add(sum, floats_at(parts + static_cast<int64_t>(split) * b.c, count, wide));
-    *reinterpret_cast<float4*>(&pooled[s][k]) = floats_at(a.pooled + (n0 + s) * a.pooled_stride + c0 + k, count, wide);
-    *reinterpret_cast<float4*>(&dlogit[s][k]) = sum;
+    // What is not there is read from the first sample or channel instead, and becomes zero.
+    const int s = i / (kTileC / 4), k = i % (kTileC / 4) * 4, count = n0 + s < a.n ? min(4, b.c - c0 - k) : 0;
+    const int64_t n = count > 0 ? n0 + s : 0, c = count > 0 ? c0 + k : 0;
+    const int some = count > 0 ? count : 1;
+    const float* parts = a.parts + n * a.splits * b.c + c;
+    const float4 p = floats_at<kWide>(a.pooled + n * a.pooled_stride + c, some);
+    const float4 sum = sum_of_rows<4>(
+        a.splits, [&](int split) { return floats_at<kWide>(parts + static_cast<int64_t>(split) * b.c, some); });
+    *reinterpret_cast<float4*>(&pooled[s][k]) = first_of(p, count);
+    *reinterpret_cast<float4*>(&dlogit[s][k]) = first_of(sum, count);
   }
   for (int i = thread_index(); i < kChunk * kTileR / 4; i += kThreads) {
-    const int s = i / (kTileR / 4), k = i % (kTileR / 4) * 4, count = n0 + s < a.n ? b.r - r0 - k : 0;
-    const bool wide = a.wide && count >= 4;
-    const float4 preact = floats_at(b.preact + (n0 + s) * b.preact_stride + r0 + k, count, wide);
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (a.dpreact != nullptr) sum = floats_at(a.dpreact + (n0 + s) * b.r + r0 + k, count, wide);
-#pragma unroll 8
-    for (int t = 0; t < (a.dpreact != nullptr ? 0 : a.tiles); ++t)
-      add(sum, floats_at(b.shares + ((n0 + s) * a.tiles + t) * b.r + r0 + k, count, wide));
+    const int s = i / (kTileR / 4), k = i % (kTileR / 4) * 4, count = n0 + s < a.n ? min(4, b.r - r0 - k) : 0;
+    const int64_t n = count > 0 ? n0 + s : 0, r = count > 0 ? r0 + k : 0;
+    const int some = count > 0 ? count : 1;
+    const bool ready = a.dpreact != nullptr;
+    const float* rows = ready ? a.dpreact + n * b.r + r : b.shares + n * a.tiles * b.r + r;
+    const float4 preact = floats_at<kWide>(b.preact + n * b.preact_stride + r, some);
+    const float4 sum = sum_of_rows<8>(
+        ready ? 1 : a.tiles, [&](int t) { return floats_at<kWide>(rows + static_cast<int64_t>(t) * b.r, some); });
     const float at[4] = {preact.x, preact.y, preact.z, preact.w}, d[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const bool there = j < count;
-      dpreact[s][k + j] = !there ? 0.0f : a.dpreact != nullptr ? d[j] : through_act(b.act, d[j], at[j]);
+      dpreact[s][k + j] = !there ? 0.0f : ready ? d[j] : through_act(b.act, d[j], at[j]);
       hidden[s][k + j] = there ? apply(b.act, at[j]) : 0.0f;
     }
   }
@@ -68,7 +90,10 @@ __device__ __forceinline__ void weight_gradients(const Bottleneck& b, const Weig
   float d1[2][4] = {}, d2[2][4] = {}, s1 = 0.0f, s2 = 0.0f;
   for (int64_t n0 = 0; n0 < a.n; n0 += kChunk) {
     __syncthreads();
-    load_chunk(b, a, n0, c0, r0, pooled, dlogit, dpreact, hidden);
+    if (a.wide)
+      load_chunk<true>(b, a, n0, c0, r0, pooled, dlogit, dpreact, hidden);
+    else
+      load_chunk<false>(b, a, n0, c0, r0, pooled, dlogit, dpreact, hidden);
     __syncthreads();
     for (int s = 0; s < kChunk; ++s) {
 #pragma unroll

@@ -1,5 +1,6 @@
 // act, gate_fn and their derivatives, as senet_fused/activations.py defines them. Which one is known at run time only:
-// they are applied to vectors, never to the tensor. Comparisons are such that NaN comes through.
+// they are applied to vectors, never to the tensor, and called as functions, or they would be most of a kernel's code.
+// Comparisons are such that NaN comes through.
 #pragma once
 #include "../../plan/plan.h"
 #include "port.cuh"
@@ -26,7 +27,7 @@ __device__ __forceinline__ float gelu_tanh_argument(float v) {
   return 0.7978845608028654f * (v + 0.044715f * v * v * v);
 }
 
-__device__ inline float apply(const Elementwise& f, float v) {
+__device__ __noinline__ inline float apply(const Elementwise f, float v) {
   switch (f.function) {
     case Function::identity:
       return v;
@@ -66,7 +67,7 @@ __device__ __forceinline__ float chain(float upstream, float slope, Function f) 
 }
 
 // upstream * act'(v)
-__device__ inline float through_act(const Elementwise& f, float upstream, float v) {
+__device__ __noinline__ inline float through_act(const Elementwise f, float upstream, float v) {
   float slope = v != v ? v : 1.0f;
   if (f.function == Function::relu) slope = v <= 0.0f ? 0.0f : 1.0f;
   if (f.function == Function::relu6) slope = v <= 0.0f || v >= 6.0f ? 0.0f : 1.0f;

@@ -50,7 +50,8 @@ __device__ __forceinline__ void add(float4& sum, const float4& v) {
 }
 
 // out(i, sum over rows of at(row, i)) for i below `items`, four sums at a time. Rows are shared by threads where there
-// are more threads than items, and several are under way per thread. scratch: 4 * kThreads floats. Ends behind a
+// are more threads than items, and six are under way per thread (the last one again in place of any behind it).
+// scratch: 4 * kThreads floats. Ends behind a
 // barrier.
 template <class At, class Out>
 __device__ __forceinline__ void sum_rows(int rows, int items, float* scratch, At at, Out out) {
@@ -61,8 +62,16 @@ __device__ __forceinline__ void sum_rows(int rows, int items, float* scratch, At
     const int i = first + thread_index() % width;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (i < items) {
-#pragma unroll 8
-      for (int row = part; row < rows; row += parts) add(sum, at(row, i));
+      // Loaded before the first is added, or each would wait for the one in front of it.
+      constexpr int kAtOnce = 6;
+      for (int row = part; row < rows; row += kAtOnce * parts) {
+        float4 v[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) v[u] = at(min(row + u * parts, rows - 1), i);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          if (row + u * parts < rows) add(sum, v[u]);
+      }
     }
     if (parts > 1) {
       __syncthreads();
@@ -84,8 +93,10 @@ __device__ __forceinline__ bool is_last_block(int* counter, int count) {
   if (thread_index() == 0) {
     __threadfence();
     *last = atomicAdd(counter, 1) == count - 1;
-    if (*last) *counter = 0;
-    __threadfence();
+    if (*last) {
+      *counter = 0;
+      __threadfence();
+    }
   }
   __syncthreads();
   return *last != 0;

@@ -40,12 +40,48 @@ __device__ __forceinline__ float4 weights_at(const Matrix& w, int64_t at, int co
                      count > 2 ? weight_at(w, at + 2) : 0.0f, count > 3 ? weight_at(w, at + 3) : 0.0f);
 }
 
-// As weights_at, of float32 vectors. wide: `at` is a multiple of 16 bytes, and all four are there. Past the L1: other
-// blocks of the same launch may have written them.
-__device__ __forceinline__ float4 floats_at(const float* at, int count, bool wide) {
-  if (wide) return __ldcg(reinterpret_cast<const float4*>(at));
-  return make_float4(count > 0 ? __ldcg(at) : 0.0f, count > 1 ? __ldcg(at + 1) : 0.0f,
-                     count > 2 ? __ldcg(at + 2) : 0.0f, count > 3 ? __ldcg(at + 3) : 0.0f);
+// Four weights of a row, all there and aligned: straight code, which a compiler can put in front of what uses them.
+struct WideFloats {
+  const float* data;
+  __device__ __forceinline__ float4 operator()(int64_t at, int) const {
+    return __ldg(reinterpret_cast<const float4*>(data + at));
+  }
+};
+struct WideHalves {
+  const uint16_t* data;
+  bool brain;
+  __device__ __forceinline__ float4 operator()(int64_t at, int) const {
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(data + at));
+    float b[4], h[4];
+    widen(raw.x, b, __nv_bfloat16()), widen(raw.y, b + 2, __nv_bfloat16());
+    widen(raw.x, h, __half()), widen(raw.y, h + 2, __half());
+    return make_float4(brain ? b[0] : h[0], brain ? b[1] : h[1], brain ? b[2] : h[2], brain ? b[3] : h[3]);
+  }
+};
+// As many of four as there are.
+struct AnyWeights {
+  Matrix w;
+  __device__ __forceinline__ float4 operator()(int64_t at, int count) const { return weights_at(w, at, count); }
+};
+
+// f(what loads the weights); aligned: all quads that it is asked for begin at multiples of 4 weights and are whole.
+template <class F>
+__device__ __forceinline__ void with_weights(const Matrix& w, bool aligned, F f) {
+  if (!w.wide || !aligned)
+    f(AnyWeights{w});
+  else if (w.type == Type::float32)
+    f(WideFloats{static_cast<const float*>(w.data)});
+  else
+    f(WideHalves{static_cast<const uint16_t*>(w.data), w.type == Type::bfloat16});
+}
+
+// Four floats of a vector, past the L1: other blocks of the same launch may have written them. Not wide: the first
+// `count`, at least one, the last of them again in place of the others.
+template <bool kWide>
+__device__ __forceinline__ float4 floats_at(const float* at, int count) {
+  if constexpr (kWide) return __ldcg(reinterpret_cast<const float4*>(at));
+  return make_float4(__ldcg(at), __ldcg(at + min(1, count - 1)), __ldcg(at + min(2, count - 1)),
+                     __ldcg(at + min(3, count - 1)));
 }
 
 __device__ __forceinline__ void store_weight(void* data, Type type, int64_t at, float v) {
