@@ -2,15 +2,16 @@
 #pragma once
 #include <cstdint>
 
+#include "../../plan/cuda_plan.h"
 #include "../prim/pack.cuh"
 #include "../prim/reduce.cuh"
 
 namespace senet::cuda {
 
-constexpr int kMaxColumns = 2048;    // samples x channels of a tile
-constexpr int kFlatChannels = 1024;  // of a contiguous tile
-constexpr int kFlatElements = 65536;
-constexpr int kMostSamples = 8;
+// What the planner promises of a tile.
+constexpr int kMaxColumns = static_cast<int>(kMaxTileColumns), kMostSamples = static_cast<int>(kMaxSamples);
+constexpr int kFlatChannels = static_cast<int>(kMaxFlatChannels), kFlatElements = static_cast<int>(kMaxFlatElements);
+static_assert(kThreads == kCudaThreads && kPack == kCudaPack, "the planner's tiles are made for these kernels");
 
 // The layer's sizes and the plan's tile. wide: every tensor lies so that packs can be read 16 bytes at a time.
 struct Geometry {
