@@ -1,6 +1,8 @@
 """What every backend of GPU kernels has to hold to as an operator: opcheck, both paths, torch.compile, second order.
 
-As for gpu_contract.py, a test module of a backend imports the tests and has a fixture `backend_name`.
+As for gpu_contract.py, a test module of a backend imports the tests and has a fixture `backend_name`; and a fixture
+`using_strategy`, a function (case, strategy) -> a context in which the case's calls take the cheapest plan with this
+strategy, where there is one.
 """
 
 from __future__ import annotations
@@ -95,6 +97,38 @@ def test_autocast(backend_name):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             y = layer(x)
         assert y.dtype == dtype and torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("wanted", ["x", "w2", "b1", "residual", "x residual", "x w1 b2"])
+def test_some_gradients_only(backend_name, using_strategy, wanted, strategy, layout):
+    """Each is what it is when all are asked for; nothing else is computed or returned."""
+    case = Case((3, 24, 4, 6), 4, torch.float32, layout, post_act="relu", residual=True)
+    run = ops.OPERATORS[backend_name].eager
+    with using_strategy(case, strategy):
+        args, dy, _ = arguments(case, requires_grad=True)
+        names = ("x", "w1", "b1", "w2", "b2", "residual")
+        expected = dict(zip(names, torch.autograd.grad(run(*args, True)[0], args[:6], dy), strict=True))
+        leaves = {name: t.detach().requires_grad_(name in wanted.split()) for name, t in zip(names, args, strict=False)}
+        run(*leaves.values(), *args[6:], True)[0].backward(dy)
+    for name, t in leaves.items():
+        assert (t.grad is not None) == (name in wanted.split()), name
+        if t.grad is not None:
+            assert torch.equal(t.grad, expected[name]), name
+
+
+def test_inference_keeps_nothing_and_gives_the_same(backend_name, using_strategy):
+    operator = ops.OPERATORS[backend_name]
+    for case in CASES.values():
+        for strategy in STRATEGIES:
+            with using_strategy(case, strategy):
+                args, _, _ = arguments(case)
+                kept = operator.registered(*args, True)
+                y, gate = operator.infer(*args, True)
+                assert torch.equal(y, kept[0]) and torch.equal(gate, kept[1])
+                y, gate = operator.infer(*args, False)
+                assert torch.equal(y, kept[0]) and gate is None
 
 
 # ---------------------------------------------------------------------------------------------------- GPUs

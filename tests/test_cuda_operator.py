@@ -11,7 +11,7 @@ from cuda_runner import PROBLEM, cuda_kernels, expected_launches, planning, run 
 from gpu_contract import DEVICE, STRATEGIES
 from gpu_operator_contract import *  # noqa: F403
 from gpu_operator_contract import CASES, ON_GPU, arguments, gradients, layer_and_input
-from oracle import Case, draw
+from oracle import draw
 from test_cuda_kernels import KINDS
 
 from senet_fused import ops
@@ -29,35 +29,9 @@ def backend_name():
     return "cuda"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("wanted", ["x", "w2", "b1", "residual", "x residual", "x w1 b2"])
-def test_some_gradients_only(wanted, strategy):
-    """Each is what it is when all are asked for; nothing else is computed or returned."""
-    for layout in ("channels_last", "contiguous"):
-        case = Case((3, 24, 4, 6), 4, torch.float32, layout, post_act="relu", residual=True)
-        with cuda.using(planning(strategy)):
-            args, dy, _ = arguments(case, requires_grad=True)
-            names = ("x", "w1", "b1", "w2", "b2", "residual")
-            y = ops.OPERATORS["cuda"].eager(*args, True)[0]
-            expected = dict(zip(names, torch.autograd.grad(y, args[:6], dy), strict=True))
-            leaves = {n: t.detach().requires_grad_(n in wanted.split()) for n, t in zip(names, args, strict=False)}
-            ops.OPERATORS["cuda"].eager(*leaves.values(), *args[6:], True)[0].backward(dy)
-        for name, t in leaves.items():
-            assert (t.grad is not None) == (name in wanted.split()), name
-            if t.grad is not None:
-                assert torch.equal(t.grad, expected[name]), name
-
-
-def test_inference_keeps_nothing_and_gives_the_same():
-    for case in CASES.values():
-        for strategy in STRATEGIES:
-            with cuda.using(planning(strategy)):
-                args, _, _ = arguments(case)
-                kept = FORWARD(*args, True)
-                y, gate = ops.OPERATORS["cuda"].infer(*args, True)
-                assert torch.equal(y, kept[0]) and torch.equal(gate, kept[1])
-                y, gate = ops.OPERATORS["cuda"].infer(*args, False)
-                assert torch.equal(y, kept[0]) and gate is None
+@pytest.fixture
+def using_strategy():
+    return lambda case, strategy: cuda.using(planning(strategy))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
