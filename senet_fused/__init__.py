@@ -3,7 +3,8 @@
 from . import reference
 from ._version import __version__
 from .activations import Activation
-from .functional import explain, squeeze_excite
+from .functional import excitation, explain, squeeze_excite
+from .fusion import FuseReport, fuse, fuse_report, unfuse
 from .modules import FusedSE, capture_gates
 from .ops import call_counts, reset_call_counts
 from .select import BackendUnavailableError, Choice, use_backend
@@ -12,13 +13,18 @@ __all__ = [
     "Activation",
     "BackendUnavailableError",
     "Choice",
+    "FuseReport",
     "FusedSE",
     "__version__",
     "call_counts",
     "capture_gates",
+    "excitation",
     "explain",
+    "fuse",
+    "fuse_report",
     "reference",
     "reset_call_counts",
     "squeeze_excite",
+    "unfuse",
     "use_backend",
 ]

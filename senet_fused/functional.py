@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import ops, reference, select
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 
-__all__ = ["explain", "squeeze_excite"]
+__all__ = ["excitation", "explain", "needs_plain_operators", "squeeze_excite"]
 
 Function = str | Activation | nn.Module | type[nn.Module]
 
@@ -53,10 +53,10 @@ def squeeze_excite(
         squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
-        backend: "auto", "cpu", "triton" or "reference"; None takes the innermost ``use_backend``, then the environment
-            variable SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under torch.func's
-            transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs, whatever is
-            named.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None takes the innermost ``use_backend``, then the
+            environment variable SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under
+            torch.func's transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs,
+            whatever is named.
         return_gate: also return the gate.
 
     Returns:
@@ -81,7 +81,7 @@ def squeeze_excite(
     check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
-    if chosen == "reference" or torch.onnx.is_in_onnx_export() or _needs_plain_operators():
+    if chosen == "reference" or torch.onnx.is_in_onnx_export() or needs_plain_operators():
         y, g = reference.squeeze_excite(
             x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act
         )
@@ -116,7 +116,46 @@ def squeeze_excite(
     return (y, g) if return_gate else y
 
 
-def _needs_plain_operators() -> bool:
+def excitation(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    backend: str | None = None,
+) -> Tensor:
+    """The gate of :func:`squeeze_excite` alone, for layers that leave the multiplication to their caller.
+
+    Equivalent to ``sigmoid(linear(relu(linear(x.mean(spatial_dims), w1, b1)), w2, b2))``, (E1) to (E3). x is read once,
+    by PyTorch's own mean or maximum; the rest, forward and backward, is the operator's. A caller who only multiplies x
+    by the gate is better served by squeeze_excite, whose backward reads x once for both.
+
+    Args:
+        As in :func:`squeeze_excite`.
+
+    Returns:
+        [N, C] in float32 (float64 for float64 x), differentiable.
+
+    Raises:
+        As :func:`squeeze_excite`.
+    """
+    act, gate = Activation.of(act), Activation.of(gate)
+    tensors = (x, w1, w2, b1, b2)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
+        )
+    check = _check_while_tracing if not torch.compiler.is_compiling() and torch._C._is_tracing() else _check
+    check(x, w1, w2, b1, b2, act, gate, squeeze, None, None)
+    pooled = reference.pool(x, squeeze)
+    return squeeze_excite(pooled[..., None], w1, w2, b1, b2, act=act, gate=gate, backend=backend, return_gate=True)[1]
+
+
+def needs_plain_operators() -> bool:
     """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
 
     TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
@@ -131,7 +170,7 @@ def _needs_plain_operators() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
 # enters transforms while it traces, so the answer is right, and guards on those that are outside.
-_needs_plain_operators._dynamo_marked_constant = True
+needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:

@@ -13,10 +13,19 @@ from .activations import ACT_NAMES, GATE_NAMES, Activation
 from .functional import Function, squeeze_excite
 from .reference import SQUEEZES
 
-__all__ = ["FusedSE", "capture_gates", "reduced_channels"]
+__all__ = ["FusedSE", "RecordsGates", "capture_gates", "reduced_channels"]
 
 
-class FusedSE(nn.Module):
+class RecordsGates:
+    """What :func:`capture_gates` needs of a layer: it hands its gate to ``_record`` while ``_captured`` is not None."""
+
+    _captured: _Call | None = None
+
+    def _record(self, gate: Tensor) -> None:
+        self._captured = _Call(gate, self._captured)
+
+
+class FusedSE(RecordsGates, nn.Module):
     """A Squeeze-and-Excitation layer (Hu et al. 2018), fused, in place of the usual ``SELayer(channel, reduction)``.
 
     Equivalent to::
@@ -76,7 +85,7 @@ class FusedSE(nn.Module):
         self.backend = backend
         self.fc1 = nn.Linear(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Linear(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
-        self._captured: _Call | None = None
+        self._captured = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], dtypes and errors as in squeeze_excite."""
@@ -98,16 +107,15 @@ class FusedSE(nn.Module):
         if self._captured is None:
             return result
         y, gate = result
-        self._captured = _Call(gate, self._captured)
+        self._record(gate)
         return y
 
     @classmethod
     def from_module(cls, layer: nn.Module) -> FusedSE:
         """A FusedSE with a copy of another SE layer's weights, which computes what that layer computes.
 
-        Knows, by structure, the layers of torchvision, timm (SEModule, SqueezeExcite, legacy), MONAI's ChannelSELayer
-        and the ``fc``/``fc1, fc2`` layers that most repositories have. Copies of both are run on random input before
-        the new one is returned.
+        Knows every layer that :func:`senet_fused.fuse` knows and that returns its scaled input. A copy of it is run on
+        random input, and compared, before the new layer is made.
 
         Raises:
             ValueError: the layer is not understood, or does not compute the same; the message says why.
@@ -153,7 +161,7 @@ class _Call:
 class CapturedGates(Mapping[str, list[Tensor]]):
     """What :func:`capture_gates` has recorded so far: a read-only dict from a layer's name to the list of its gates."""
 
-    def __init__(self, layers: dict[str, FusedSE]) -> None:
+    def __init__(self, layers: dict[str, RecordsGates]) -> None:
         self._layers = layers
         self._calls: dict[str, _Call] = {}
 
@@ -186,22 +194,22 @@ class CapturedGates(Mapping[str, list[Tensor]]):
 
 @contextlib.contextmanager
 def capture_gates(model: nn.Module) -> Iterator[CapturedGates]:
-    """Records the gates of every FusedSE in a model by the layer's name ("" if the model itself is one).
+    """Records the gates of every fused layer in a model, FusedSE or converted by fuse, by the layer's name.
 
     The value is a list with one [N, C] tensor a call, in the order of the calls: float32 (float64 for float64 input),
     differentiable, so that a penalty on gates can be trained. Layers that were not called have an empty list. It can be
     read within the block and after it. A compiled model is compiled once more, for recording.
 
     Raises:
-        ValueError: the model has no FusedSE.
+        ValueError: the model has no fused layer.
         RuntimeError: gates of this model are being recorded already.
 
     >>> with senet_fused.capture_gates(model) as gates:
     ...     loss = criterion(model(x), target) + 1e-4 * sum(g.mean() for calls in gates.values() for g in calls)
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedSE)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RecordsGates)}
     if not layers:
-        raise ValueError(f"capture_gates: {type(model).__name__} has no FusedSE layer")
+        raise ValueError(f"capture_gates: {type(model).__name__} has no FusedSE layer and none that fuse has converted")
     if any(layer._captured is not None for layer in layers.values()):
         raise RuntimeError("capture_gates: the gates of this model are being recorded already")
     gates = CapturedGates(layers)

@@ -19,9 +19,10 @@ Second order comes from :mod:`senet_fused.reference`: the backward operator's ow
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,10 @@ from torch import Tensor
 from . import reference
 from .backends import cuda, native, triton
 
-__all__ = ["OPERATORS", "Operator", "call_counts", "count_call", "is_channels_last", "layout_of", "reset_call_counts"]
+__all__ = [
+    "OPERATORS", "Operator", "call_counts", "count_call", "is_channels_last", "layout_of", "reset_call_counts",
+    "uncounted",
+]  # fmt: skip
 
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
@@ -60,6 +64,17 @@ def call_counts() -> dict[str, int]:
 def reset_call_counts() -> None:
     """Sets every count of :func:`call_counts` to zero."""
     _counts.clear()
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs within the block leaves :func:`call_counts` as it was."""
+    before = _counts.copy()
+    try:
+        yield
+    finally:
+        _counts.clear()
+        _counts.update(before)
 
 
 def count_call(name: str) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .activations import Activation
 
-__all__ = ["SQUEEZES", "Gradients", "accumulate_dtype", "squeeze_excite", "squeeze_excite_backward"]
+__all__ = ["SQUEEZES", "Gradients", "accumulate_dtype", "pool", "squeeze_excite", "squeeze_excite_backward"]
 
 SQUEEZES = ("avg", "max", "avgmax")
 
@@ -58,6 +58,16 @@ class Gradients(NamedTuple):
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the sums and of everything between the two sweeps: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def pool(x: Tensor, squeeze: str = "avg") -> Tensor:
+    """(E1): [N, C] in the accumulation dtype from x [N, C, *spatial], without a copy of x; squeeze as above."""
+    spatial, wide = tuple(range(2, x.dim())), accumulate_dtype(x)
+    mean = None if squeeze == "max" else x.mean(spatial, dtype=wide)
+    if squeeze == "avg":
+        return mean
+    peak = x.amax(spatial).to(wide)
+    return peak if mean is None else 0.5 * mean + 0.5 * peak
 
 
 def squeeze_excite(
@@ -176,13 +186,8 @@ def _excite(
     xw = x.to(wide)
     spatial = tuple(range(2, x.dim()))
     w1, w2 = w1.flatten(1).to(wide), w2.flatten(1).to(wide)
+    pooled = pool(xw, squeeze)
     peak = xw.amax(spatial) if squeeze != "avg" else None
-    if squeeze == "avg":
-        pooled = xw.mean(spatial)  # (E1)
-    elif squeeze == "max":
-        pooled = peak
-    else:
-        pooled = 0.5 * xw.mean(spatial) + 0.5 * peak
     preact = pooled @ w1.t()  # (E2)
     if b1 is not None:
         preact = preact + b1.to(wide)

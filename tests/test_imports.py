@@ -29,20 +29,22 @@ PYTHON = {
     "select": {"backends"},
     "ops": {"backends", "reference"},
     "functional": {"activations", "ops", "reference", "select"},
-    "conversion": {"activations"},
+    "recognition": {"activations", "functional", "ops", "reference"},
+    "conversion": {"recognition"},
     "modules": {"activations", "conversion", "functional", "reference", "select"},
-    "senet_fused": {"_version", "activations", "functional", "modules", "ops", "reference", "select"},
+    "fusion": {"functional", "modules", "recognition", "select"},
+    "senet_fused": {"_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select"},
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tune"},
-    "bench": {"senet_fused", "backends", "machine", "modules"},
+    "bench": {"senet_fused", "backends", "fuse", "machine", "modules"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
     "train": {"senet_fused", "machine", "select"},
     "cli": {"senet_fused", "bench", "doctor", "train", "tune"},
     "__main__": {"cli"},
 }
 CORE = (
-    "_version", "activations", "reference", "backends", "select", "ops", "functional", "conversion",
-    "modules", "senet_fused",
+    "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
+    "conversion", "modules", "fusion", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {"triton", "matplotlib", "rich", "sklearn", "onnx", "pandas", "PIL", "pytest"}
@@ -219,6 +221,8 @@ print(*sorted(set(sys.modules) - before))
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
+        *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
+        *(f"senet_fused.fusion.{name}" for name in ("layer", "report")),
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core
 

@@ -7,6 +7,19 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from peer_layers import (
+    LegacySE,
+    MMPretrainSE,
+    MonaiSE,
+    NvidiaSE,
+    OwnHardSigmoid,
+    OwnSwish,
+    TimmSEModule,
+    TimmSqueezeExcite,
+    TimmSqueezeExciteCl,
+    TorchvisionSE,
+    TutorialSE,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,158 +30,6 @@ from senet_fused import Activation, FusedSE, capture_gates, squeeze_excite
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-# ---------------------------------------------------------------------------------- other people's layers
-# Written after their structure: names, kinds and order of the children, and what forward does.
-
-
-class TutorialSE(nn.Module):
-    def __init__(self, channel, reduction=16):
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Sequential(
-            nn.Linear(channel, channel // reduction, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Linear(channel // reduction, channel, bias=False),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x):
-        n, c, _, _ = x.shape
-        return x * self.fc(self.avg_pool(x).view(n, c)).view(n, c, 1, 1).expand_as(x)
-
-
-class TorchvisionSE(nn.Module):
-    def __init__(self, channels, squeeze_channels, activation=nn.ReLU, scale_activation=nn.Sigmoid):
-        super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, squeeze_channels, 1)
-        self.fc2 = nn.Conv2d(squeeze_channels, channels, 1)
-        self.activation, self.scale_activation = activation(), scale_activation()
-
-    def forward(self, x):
-        return self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x))))) * x
-
-
-class OwnSigmoid(nn.Module):
-    def __init__(self, inplace=False):
-        super().__init__()
-        self.inplace = inplace
-
-    def forward(self, x):
-        return x.sigmoid_() if self.inplace else x.sigmoid()
-
-
-class OwnHardSigmoid(nn.Module):
-    def forward(self, x):
-        return F.relu6(x + 3.0) / 6.0
-
-
-class OwnSwish(nn.Module):
-    def __init__(self, inplace=False):
-        super().__init__()
-        self.inplace = inplace
-
-    def forward(self, x):
-        return x.mul_(x.sigmoid()) if self.inplace else x.mul(x.sigmoid())
-
-
-class TimmSEModule(nn.Module):
-    def __init__(
-        self, channels, reduced, add_maxpool=False, bias=True, act=nn.ReLU, norm=nn.Identity, gate=OwnSigmoid
-    ):
-        super().__init__()
-        self.add_maxpool = add_maxpool
-        self.fc1 = nn.Conv2d(channels, reduced, 1, bias=bias)
-        self.bn = norm(reduced)
-        self.act = act(inplace=True)
-        self.fc2 = nn.Conv2d(reduced, channels, 1, bias=bias)
-        self.gate = gate()
-
-    def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True)
-        if self.add_maxpool:
-            pooled = 0.5 * pooled + 0.5 * x.amax((2, 3), keepdim=True)
-        return x * self.gate(self.fc2(self.act(self.bn(self.fc1(pooled)))))
-
-
-class TimmSqueezeExcite(nn.Module):
-    def __init__(self, channels, reduced, act=nn.SiLU, gate=nn.Sigmoid):
-        super().__init__()
-        self.conv_reduce = nn.Conv2d(channels, reduced, 1)
-        self.act1 = act(inplace=True)
-        self.conv_expand = nn.Conv2d(reduced, channels, 1)
-        self.gate = gate()
-
-    def forward(self, x):
-        return x * self.gate(self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
-
-
-class LegacySE(nn.Module):
-    def __init__(self, channels, reduction):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x):
-        return x * self.sigmoid(self.fc2(self.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
-
-
-class MonaiSE(nn.Module):
-    def __init__(self, spatial_dims, channels, r=2, acts=(nn.ReLU, nn.Sigmoid), add_residual=False):
-        super().__init__()
-        self.add_residual = add_residual
-        self.avg_pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[spatial_dims - 1](
-            1
-        )
-        self.fc = nn.Sequential(
-            nn.Linear(channels, channels // r), acts[0](), nn.Linear(channels // r, channels), acts[1]()
-        )
-
-    def forward(self, x):
-        n, c = x.shape[:2]
-        y = x * self.fc(self.avg_pool(x).view(n, c)).view(n, c, *(1,) * (x.dim() - 2))
-        return y + x if self.add_residual else y
-
-
-class ConvModule(nn.Module):
-    def __init__(self, channels_in, channels_out, activate):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 1)
-        self.activate = activate
-
-    def forward(self, x):
-        return self.activate(self.conv(x))
-
-
-class MMPretrainSE(nn.Module):
-    def __init__(self, channels, squeeze_channels, acts=(nn.ReLU, nn.Sigmoid), return_weight=False):
-        super().__init__()
-        self.global_avgpool = nn.AdaptiveAvgPool2d(1)
-        self.conv1 = ConvModule(channels, squeeze_channels, acts[0]())
-        self.conv2 = ConvModule(squeeze_channels, channels, acts[1]())
-        self.return_weight = return_weight
-
-    def forward(self, x):
-        gate = self.conv2(self.conv1(self.global_avgpool(x)))
-        return gate if self.return_weight else x * gate
-
-
-class NvidiaSE(nn.Module):
-    """Returns the gate only; its caller multiplies."""
-
-    def __init__(self, channels, squeeze):
-        super().__init__()
-        self.squeeze = nn.Linear(channels, squeeze)
-        self.expand = nn.Linear(squeeze, channels)
-        self.relu, self.sigmoid = nn.ReLU(inplace=True), nn.Sigmoid()
-
-    def forward(self, x):
-        out = self.sigmoid(self.expand(self.relu(self.squeeze(x.mean((2, 3))))))
-        return out.view(x.size(0), x.size(1), 1, 1)
 
 
 # ---------------------------------------------------------------------------------- sizes, weights, arguments
@@ -568,6 +429,27 @@ class WithDropout(TutorialSE):
         return F.dropout(super().forward(x), 0.5, self.training)
 
 
+class Counting(TorchvisionSE):
+    """Keeps a buffer that forward changes, which FusedSE would not."""
+
+    def __init__(self):
+        super().__init__(8, 2)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Drawing(TorchvisionSE):
+    """Draws random numbers in evaluation, as some libraries' dropout does, to no effect."""
+
+    def forward(self, x):
+        if not self.training:
+            torch.rand(1)
+        return super().forward(x)
+
+
 class NotANumber(TutorialSE):
     def forward(self, x):
         return super().forward(x) * float("nan")
@@ -578,19 +460,22 @@ class NotANumber(TutorialSE):
     [
         (lambda: MonaiSE(2, 8, add_residual=True), r"adds its input.*from_state_dict.*\(x, residual=x\)"),
         (lambda: MonaiSE(3, 8, acts=(nn.LeakyReLU, nn.ReLU), add_residual=True), "adds its input"),
-        (lambda: NvidiaSE(8, 2), r"returns a \[4, 8, 1, 1\] tensor .*not the scaled input"),
-        (lambda: MMPretrainSE(8, 2, return_weight=True), "not the scaled input"),
-        (lambda: TimmSEModule(8, 3, norm=nn.BatchNorm2d), "belong to no plain SE layer: bn.bias"),
-        (lambda: ReLUInForward(8, 2).requires_grad_(False), "differs from FusedSE"),
-        (lambda: WithDropout(8, 2), "differs from FusedSE"),
-        (lambda: NotANumber(8, 2), "differs from FusedSE by inf"),
-        (lambda: TorchvisionSE(8, 2, activation=nn.PReLU), "PReLU is not an activation known here"),
-        (lambda: nn.Linear(8, 8), r"Linear has no two layers named .*\['bias', 'weight'\]"),
-        (lambda: TorchvisionSE(8, 2).to("meta"), "on the meta device"),
+        (lambda: NvidiaSE(8, 2), "returns the gate, not the scaled input"),
+        (lambda: MMPretrainSE(8, 2, return_weight=True), "returns the gate, not the scaled input"),
+        (lambda: TimmSqueezeExciteCl(8, 2), "takes its channels last"),
+        (lambda: TimmSEModule(8, 3, norm=nn.BatchNorm2d), "belong to no plain SE layer: bn.weight, bn.bias"),
+        (lambda: ReLUInForward(8, 2).requires_grad_(False), "its output looks like an SE layer's, but differs"),
+        (lambda: WithDropout(8, 2), "it draws random numbers"),
+        (lambda: Drawing(8, 2), "it draws random numbers"),
+        (lambda: NotANumber(8, 2), "differs by inf"),
+        (lambda: TorchvisionSE(8, 2, activation=nn.PReLU), "belong to no plain SE layer: activation.weight"),
+        (lambda: TorchvisionSE(8, 2, activation=nn.Softplus), "Softplus is not an activation known here"),
+        (lambda: nn.Linear(8, 8), "Linear is not understood as an SE layer: it has 1 linear layers"),
+        (lambda: Counting(), "belong to no plain SE layer: calls"),
     ],
     ids=[
-        "monai_residual", "monai_residual_3d", "gate_only", "gate_only_openmmlab", "norm",
-        "function_in_forward", "dropout", "nan", "prelu", "linear", "meta",
+        "monai_residual", "monai_residual_3d", "gate_only", "gate_only_openmmlab", "channels_last", "norm",
+        "function_in_forward", "dropout", "random", "nan", "prelu", "softplus", "linear", "buffer",
     ],
 )  # fmt: skip
 def test_from_module_refuses(make, match):
@@ -605,22 +490,9 @@ def test_from_module_notices_a_residual_in_low_precision():
         FusedSE.from_module(MonaiSE(2, 8, add_residual=True).bfloat16())
 
 
-class Counting(TorchvisionSE):
-    """Keeps a buffer that forward changes."""
-
-    def __init__(self):
-        super().__init__(8, 2)
-        self.register_buffer("calls", torch.zeros(()), persistent=False)
-
-    def forward(self, x):
-        self.calls += 1
-        torch.rand(1)  # as dropout in evaluation of some libraries
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("make", [Counting, lambda: WithDropout(8, 2)], ids=["converted", "refused"])
+@pytest.mark.parametrize("make", [TorchvisionSE, WithDropout])
 def test_from_module_leaves_no_trace(make):
-    layer = make()
+    layer = make(8, 2)
     called = []
     layer.register_forward_hook(lambda *_: called.append("layer"))
     next(layer.children()).register_forward_pre_hook(lambda *_: called.append("child"))
@@ -635,7 +507,6 @@ def test_from_module_leaves_no_trace(make):
     assert torch.equal(torch.get_rng_state(), rng)
     assert not called and all(p.grad is None for p in layer.parameters()) and layer.training
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert {b.item() for b in layer.buffers()} <= {0.0}
     layer(torch.randn(1, 8, 2, 2))
     assert called == ["child", "layer"]  # its hooks are still there
 

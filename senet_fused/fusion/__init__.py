@@ -1,0 +1,177 @@
+"""fuse(model): the SE layers of somebody's model run fused, in place, proven, and can be made what they were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from .. import select
+from ..modules import FusedSE
+from ..recognition import (
+    Recipe,
+    Unsuited,
+    examine,
+    family_of,
+    has_weights_of_one,
+    looks_like_one,
+    may_be_one,
+    not_covered,
+)  # fmt: skip
+from .layer import Fusion, attach, check_detachable, detach, is_fused
+from .report import FuseReport, LayerReport
+
+__all__ = ["FuseReport", "LayerReport", "fuse", "fuse_report", "unfuse"]
+
+
+def fuse(model: nn.Module, *, backend: str | None = None, verify: bool = True) -> nn.Module:
+    """Makes the SE layers of a model run fused, in place, and returns the same model.
+
+    Layers of torchvision, timm, Cadene, MONAI, transformers, OpenMMLab, NVIDIA's examples, segmentation_models.pytorch
+    and the usual ``SELayer`` are found by their structure, whatever their classes are called, also inside
+    DistributedDataParallel and torch.compile's wrapper, and also if the model itself is one. Each keeps its identity,
+    parameters, keys, hooks and mode (its class becomes a subclass of its own one). :func:`fuse_report` says what became
+    of each layer and why, :func:`unfuse` undoes it.
+
+    Args:
+        model: any module. Its layers may be on any device, also meta, and in any floating dtype.
+        backend: as in :func:`senet_fused.squeeze_excite`, for these layers. Calling fuse again changes it.
+        verify: run a copy of each layer, in float64 on the CPU with random weights, and compare outputs and all
+            gradients before it is converted; a layer that differs stays as it is. False trusts the layer's structure,
+            and leaves layers of families that are not known.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an unknown backend.
+
+    Warns:
+        UserWarning: no layer could be fused; the message says what was found.
+
+    >>> model = senet_fused.fuse(timm.create_model("seresnet50", pretrained=True))
+    >>> print(senet_fused.fuse_report(model))
+    """
+    _check_model(model, "fuse")
+    select.check_name(backend, "fuse")
+    found = list(_find(model, verify))
+    for one in found:
+        if is_fused(one.layer):
+            one.layer.__dict__["_senet_fused"] = one.layer._senet_fused._replace(backend=backend)
+        elif isinstance(one.verdict, Recipe):
+            attach(one.layer, Fusion(one.verdict, backend, verify))
+    if not any(is_fused(one.layer) or isinstance(one.layer, FusedSE) for one in found):
+        why = "; fuse_report(model) says why" if found else ""
+        warnings.warn(f"fuse: nothing was fused. {_report(model, found).summary}{why}", stacklevel=2)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Makes every layer that :func:`fuse` converted exactly what it was, and returns the same model.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: something else has changed the class of a fused layer since (fully_shard, a parametrisation of the
+            layer itself); nothing has been changed then.
+    """
+    _check_model(model, "unfuse")
+    layers = [layer for layer in model.modules() if is_fused(layer)]
+    for layer in layers:
+        check_detachable(layer)
+    for layer in layers:
+        detach(layer)
+    return model
+
+
+def fuse_report(model: nn.Module) -> FuseReport:
+    """Every SE layer of a model, and what looks like one: its name, kind and sizes, whether it is fused, and why (not).
+
+    It tells the present state: a layer whose child has got a hook since is reported with "original runs", and in a
+    model that fuse has not seen, layers "can be fused", which is found out as fuse would (copies run, nothing changes).
+
+    Raises:
+        TypeError: model is no module.
+    """
+    _check_model(model, "fuse_report")
+    return _report(model, _find(model, True))
+
+
+class _Found(NamedTuple):
+    """A layer by its name in the model, and its recipe, or the reason to leave it (None: our own layer)."""
+
+    name: str
+    layer: nn.Module
+    verdict: Recipe | str | None
+
+
+def _check_model(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+
+
+def _find(model: nn.Module, verify: bool) -> list[_Found]:
+    """The SE layers of a model. What lies within one is part of it, and is not looked at by itself."""
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module) -> list[_Found]:
+        if module in seen:
+            return []
+        seen.add(module)
+        if isinstance(module, FusedSE):
+            return [_Found(name, module, None)]
+        if is_fused(module):
+            return [_Found(name, module, module._senet_fused.recipe)]
+        another = not_covered(module)
+        if another is None and family_of(module) is None:
+            within = [
+                found
+                for child_name, child in module.named_children()
+                for found in visit(f"{name}.{child_name}".lstrip("."), child)
+            ]
+            if within or not may_be_one(module):
+                return within
+        try:
+            return [_Found(name, module, examine(module, verify=verify))]
+        except Unsuited as error:
+            seems = another is not None or has_weights_of_one(module) or looks_like_one(module)
+            return [_Found(name, module, another or str(error))] if seems else []
+
+    return visit("", model)
+
+
+_SERVED = {
+    "scale": "the whole layer",
+    "residual": "the whole layer, with its addition of the input",
+    "gate": "the gate; the multiplication is its caller's and stays there",
+    "flat_gate": "the gate; the multiplication is its caller's and stays there",
+}
+
+
+def _report(model: nn.Module, found: Iterable[_Found]) -> FuseReport:
+    return FuseReport(type(model).__name__, tuple(_row(*one) for one in found))
+
+
+def _row(name: str, layer: nn.Module, verdict: Recipe | str | None) -> LayerReport:
+    if verdict is None:
+        return LayerReport(
+            name, "FusedSE", "scale", layer.channels, layer.rd_channels, "fused", "a layer of this package"
+        )
+    if isinstance(verdict, str):
+        return LayerReport(name, type(layer).__name__, None, None, None, "left", verdict)
+    what = (name, verdict.kind, verdict.form, verdict.channels, verdict.rd_channels)
+    if not is_fused(layer):
+        return LayerReport(*what, "can be fused", _SERVED[verdict.form])
+    if (altered := verdict.alteration(layer)) is not None:
+        return LayerReport(*what, "original runs", altered)
+    weight = next(layer.parameters())
+    backend, verified = layer._senet_fused[1:]
+    served = _SERVED[verdict.form] + ("" if verified else "; not verified")
+    if weight.device.type != "meta":
+        try:
+            choice = select.choose(backend, weight.device.type, weight.dtype)
+        except select.BackendUnavailableError as error:
+            return LayerReport(*what, "cannot run", str(error))
+        if choice.backend == "reference" and select.requested(backend)[0] == "auto":
+            return LayerReport(*what, "original runs", f"no kernels: {choice.reason}")
+        served += f"; backend {choice.backend}"
+    return LayerReport(*what, "fused", served)

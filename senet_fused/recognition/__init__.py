@@ -1,0 +1,9 @@
+"""Recognising other people's SE layers: by family or structure (families), proven by running them (proof)."""
+
+from .families import Unsuited, family_of, has_weights_of_one, looks_like_one, may_be_one, not_covered
+from .proof import examine
+from .recipe import Recipe
+
+__all__ = [
+    "Recipe", "Unsuited", "examine", "family_of", "has_weights_of_one", "looks_like_one", "may_be_one", "not_covered",
+]  # fmt: skip

@@ -1,0 +1,249 @@
+"""The families of SE layers: where each keeps its parts. Only structure is looked at, never a class or its module.
+
+A family is one row of :data:`FAMILIES`: the paths of the two weights and of the two functions, and what else tells it
+from the others. What a row says is proven before it is used (``proof.py``), so a row can leave a layer unfused but not
+make it wrong. A layer that fits no row is read by its structure alone, and has to be proven.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..activations import ACT_NAMES, GATE_NAMES, Activation
+from ..reference import SQUEEZES
+from .recipe import FORMS
+
+__all__ = [
+    "FAMILIES", "Family", "Reading", "Unsuited", "family_of", "has_weights_of_one", "looks_like_one", "may_be_one",
+    "not_covered", "read_freely", "weights_of",
+]  # fmt: skip
+
+
+class Unsuited(ValueError):
+    """A layer that squeeze_excite cannot stand in for; the message says why."""
+
+
+class Reading(NamedTuple):
+    """What a layer may compute: paths of the weights, and for everything else the possibilities, likeliest first."""
+
+    kind: str
+    first: str
+    second: str
+    functions: tuple[tuple[Activation, Activation], ...]
+    squeezes: tuple[str, ...]
+    forms: tuple[str, ...]
+    channels_last: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of SE layers.
+
+    kind: its name in reports. first, second: paths of the Linear or 1x1 convolution with w1 and with w2. act, gate:
+        paths of the functions behind them. with_: other attributes that a layer of the family has. form, squeeze: what
+        it returns and how it pools, or a function of the layer that says so. channels_last: x is [N, *spatial, C].
+    """
+
+    kind: str
+    first: str
+    second: str
+    act: str
+    gate: str
+    with_: tuple[str, ...] = ()
+    form: str | Callable[[nn.Module], str] = "scale"
+    squeeze: str | Callable[[nn.Module], str] = "avg"
+    channels_last: bool = False
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether the layer has all that the family has."""
+        matrices = (_kernel(_find(layer, path)) for path in (self.first, self.second))
+        functions = (_find(layer, path) for path in (self.act, self.gate))
+        return (
+            all(sizes is not None for sizes in matrices)
+            and all(function is not None for function in functions)
+            and all(hasattr(layer, name) for name in self.with_)
+        )
+
+    def read(self, layer: nn.Module) -> Reading:
+        """The one possibility that the family's row names. Raises Unsuited if a function is not known here."""
+        functions = (function_of(_find(layer, self.act), ACT_NAMES), function_of(_find(layer, self.gate), GATE_NAMES))
+        squeeze, form = (v if isinstance(v, str) else v(layer) for v in (self.squeeze, self.form))
+        return Reading(self.kind, self.first, self.second, (functions,), (squeeze,), (form,), (self.channels_last,))
+
+
+def _maxpool(layer: nn.Module) -> str:
+    return "avgmax" if getattr(layer, "add_maxpool", False) else "avg"
+
+
+FAMILIES = (
+    Family("torchvision SqueezeExcitation", "fc1", "fc2", "activation", "scale_activation"),
+    Family("timm SEModule", "fc1", "fc2", "act", "gate", ("add_maxpool",), squeeze=_maxpool),
+    Family("timm SqueezeExciteCl", "fc1", "fc2", "act", "gate", channels_last=True),
+    Family("timm SqueezeExcite", "conv_reduce", "conv_expand", "act1", "gate"),
+    Family("legacy SEModule", "fc1", "fc2", "relu", "sigmoid"),  # timm's legacy SENet, Cadene
+    Family(
+        "MONAI ChannelSELayer", "fc.0", "fc.2", "fc.1", "fc.3", ("add_residual",),
+        form=lambda layer: "residual" if layer.add_residual else "scale",
+    ),
+    Family("SELayer", "fc.0", "fc.2", "fc.1", "fc.3"),  # the common tutorial layer
+    Family("NVIDIA SqueezeAndExcitation", "squeeze", "expand", "activation", "sigmoid", form="flat_gate"),
+    Family(
+        "OpenMMLab SELayer", "conv1.conv", "conv2.conv", "conv1.activate", "conv2.activate",
+        form=lambda layer: "gate" if getattr(layer, "return_weight", False) else "scale",
+    ),
+    Family("transformers RegNetSELayer", "attention.0", "attention.2", "attention.1", "attention.3"),
+    Family("transformers EfficientNetSqueezeExciteLayer", "reduce", "expand", "act_reduce", "act_expand"),
+    Family("cSE of SCSEModule", "1", "3", "2", "4", form="gate"),  # segmentation_models.pytorch
+)  # fmt: skip
+
+# Channel attention that is not the two-layer SE, by the name of the class: for the report only.
+_OTHERS = {
+    r"EffectiveSE|EffectiveSqueeze|^eSE|BlockESE": "one fully connected layer [C, C] instead of two; not covered",
+    r"Eca(Module|Layer)|EcaModule|^ECA": "a 1-D convolution over the channels, no fully connected layers; not covered",
+    r"Cbam": "CBAM: two squeezes through one pair of layers, and a spatial gate; not covered",
+    r"GatherExcite": "gathers over windows, or has a norm inside; not covered",
+    r"GlobalContext": "global context pools with attention weights; not covered",
+    r"SelectiveKernel|SplitAttn": "a softmax over branches, not a gate per channel; not covered",
+}
+_FEW = 4  # modules with weights: more than that is a block or a network that has SE in its name
+_NAMED_LIKE_ONE = re.compile(r"SE(?=[A-Z_\d]|$)|Squeeze(And|N|_and_)?_?Excit|ChannelSE")
+
+
+def looks_like_one(layer: nn.Module) -> bool:
+    """Whether the name of its class says that it is an SE layer."""
+    return _NAMED_LIKE_ONE.search(type(layer).__name__) is not None
+
+
+def not_covered(layer: nn.Module) -> str | None:
+    """Why a channel attention of another kind stays as it is; None if the layer is none that is known by name."""
+    name = type(layer).__name__
+    return next((reason for pattern, reason in _OTHERS.items() if re.search(pattern, name)), None)
+
+
+def has_weights_of_one(layer: nn.Module) -> bool:
+    """Whether two fitting matrices are all the weights that the layer has."""
+    try:
+        weights_of(layer)
+    except Unsuited:
+        return False
+    return True
+
+
+def may_be_one(layer: nn.Module) -> bool:
+    """Whether a layer of no known family is worth running: its name says SE, or its weights narrow and widen again.
+
+    (The two layers of a transformer's MLP widen first.)
+    """
+    if has_weights_of_one(layer):
+        (_, fc1), _ = weights_of(layer)
+        out_features, in_features = _kernel(fc1)
+        return out_features <= in_features or looks_like_one(layer)
+    return looks_like_one(layer) and sum(bool(child._parameters) for child in layer.modules()) <= _FEW
+
+
+def family_of(layer: nn.Module) -> Family | None:
+    """The family that the layer fits, or None."""
+    return next((family for family in FAMILIES if family.fits(layer)), None)
+
+
+def read_freely(layer: nn.Module, kind: str) -> Reading:
+    """All that a layer with the two weights of an SE layer may compute. Raises Unsuited as :func:`weights_of` does."""
+    (first, fc1), (second, _) = weights_of(layer)
+    leaves = (child for child in layer.modules() if not child._modules)
+    functions = [f for f in map(_function, leaves) if f is not None and f.name != "identity"]
+    layouts = (False, True) if isinstance(fc1, nn.Linear) else (False,)
+    return Reading(kind, first, second, tuple(_pairs(functions)), SQUEEZES, FORMS, layouts)
+
+
+def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
+    """The paths and the modules of w1 [R, C] and w2 [C, R], which have to be all the weights that a layer has.
+
+    Raises:
+        Unsuited: it has other parameters or buffers, or not two such matrices.
+    """
+    owners = [(name, child) for name, child in layer.named_modules() if child._parameters or child._buffers]
+    pair = [(name, child) for name, child in owners if _kernel(child) is not None]
+    if len(pair) != 2:
+        raise Unsuited(f"it has {len(pair)} linear layers or 1x1 convolutions, not the two of an SE layer")
+    if len(owners) != 2:
+        names = [
+            f"{name}.{own}".lstrip(".")
+            for name, child in owners
+            if _kernel(child) is None
+            for own in (*child._parameters, *child._buffers)
+        ]
+        raise Unsuited(f"it has parameters or buffers that belong to no plain SE layer: {', '.join(names)}")
+    sizes = [_kernel(child) for _, child in pair]
+    if sizes[0] != sizes[1][::-1]:
+        raise Unsuited(f"its weights are {list(sizes[0])} and {list(sizes[1])}, not [R, C] and [C, R]")
+    return pair[0], pair[1]
+
+
+_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _kernel(child: nn.Module | None) -> tuple[int, int] | None:
+    """[out, in] of a Linear or a 1x1 convolution, None for anything else (also for their subclasses)."""
+    if type(child) not in _MATRICES or "weight" not in child._parameters:
+        return None
+    if isinstance(child, nn.Linear):
+        return child.out_features, child.in_features
+    ones = all(k == 1 for k in (*child.kernel_size, *child.stride, child.groups))
+    padded = not isinstance(child.padding, str) and any(child.padding)
+    return (child.out_channels, child.in_channels) if ones and not padded else None
+
+
+def _pairs(functions: list[Activation]) -> Iterator[tuple[Activation, Activation]]:
+    """(act, gate) to try: its own functions in the order of registration, then with a function that is no module."""
+    usual_acts, usual_gates = map(Activation, ("relu", "silu")), map(Activation, ("sigmoid", "hardsigmoid"))
+    acts, gates = [*functions, *usual_acts], [*functions[::-1], *usual_gates]
+    pairs = dict.fromkeys(itertools.product(acts, gates))
+    yield from ((a, g) for a, g in pairs if a.name in ACT_NAMES and g.name in GATE_NAMES)
+
+
+def function_of(child: nn.Module, known: tuple[str, ...]) -> Activation:
+    """The elementwise function that a child computes. Raises Unsuited unless it is one of the known names."""
+    function = _function(child)
+    if function is None or function.name not in known:
+        raise Unsuited(f"{type(child).__name__} is not an activation known here (known: {', '.join(known)})")
+    return function
+
+
+_COMMON = tuple(
+    map(Activation.of, "relu silu sigmoid hardsigmoid hardswish mish relu6 tanh gelu gelu_tanh identity".split())
+)
+
+
+def _function(child: nn.Module) -> Activation | None:
+    try:
+        return Activation.of(child)
+    except ValueError:
+        pass
+    if child._parameters or child._buffers or child._modules:
+        return None
+    # Libraries have classes of their own for the common functions: take the one that agrees on a grid.
+    grid = torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu")
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            values = type(child).forward(child, grid.clone())  # past its hooks
+    except Exception:  # a pooling or a flattening, which refuses such an input
+        return None
+    if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
+        return None
+    return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
+
+
+def _find(layer: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        layer = layer._modules.get(name)
+        if layer is None:
+            return None
+    return layer
+
