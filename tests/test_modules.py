@@ -450,6 +450,11 @@ class Drawing(TorchvisionSE):
         return super().forward(x)
 
 
+def hooked(layer):
+    layer.fc1.register_forward_hook(lambda *_: None)
+    return layer
+
+
 class NotANumber(TutorialSE):
     def forward(self, x):
         return super().forward(x) * float("nan")
@@ -472,10 +477,11 @@ class NotANumber(TutorialSE):
         (lambda: TorchvisionSE(8, 2, activation=nn.Softplus), "Softplus is not an activation known here"),
         (lambda: nn.Linear(8, 8), "Linear is not understood as an SE layer: it has 1 linear layers"),
         (lambda: Counting(), "belong to no plain SE layer: calls"),
+        (lambda: hooked(TorchvisionSE(8, 2)), "its fc1 has hooks"),
     ],
     ids=[
         "monai_residual", "monai_residual_3d", "gate_only", "gate_only_openmmlab", "channels_last", "norm",
-        "function_in_forward", "dropout", "random", "nan", "prelu", "softplus", "linear", "buffer",
+        "function_in_forward", "dropout", "random", "nan", "prelu", "softplus", "linear", "buffer", "hooked",
     ],
 )  # fmt: skip
 def test_from_module_refuses(make, match):
@@ -495,7 +501,7 @@ def test_from_module_leaves_no_trace(make):
     layer = make(8, 2)
     called = []
     layer.register_forward_hook(lambda *_: called.append("layer"))
-    next(layer.children()).register_forward_pre_hook(lambda *_: called.append("child"))
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
     layer.requires_grad_(True)
     before = copy.deepcopy(layer.state_dict())
     rng = torch.get_rng_state()
@@ -508,7 +514,7 @@ def test_from_module_leaves_no_trace(make):
     assert not called and all(p.grad is None for p in layer.parameters()) and layer.training
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     layer(torch.randn(1, 8, 2, 2))
-    assert called == ["child", "layer"]  # its hooks are still there
+    assert called == ["before", "layer"]  # its hooks are still there
 
 
 def test_from_module_keeps_modes_and_frozen_parameters():
