@@ -121,8 +121,8 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             return [_Found(name, module, None)]
         if is_fused(module):
             return [_Found(name, module, module._senet_fused.recipe)]
-        another = not_covered(module)
-        if another is None and family_of(module) is None:
+        another, family = not_covered(module), family_of(module)
+        if another is None and family is None:
             within = [
                 found
                 for child_name, child in module.named_children()
@@ -133,7 +133,7 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
         try:
             return [_Found(name, module, examine(module, verify=verify))]
         except Unsuited as error:
-            seems = another is not None or has_weights_of_one(module) or looks_like_one(module)
+            seems = another or looks_like_one(module) or (family and has_weights_of_one(module))
             return [_Found(name, module, another or str(error))] if seems else []
 
     return visit("", model)

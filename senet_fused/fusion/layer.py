@@ -7,7 +7,7 @@ class that is fused (so ``isinstance`` goes on as before) and pickles by name: w
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -47,6 +47,9 @@ class FusedLayer(RecordsGates):
         if recording:
             self._record(gate)
         return y
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("torch.jit.script cannot compile a fused layer; call senet_fused.unfuse(model) before")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         original = original_class(self)

@@ -118,12 +118,12 @@ _NAMED_LIKE_ONE = re.compile(r"SE(?=[A-Z_\d]|$)|Squeeze(And|N|_and_)?_?Excit|Cha
 
 def looks_like_one(layer: nn.Module) -> bool:
     """Whether the name of its class says that it is an SE layer."""
-    return _NAMED_LIKE_ONE.search(type(layer).__name__) is not None
+    return _NAMED_LIKE_ONE.search(_class_name(layer)) is not None
 
 
 def not_covered(layer: nn.Module) -> str | None:
     """Why a channel attention of another kind stays as it is; None if the layer is none that is known by name."""
-    name = type(layer).__name__
+    name = _class_name(layer)
     return next((reason for pattern, reason in _OTHERS.items() if re.search(pattern, name)), None)
 
 
@@ -150,6 +150,8 @@ def may_be_one(layer: nn.Module) -> bool:
 
 def family_of(layer: nn.Module) -> Family | None:
     """The family that the layer fits, or None."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return None
     return next((family for family in FAMILIES if family.fits(layer)), None)
 
 
@@ -169,9 +171,14 @@ def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.M
         Unsuited: it has other parameters or buffers, or not two such matrices.
     """
     owners = [(name, child) for name, child in layer.named_modules() if child._parameters or child._buffers]
+    for name, child in owners:
+        if type(child) in _MATRICES and "weight" not in child._parameters:
+            raise Unsuited(f"its {name} has no parameter 'weight': something computes it, as pruning does")
     pair = [(name, child) for name, child in owners if _kernel(child) is not None]
     if len(pair) != 2:
-        raise Unsuited(f"it has {len(pair)} linear layers or 1x1 convolutions, not the two of an SE layer")
+        kinds = ", ".join(f"{name}: {type(child).__name__}" for name, child in owners)
+        what = f"({kinds})" if len(owners) <= _FEW else f"among {len(owners)} modules with weights"
+        raise Unsuited(f"it has {len(pair)} plain linear layers or 1x1 convolutions, not the two of an SE layer {what}")
     if len(owners) != 2:
         names = [
             f"{name}.{own}".lstrip(".")
@@ -238,6 +245,10 @@ def _function(child: nn.Module) -> Activation | None:
     if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
         return None
     return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
+
+
+def _class_name(layer: nn.Module) -> str:
+    return layer.original_name if isinstance(layer, torch.jit.ScriptModule) else type(layer).__name__
 
 
 def _find(layer: nn.Module, path: str) -> nn.Module | None:
