@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import ops, reference, select
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 
-__all__ = ["excitation", "explain", "needs_plain_operators", "squeeze_excite"]
+__all__ = ["excitation", "explain", "route", "serve", "squeeze_excite"]
 
 Function = str | Activation | nn.Module | type[nn.Module]
 
@@ -77,11 +77,42 @@ def squeeze_excite(
             squeeze_excite, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze,
             residual=residual, post_act=post_act, backend=backend, return_gate=return_gate,
         )  # fmt: skip
+    chosen = route(x, backend) if isinstance(x, Tensor) else "reference"
+    return serve(chosen, x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act, return_gate)
+
+
+def route(x: Tensor, backend: str | None) -> str:
+    """The backend that serves a call with x now.
+
+    It is "reference", whatever is named, where the call is seen by something that wants PyTorch's own operators: ONNX
+    export, TorchScript's tracer, torch.func's transforms and forward-mode differentiation. Raises as :func:`explain`.
+    """
+    compiling = torch.compiler.is_compiling()
+    chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
+    if _needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()):
+        return "reference"
+    return chosen
+
+
+def serve(
+    chosen: str,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    act: Activation,
+    gate: Activation,
+    squeeze: str,
+    residual: Tensor | None,
+    post_act: str | None,
+    return_gate: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`squeeze_excite` by the backend that :func:`route` has chosen."""
     compiling = torch.compiler.is_compiling()
     check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
-    chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
-    if chosen == "reference" or torch.onnx.is_in_onnx_export() or needs_plain_operators():
+    if chosen == "reference":
         y, g = reference.squeeze_excite(
             x, w1, w2, b1, b2, act=act, gate=gate, squeeze=squeeze, residual=residual, post_act=post_act
         )
@@ -155,7 +186,7 @@ def excitation(
     return squeeze_excite(pooled[..., None], w1, w2, b1, b2, act=act, gate=gate, backend=backend, return_gate=True)[1]
 
 
-def needs_plain_operators() -> bool:
+def _needs_plain_operators() -> bool:
     """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
 
     TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
@@ -170,7 +201,7 @@ def needs_plain_operators() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
 # enters transforms while it traces, so the answer is right, and guards on those that are outside.
-needs_plain_operators._dynamo_marked_constant = True
+_needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
@@ -195,11 +226,13 @@ def _check(
     residual: Tensor | None,
     post_act: str | None,
 ) -> None:
+    # In eager mode these lines cost as much as a small layer's arithmetic: each attribute of a tensor is read once.
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor [N, C, *spatial], got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; convert it, e.g. x.float()")
-    _check_dense("x", x)
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(_dense("x", x))
     shape = x.shape
     if not 3 <= len(shape) <= 5:
         fix = "; for pooled features use x[..., None]" if len(shape) == 2 else "; use x.flatten(2)" if shape[5:] else ""
@@ -212,41 +245,43 @@ def _check(
         )
     if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
         raise TypeError(f"w1 and w2 must be tensors, got {type(w1).__name__} and {type(w2).__name__}")
-    _check_weight("w1", w1)
-    _check_weight("w2", w2)
-    reduced = w1.shape[0]
+    shape1, shape2 = _check_weight("w1", w1), _check_weight("w2", w2)
+    reduced = shape1[0]
     if reduced == 0:
         raise ValueError(f"w1 must be [R, C] with R >= 1, got {_sizes(w1)}; check the reduction ratio")
-    if w1.shape[1] != channels:
+    if shape1[1] != channels:
         raise ValueError(
-            f"x {_sizes(x)} has {channels} channels, but w1 {_sizes(w1)} is for {w1.shape[1]}; "
+            f"x {_sizes(x)} has {channels} channels, but w1 {_sizes(w1)} is for {shape1[1]}; "
             f"{_channel_fix(x, w1)} (w1 is [R, C], w2 is [C, R])"
         )
-    if w2.shape[0] != channels or w2.shape[1] != reduced:
+    if shape2[0] != channels or shape2[1] != reduced:
         raise ValueError(f"w2 must be [C, R] = [{channels}, {reduced}] to go with w1 {_sizes(w1)}, got {_sizes(w2)}")
+    device = x.device
+    for name, w in (("w1", w1), ("w2", w2)):
+        if w.device != device:
+            raise ValueError(_devices(device, name, w))
     for name, bias, size in (("b1", b1, reduced), ("b2", b2, channels)):
         if bias is None:
             continue
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor or None, got {_kind(bias)}")
-        if bias.dim() != 1 or bias.shape[0] != size:
+        length = bias.shape
+        if len(length) != 1 or length[0] != size:
             raise ValueError(f"{name} must be [{size}], got {_sizes(bias)}")
+        if bias.device != device:
+            raise ValueError(_devices(device, name, bias))
     if residual is not None:
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
             raise TypeError(f"residual must be a floating-point tensor or None, got {_kind(residual)}")
-        _check_dense("residual", residual)
+        if residual.layout is not torch.strided or residual.is_nested:
+            raise ValueError(_dense("residual", residual))
         if residual.shape != shape:
             raise ValueError(
                 f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; "
                 "it is not broadcast: use residual.expand_as(x), or project the shortcut"
             )
-    device = x.device
-    for name, t in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2), ("residual", residual)):
-        if t is not None and t.device != device:
-            raise ValueError(
-                f"all tensors must be on one device: x is on {device}, {name} on {t.device}; "
-                f"move one, e.g. the layer with layer.to({str(device)!r})"
-            )
+        if residual.device != device:
+            raise ValueError(_devices(device, "residual", residual))
     if act.name not in ACT_NAMES:
         raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
     if gate.name not in GATE_NAMES:
@@ -264,20 +299,28 @@ def _check_while_tracing(*arguments: object) -> None:
         _check(*arguments)
 
 
-def _check_dense(name: str, t: Tensor) -> None:
-    if t.layout is not torch.strided or t.is_nested:
-        kind = "nested" if t.is_nested else t.layout
-        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; convert it, e.g. {name}.to_dense()")
-
-
-def _check_weight(name: str, w: Tensor) -> None:
+def _check_weight(name: str, w: Tensor) -> torch.Size:
     if not w.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {w.dtype}; convert it, e.g. {name}.float()")
-    _check_dense(name, w)
+    if w.layout is not torch.strided or w.is_nested:
+        raise ValueError(_dense(name, w))
     shape = w.shape
     if len(shape) != 2 and (len(shape) < 2 or any(size != 1 for size in shape[2:])):
         layout = "[R, C]" if name == "w1" else "[C, R]"
         raise ValueError(f"{name} must be {layout}, or a 1x1 convolution's weight, got {_sizes(w)}")
+    return shape
+
+
+def _dense(name: str, t: Tensor) -> str:
+    kind = "nested" if t.is_nested else t.layout
+    return f"{name} must be a dense tensor, got a {kind} one; convert it, e.g. {name}.to_dense()"
+
+
+def _devices(device: torch.device, name: str, t: Tensor) -> str:
+    return (
+        f"all tensors must be on one device: x is on {device}, {name} on {t.device}; "
+        f"move one, e.g. the layer with layer.to({str(device)!r})"
+    )
 
 
 def _channel_fix(x: Tensor, w1: Tensor) -> str:

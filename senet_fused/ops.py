@@ -92,6 +92,8 @@ def layout_of(x: Tensor) -> str | None:
     """
     if x.is_contiguous():
         return "contiguous"
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"  # the usual case, at a tenth of the host time of the rest
     shape, stride = x.shape, x.stride()
     channels, spatial = (shape[1], stride[1]), list(zip(shape[2:], stride[2:], strict=True))
     if _dense([*reversed(spatial), channels]):
@@ -127,9 +129,14 @@ def _empty(x: Tensor, channels_last: bool) -> Tensor:
 
 def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
     """t itself if it has the layout, else a copy that has. (With C = 1 or one position a tensor has both.)"""
+    if not channels_last:
+        if t.is_contiguous():
+            return t
+    elif t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t
     channels, *spatial = zip(t.shape[1:], t.stride()[1:], strict=True)
     spatial.reverse()
-    has_it = _dense([channels, *spatial]) if channels_last else t.is_contiguous() or _dense([*spatial, channels])
+    has_it = _dense([channels, *spatial]) if channels_last else _dense([*spatial, channels])
     return t if has_it else _empty(t, channels_last).copy_(t)
 
 

@@ -475,7 +475,7 @@ class NotANumber(TutorialSE):
         (lambda: NotANumber(8, 2), "differs by inf"),
         (lambda: TorchvisionSE(8, 2, activation=nn.PReLU), "belong to no plain SE layer: activation.weight"),
         (lambda: TorchvisionSE(8, 2, activation=nn.Softplus), "Softplus is not an activation known here"),
-        (lambda: nn.Linear(8, 8), "Linear is not understood as an SE layer: it has 1 linear layers"),
+        (lambda: nn.Linear(8, 8), "Linear is not understood as an SE layer: it has 1 plain linear layers"),
         (lambda: Counting(), "belong to no plain SE layer: calls"),
         (lambda: hooked(TorchvisionSE(8, 2)), "its fc1 has hooks"),
     ],

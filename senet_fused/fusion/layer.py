@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import select
-from ..functional import needs_plain_operators
+from ..functional import route
 from ..modules import RecordsGates
 from ..recognition import Recipe
 
@@ -40,12 +40,18 @@ class FusedLayer(RecordsGates):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         recipe, backend, _ = self._senet_fused
         x = recipe.input_of(args, kwargs)
-        if x is None or recipe.alteration(self) is not None or recipe.mismatch(x) is not None or _unserved(x, backend):
+        weights = None if x is None or recipe.mismatch(x) is not None else recipe.weights(self)
+        if not isinstance(weights, tuple):
             return super().forward(*args, **kwargs)
-        recording = self._captured is not None
-        y, gate = recipe.apply(self, x, backend=backend, with_gate=recording)
-        if recording:
-            self._record(gate)
+        if isinstance(x, torch.fx.Proxy):
+            return recipe.apply(weights, x, chosen=None, with_gate=False)[0]
+        chosen = route(x, backend)
+        if chosen == "reference" and select.requested(backend)[0] != "reference":
+            return super().forward(*args, **kwargs)
+        if self._captured is None:
+            return recipe.apply(weights, x, chosen=chosen, with_gate=False)[0]
+        y, gate = recipe.apply(weights, x, chosen=chosen, with_gate=True)
+        self._record(gate)
         return y
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -59,17 +65,6 @@ class FusedLayer(RecordsGates):
         if isinstance(state, dict):
             state = {**state, "_captured": None}
         return (_restore, (original,), state, *rest)
-
-
-def _unserved(x: Any, backend: str | None) -> bool:
-    """Whether PyTorch's own operators are to run, which the original forward is made of."""
-    if torch.onnx.is_in_onnx_export() or needs_plain_operators():
-        return True
-    if isinstance(x, torch.fx.Proxy):
-        return False
-    if select.requested(backend)[0] != "auto":
-        return False
-    return select.choose("auto", x.device.type, x.dtype, torch.compiler.is_compiling()).backend == "reference"
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -106,13 +106,15 @@ FAMILIES = (
 # Channel attention that is not the two-layer SE, by the name of the class: for the report only.
 _OTHERS = {
     r"EffectiveSE|EffectiveSqueeze|^eSE|BlockESE": "one fully connected layer [C, C] instead of two; not covered",
-    r"Eca(Module|Layer)|EcaModule|^ECA": "a 1-D convolution over the channels, no fully connected layers; not covered",
+    r"[Ee]ca(Module|Layer)|^ECA": "a 1-D convolution over the channels, no fully connected layers; not covered",
     r"Cbam": "CBAM: two squeezes through one pair of layers, and a spatial gate; not covered",
     r"GatherExcite": "gathers over windows, or has a norm inside; not covered",
-    r"GlobalContext": "global context pools with attention weights; not covered",
+    r"GlobalContext$": "global context pools with attention weights; not covered",
     r"SelectiveKernel|SplitAttn": "a softmax over branches, not a gate per channel; not covered",
 }
-_FEW = 4  # modules with weights: more than that is a block or a network that has SE in its name
+# Modules with weights: more than these is a block, or a network named after its attention (CbamResNet, ECAPA).
+_FEW = 4
+_FEW_OF_OTHERS = 7  # global context with both of its branches, a selective kernel with two paths
 _NAMED_LIKE_ONE = re.compile(r"SE(?=[A-Z_\d]|$)|Squeeze(And|N|_and_)?_?Excit|ChannelSE")
 
 
@@ -124,7 +126,8 @@ def looks_like_one(layer: nn.Module) -> bool:
 def not_covered(layer: nn.Module) -> str | None:
     """Why a channel attention of another kind stays as it is; None if the layer is none that is known by name."""
     name = _class_name(layer)
-    return next((reason for pattern, reason in _OTHERS.items() if re.search(pattern, name)), None)
+    reason = next((reason for pattern, reason in _OTHERS.items() if re.search(pattern, name)), None)
+    return reason if reason and _modules_with_weights(layer) <= _FEW_OF_OTHERS else None
 
 
 def has_weights_of_one(layer: nn.Module) -> bool:
@@ -145,7 +148,7 @@ def may_be_one(layer: nn.Module) -> bool:
         (_, fc1), _ = weights_of(layer)
         out_features, in_features = _kernel(fc1)
         return out_features <= in_features or looks_like_one(layer)
-    return looks_like_one(layer) and sum(bool(child._parameters) for child in layer.modules()) <= _FEW
+    return looks_like_one(layer) and _modules_with_weights(layer) <= _FEW
 
 
 def family_of(layer: nn.Module) -> Family | None:
@@ -176,9 +179,9 @@ def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.M
             raise Unsuited(f"its {name} has no parameter 'weight': something computes it, as pruning does")
     pair = [(name, child) for name, child in owners if _kernel(child) is not None]
     if len(pair) != 2:
-        kinds = ", ".join(f"{name}: {type(child).__name__}" for name, child in owners)
-        what = f"({kinds})" if len(owners) <= _FEW else f"among {len(owners)} modules with weights"
-        raise Unsuited(f"it has {len(pair)} plain linear layers or 1x1 convolutions, not the two of an SE layer {what}")
+        kinds = ", ".join(f"{name or 'itself'}: {type(child).__name__}" for name, child in owners)
+        what = kinds if 0 < len(owners) <= _FEW else f"{len(owners)} modules with weights"
+        raise Unsuited(f"it has {len(pair)} plain linear layers or 1x1 convolutions, not an SE layer's two ({what})")
     if len(owners) != 2:
         names = [
             f"{name}.{own}".lstrip(".")
@@ -245,6 +248,10 @@ def _function(child: nn.Module) -> Activation | None:
     if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
         return None
     return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
+
+
+def _modules_with_weights(layer: nn.Module) -> int:
+    return sum(bool(child._parameters) for child in layer.modules())
 
 
 def _class_name(layer: nn.Module) -> str:

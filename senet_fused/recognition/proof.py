@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..functional import route
 from .families import Reading, Unsuited, family_of, read_freely, weights_of
 from .recipe import Recipe, parts_of
 
@@ -78,8 +79,8 @@ def _recipe(layer: nn.Module, reading: Reading) -> Recipe:
         kind=reading.kind,
         first=tuple(reading.first.split(".")),
         second=tuple(reading.second.split(".")),
-        act=act.spec,
-        gate=gate.spec,
+        act=act,
+        gate=gate,
         squeeze=reading.squeezes[0],
         form=reading.forms[0],
         channels=channels,
@@ -87,6 +88,7 @@ def _recipe(layer: nn.Module, reading: Reading) -> Recipe:
         channels_last=reading.channels_last[0],
         dimensions=_dimensions(layer),
         argument=next(iter(inspect.signature(layer.forward).parameters), ""),
+        children=len(layer._modules),
         flags=tuple((k, v) for k, v in vars(layer).items() if isinstance(v, bool) and k != "training"),
         parts=parts_of(layer),
     )
@@ -200,7 +202,7 @@ def _fitting(copied: nn.Module, readings: list[tuple[Reading, Recipe]], trials: 
             forms = [form for form in reading.forms if form in returned]
             for (act, gate), squeeze, form in itertools.product(reading.functions, reading.squeezes, forms):
                 recipe = dataclasses.replace(
-                    skeleton, act=act.spec, gate=gate.spec, squeeze=squeeze, form=form, channels_last=last
+                    skeleton, act=act, gate=gate, squeeze=squeeze, form=form, channels_last=last
                 )
                 error = _error(recipe, copied, x, y)
                 if error <= _BOUND:
@@ -235,8 +237,15 @@ def _differs(what: str, error: float) -> str:
 def _error(recipe: Recipe, copied: nn.Module, x: Tensor, y: Tensor) -> float:
     """The largest difference between y, what the layer returned, and what the recipe does."""
     with torch.no_grad():
-        ours, _ = recipe.apply(copied, x, backend="auto", with_gate=False)
+        ours = _ours(recipe, copied, x)
     return _distance(ours, y, x if y.shape == x.shape else 1 + y.abs()) if ours.shape == y.shape else math.inf
+
+
+def _ours(recipe: Recipe, copied: nn.Module, x: Tensor) -> Tensor:
+    """What the fused layer will return, by the kernels for the CPU where they are, whatever backend is in force."""
+    first, second = (copied.get_submodule(".".join(path)) for path in (recipe.first, recipe.second))
+    weights = (first.weight, second.weight, first.bias, second.bias)
+    return recipe.apply(weights, x, chosen=route(x, "auto"), with_gate=False)[0]
 
 
 def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
@@ -255,7 +264,7 @@ def _compare_gradients(recipe: Recipe, copied: nn.Module, x: Tensor) -> None:
         raise Unsuited("its output has no gradient")
     if not torch.equal(torch.get_rng_state(), state):
         raise Unsuited("it draws random numbers")
-    ours, _ = recipe.apply(copied, x, backend="auto", with_gate=False)
+    ours = _ours(recipe, copied, x)
     mode = "in training mode " if copied.training else ""
     if (error := _distance(ours, theirs, x if theirs.shape == x.shape else 1 + theirs.abs())) > _BOUND:
         raise Unsuited(_differs(f"{mode}its output", error))
