@@ -111,6 +111,8 @@ def test_large_outputs_are_streamed():
     assert not plan(at_limit, 256, 16, 64).stream_stores
     assert plan(at_limit + 1, 256, 16, 64).stream_stores
     assert not plan(at_limit + 1, 256, 16, 64, element_size=2).stream_stores
+    fresh = 32 * MIB // (256 * 64 * 4)  # malloc maps new pages for it, which are in a cache when they are written
+    assert plan(fresh - 1, 256, 16, 64).stream_stores and not plan(fresh, 256, 16, 64).stream_stores
 
 
 # ---------------------------------------------------------------------------------------------------- limits

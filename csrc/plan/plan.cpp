@@ -16,6 +16,10 @@ constexpr int64_t kPhaseWeightBytes = 1024 * 1024;
 // An output of more than this part of the L3 is large.
 constexpr int64_t kLargeOutput = 4;
 
+// Beyond this malloc maps fresh pages for every output (M_MMAP_THRESHOLD's maximum in glibc): the kernel has just zeroed
+// a page when it is first written, so its lines are in a cache, and streaming past them writes memory twice.
+constexpr int64_t kFreshPages = 32 * 1024 * 1024;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -32,7 +36,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
   plan.pieces_per_sample = 1;
   // The next layer would not find much of a large output in the L3; reading it before it is written, and pushing x out
   // of the cache for it, costs more.
-  plan.stream_stores = kLargeOutput * p.n * tensor > facts.l3_bytes;
+  plan.stream_stores = kLargeOutput * p.n * tensor > facts.l3_bytes && p.n * tensor < kFreshPages;
 
   // As few samples at a time as make reading the weights cheap beside them, and no more than stay near.
   const int64_t per_thread = std::max<int64_t>(1, ceil_div(p.n, threads));
