@@ -18,6 +18,11 @@ _COMMANDS = {
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",
     "demo": "train a small SE-ResNet on handwritten digits with the stock layer and with FusedSE",
 }
+# Taken if one of these words stands behind `bench`.
+_OF_BENCH = {
+    "compare": "two saved runs of `senet-fused bench`, or of `bench model`, row by row: faster, slower or the same",
+    "model": "time whole networks, inference and a training step: stock, torch.compile, fused, and the twin without SE",
+}
 _DESCRIPTION = "Fused Squeeze-and-Excitation for PyTorch: measure it, examine the installation, see it train."
 
 
@@ -33,8 +38,19 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _parser_of_bench(name: str) -> argparse.ArgumentParser:
+    about = _OF_BENCH[name]
+    parser = argparse.ArgumentParser(prog=f"senet-fused bench {name}", description=about[0].upper() + about[1:] + ".")
+    _module(f"bench {name}").add_arguments(parser)
+    return parser
+
+
 def _module(command: str):
-    if command == "bench":
+    if command == "bench compare":
+        from .bench import compare as module
+    elif command == "bench model":
+        from .bench import model as module
+    elif command == "bench":
         from .bench import command as module
     elif command == "tune":
         from . import tune as module
@@ -49,21 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status (2 for a request that cannot be met)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv[0] if argv and argv[0] in _COMMANDS else None
-    parser = _parser(command)
-    args = parser.parse_args(argv)
-    if args.version:
-        from . import __version__
+    if command == "bench" and argv[1:] and argv[1] in _OF_BENCH:
+        command, rest = f"bench {argv[1]}", argv[2:]
+        args = _parser_of_bench(argv[1]).parse_args(rest)
+    else:
+        parser, rest = _parser(command), argv[1:]
+        args = parser.parse_args(argv)
+        if args.version:
+            from . import __version__
 
-        print(f"senet-fused {__version__}")
-        return 0
-    if args.command is None:
-        parser.print_help()
-        return 2
+            print(f"senet-fused {__version__}")
+            return 0
+        if args.command is None:
+            parser.print_help()
+            return 2
     try:
         from .bench.problems import RequestError
 
         try:
-            return _module(command).run(*((args, argv[1:]) if command == "bench" else (args,)))
+            return _module(command).run(*((args, rest) if command.startswith("bench") else (args,)))
         except RequestError as error:
             print(f"senet-fused {command}: error: {error}", file=sys.stderr)
             return 2

@@ -36,7 +36,7 @@ PYTHON = {
     "senet_fused": {"_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select"},
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tune"},
-    "bench": {"senet_fused", "backends", "fuse", "machine", "modules"},
+    "bench": {"senet_fused", "backends", "machine", "modules"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
     "train": {"senet_fused", "machine", "select"},
     "cli": {"senet_fused", "bench", "doctor", "train", "tune"},

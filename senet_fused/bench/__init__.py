@@ -8,7 +8,17 @@
     timing       interleaved wall-clock sampling;  cuda_timing: CUDA-graph replays beside it
     runner       one case after the other -> rows
     report       rows -> terminal tables, summary, JSON and back;  plot: rows -> pictures
+    tables       how tables look;  header: what a run is stamped with
     command      the arguments of `senet-fused bench` and its exit status
+    compare      `senet-fused bench compare`: two saved runs, row by row
+
+Whole networks, `senet-fused bench model`:
+
+    zoo          networks by name: timm's, torchvision's, and those of files
+    variants     stock, the twin without SE, and fused, each as it is and compiled
+    model_case   input, loss, the check against stock, the timed call;  model_run: one case after the other -> rows
+    model_report rows -> tables, summary
+    model        its arguments and its exit status
 
 Nothing is imported here, so `senet-fused --help` stays quick.
 """

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.util
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +27,7 @@ from .problems import (
 if TYPE_CHECKING:
     from .runner import Options
 
-__all__ = ["add_arguments", "add_layers", "positive", "run"]
+__all__ = ["add_arguments", "add_layers", "check_device", "positive", "require_writable", "run"]
 
 PROVIDERS = ("eager", "compile", "max-autotune", "fused", *GPU_BACKENDS, "fused+compile")
 _BY_DEFAULT = ("eager", "compile", "fused")
@@ -57,6 +53,10 @@ examples:
   senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
   senet-fused bench --device cuda --batch 64 --dtype bfloat16 --providers eager compile cuda triton
   senet-fused bench --from out.json --plot out.png --roofline roofline.png
+
+whole networks, and two runs side by side:
+  senet-fused bench model seresnet50 --batch 8        inference and a training step; `bench model --help`
+  senet-fused bench compare before.json after.json    what --json has written; `bench compare --help`
 
 exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met,
 130 interrupted or out of time
@@ -224,7 +224,7 @@ def _list_problems() -> None:
             print(f"  {shape.channels}/{shape.rd_channels} @ {spatial}  x {shape.count}")
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Raises RequestError unless a file can be written there; leaves nothing behind."""
     if path.is_dir():
         raise RequestError(f"cannot write {path}: it is a folder")
@@ -240,7 +240,7 @@ def _require_writable(path: Path) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.json is not None:
-        _require_writable(args.json)
+        require_writable(args.json)
     for option, path in (("--plot", args.plot), ("--roofline", args.roofline)):
         if path is None:
             continue
@@ -250,10 +250,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
             )
         if importlib.util.find_spec("matplotlib") is None:
             raise RequestError(f"{option} needs matplotlib: pip install 'senet-fused[bench]'")
-        _require_writable(path)
+        require_writable(path)
 
 
-def _check_device(args: argparse.Namespace) -> None:
+def check_device(args: argparse.Namespace) -> None:
+    """Raises RequestError unless --device and --backend can be served here."""
     import torch
 
     from .. import backends
@@ -300,26 +301,8 @@ def _providers(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
-    import torch
+    from .header import stamp
 
-    from .. import __version__
-
-    cpu = {
-        "type": "cpu",
-        "name": machine.cpu_name(),
-        "cpus": machine.cpus(),
-        "features": " ".join(machine.cpu_features()),
-    }
-    device = cpu
-    if args.device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        device = {
-            "type": "cuda",
-            "name": properties.name,
-            "sms": properties.multi_processor_count,
-            "compute": f"{properties.major}.{properties.minor}",
-            "host": cpu["name"],
-        }
     size = f"{options.cache_bytes / _MIB:.0f} MiB"
     if args.device == "cuda":
         cold = (
@@ -332,25 +315,8 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
             f"twice the last-level cache of {size}"
         )
     texts = {"cold": f"cold: {cold}", "warm": "warm: one input buffer, again and again"}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f"the load average is {load:.1f} on {machine.cpus()} processors: other work disturbs the timing"
     return {
-        "tool": "senet-fused bench",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["senet-fused", "bench", *command]),
-        "device": device,
-        "versions": {
-            "senet_fused": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "triton": machine.package_version("triton"),
-            "cuda": torch.version.cuda,
-        },
-        "threads": torch.get_num_threads(),
-        "revision": machine.revision(),
-        "load": load,
-        "samples": dataclasses.asdict(options.settings),
-        "warning": busy if load > 0.5 * machine.cpus() else None,
+        **stamp("senet-fused bench", command, args.device, options.settings),
         "cache": "; ".join(texts[cache] for cache in options.caches),
         "cache_bytes": options.cache_bytes,
         "byte_model": "passes = the tensor-sized reads and writes that the case needs at least; "
@@ -363,11 +329,15 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
 
 
 def _report(args: argparse.Namespace, header: dict, rows: list[dict]) -> None:
-    from . import report
+    from . import model_report, report
 
-    summary = report.summarise(rows)
     roofline = args.roofline is not None
-    report.render(header, rows, summary, sys.stdout, plain=args.plain, roofline=roofline)
+    if header.get("kind") == "model":
+        summary = model_report.summarise(rows)
+        model_report.render(header, rows, summary, sys.stdout, plain=args.plain)
+    else:
+        summary = report.summarise(rows)
+        report.render(header, rows, summary, sys.stdout, plain=args.plain, roofline=roofline)
     if args.json is not None:
         report.write_json(args.json, header, rows, summary)
         print(f"\nwrote {args.json}")
@@ -400,6 +370,8 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
         from . import report
 
         header, rows = report.read_json(args.saved)
+        if header.get("kind") == "model" and (args.plot or args.roofline):
+            raise RequestError("--plot and --roofline draw runs of `bench`, and this is one of `bench model`")
         _check_outputs(args)
         _report(args, header, rows)
         return 1 if any(row["error"] for row in rows) else 0
@@ -419,7 +391,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
         gate=args.gate,
     )
     _check_outputs(args)
-    _check_device(args)
+    check_device(args)
     providers = _providers(args)
 
     from . import cuda_timing, runner, timing

@@ -19,7 +19,7 @@ from .problems import GPU_BACKENDS, Case
 
 __all__ = [
     "BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "forget_compiled", "is_ours", "results",
-    "step",
+    "step", "under_compile",
 ]  # fmt: skip
 
 STOCK_FORMS = ("linear", "conv")
@@ -122,7 +122,9 @@ def forget_compiled() -> None:
         torch._dynamo.reset()
 
 
-def _compiled(module: nn.Module, mode: str | None = None) -> tuple[nn.Module, Callable[[], None]]:
+def under_compile(
+    module: nn.Module, mode: str | None = None, fullgraph: bool = True
+) -> tuple[nn.Module, Callable[[], None]]:
     """The module under torch.compile, and a check that raises unless something has been compiled since."""
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
@@ -132,13 +134,13 @@ def _compiled(module: nn.Module, mode: str | None = None) -> tuple[nn.Module, Ca
         if graphs["unique_graphs"] == before:
             raise RuntimeError("torch.compile compiled nothing; is it disabled by the environment?")
 
-    return torch.compile(module, fullgraph=True, dynamic=False, **options), require_a_graph
+    return torch.compile(module, fullgraph=fullgraph, dynamic=False, **options), require_a_graph
 
 
 def _compile_as(name: str, mode: str | None) -> Builder:
     def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
         module = StockSE(case, weights, form)
-        compiled, require_a_graph = _compiled(module, mode)
+        compiled, require_a_graph = under_compile(module, mode)
 
         def path() -> str:
             require_a_graph()
@@ -200,7 +202,7 @@ def _fused_as(name: str, always: str | None = None) -> Builder:
 
 def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
     module = _fused_module(case, weights, backend)
-    compiled, require_a_graph = _compiled(module)
+    compiled, require_a_graph = under_compile(module)
     before = Counter(senet_fused.call_counts())
 
     def path() -> str:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .problems import DIRECTIONS, GPU_BACKENDS, RequestError
+from .problems import DIRECTIONS, RequestError
+from .tables import Table, ratio_label, share_label, show, show_header, time_label
 
 __all__ = [
-    "geometric_mean", "read_json", "render", "shape_label", "size_label", "summarise", "tensor_bytes", "write_json",
+    "COMMANDS", "geometric_mean", "kind_of", "read_json", "render", "shape_label", "size_label", "summarise",
+    "tensor_bytes", "write_json",
 ]  # fmt: skip
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "cache", "byte_model", "copy", "baseline",
            "interrupted")  # fmt: skip
-# What a row has to have for tables and pictures.
-_NEEDED = (
-    "problem", "shape", "dtype", "layout", "direction", "cache", "provider", "backend", "form", "median_s", "iqr_s",
-    "speedup_vs_eager", "copies", "passes", "gbps", "fraction_of_copy", "max_error", "error",
-)  # fmt: skip
+# What a row has to have for tables and pictures, by the kind of run that the header names; without a name it is layers.
+_NEEDED = {
+    "layers": (
+        "problem", "shape", "dtype", "layout", "direction", "cache", "provider", "backend", "form", "median_s", "iqr_s",
+        "speedup_vs_eager", "copies", "passes", "gbps", "fraction_of_copy", "max_error", "error",
+    ),
+    "model": (
+        "model", "batch", "size", "dtype", "amp", "layout", "mode", "provider", "backend", "median_s", "iqr_s",
+        "speedup_vs_stock", "price_of_se", "output_error", "gradient_error", "se_layers", "se_fused", "note", "error",
+    ),
+}  # fmt: skip
+# Who measures which kind.
+COMMANDS = {"layers": "`senet-fused bench`", "model": "`senet-fused bench model`"}
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -90,46 +99,6 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return summary
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1 or unit == "us":
-            return (
-                f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
-            )
-    raise AssertionError
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}" if value >= 0.095 else f"{value:.1%}"
-
-
-_TEXT_COLUMNS = {"N x C/R @ plane", "layout", "cache", "provider", "ran on", "problem", "dtype", "direction",
-                 "slowest cell"}  # fmt: skip
-# What a narrow terminal can do without, first to go first.
-_DISPENSABLE = ("GB/s", "IQR", "ran on", "behind", "max error", "of copy")
-
-
-@dataclasses.dataclass
-class _Table:
-    """Rows of cells by column head; a row with an "error" has only its first cells, and the text."""
-
-    title: str
-    rows: list[dict[str, str]]
-
-    @property
-    def heads(self) -> list[str]:
-        return list(dict.fromkeys(head for row in self.rows for head in row if head != "error"))
-
-    def width(self, head: str) -> int:
-        return max(len(head), *(len(row.get(head, "")) for row in self.rows))
-
-
 def _result_cells(row: Row) -> dict[str, str]:
     gpu = "wall_median_s" in row
     cells = {"N x C/R @ plane": shape_label(row), "layout": row["layout"]}
@@ -140,21 +109,21 @@ def _result_cells(row: Row) -> dict[str, str]:
         return cells | {"error": row["error"]}
     cells |= {
         "ran on": row["backend"] + (f" ({row['form']})" if row["form"] else ""),
-        "device" if gpu else "median": _time(row["median_s"]),
-        "IQR": _time(row["iqr_s"]),
-        "vs eager": _ratio(row["speedup_vs_eager"]),
+        "device" if gpu else "median": time_label(row["median_s"]),
+        "IQR": time_label(row["iqr_s"]),
+        "vs eager": ratio_label(row["speedup_vs_eager"]),
     }
     if gpu:
-        cells |= {"wall": _time(row["wall_median_s"]), "wall vs eager": _ratio(row["wall_speedup_vs_eager"])}
+        cells |= {"wall": time_label(row["wall_median_s"]), "wall vs eager": ratio_label(row["wall_speedup_vs_eager"])}
     return cells | {
-        "copies": _ratio(row["copies"]),
+        "copies": ratio_label(row["copies"]),
         "GB/s": f"{row['gbps']:.3g}",
-        "of copy": _share(row["fraction_of_copy"]),
+        "of copy": share_label(row["fraction_of_copy"]),
         "max error": f"{row['max_error']:.1e}",
     }
 
 
-def _result_tables(rows: Sequence[Row]) -> list[_Table]:
+def _result_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     for group in dict.fromkeys((row["problem"], row["direction"], row["dtype"]) for row in rows):
@@ -168,11 +137,11 @@ def _result_tables(rows: Sequence[Row]) -> list[_Table]:
                 cells |= {"N x C/R @ plane": "", "layout": ""}
             last = where
             lines.append(cells)
-        tables.append(_Table(f"{group[0]}: {', '.join(group[1:])}", lines))
+        tables.append(Table(f"{group[0]}: {', '.join(group[1:])}", lines))
     return tables
 
 
-def _summary_table(summary: Sequence[Row]) -> _Table:
+def _summary_table(summary: Sequence[Row]) -> Table:
     lines = []
     for entry in summary:
         gpu = "wall_speedup_vs_eager" in entry
@@ -180,20 +149,20 @@ def _summary_table(summary: Sequence[Row]) -> _Table:
         cells = {head: entry[head] for head in ("problem", "dtype", "direction")}
         if gpu:
             cells["cache"] = entry["cache"]
-        cells |= {"provider": entry["provider"], "vs eager": _ratio(entry["speedup_vs_eager"])}
+        cells |= {"provider": entry["provider"], "vs eager": ratio_label(entry["speedup_vs_eager"])}
         if gpu:
-            cells["wall vs eager"] = _ratio(entry["wall_speedup_vs_eager"])
+            cells["wall vs eager"] = ratio_label(entry["wall_speedup_vs_eager"])
         cells |= {
-            "copies": _ratio(entry["copies"]),
+            "copies": ratio_label(entry["copies"]),
             "slowest cell": f"{entry['slowest']:.2f} at {entry['slowest_at']}" if rival else "",
             "behind": str(entry["behind"]) if rival else "",
             "cells": f"{entry['measured']}/{entry['cells']}",
         }
         lines.append(cells)
-    return _Table("Geometric means over shapes and layouts", lines)
+    return Table("Geometric means over shapes and layouts", lines)
 
 
-def _roofline_tables(rows: Sequence[Row]) -> list[_Table]:
+def _roofline_tables(rows: Sequence[Row]) -> list[Table]:
     """GB/s of every provider and their part of the copy's; one table per problem, direction, dtype and cache."""
     names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "copy"))
     caches = list(dict.fromkeys(row["cache"] for row in rows))
@@ -215,72 +184,15 @@ def _roofline_tables(rows: Sequence[Row]) -> list[_Table]:
                 }
                 for name in names:
                     row = found.get(name, {"gbps": None, "error": None})
-                    missing = "error" if row["error"] else "-"
-                    cells[name] = (
-                        missing if row["gbps"] is None else f"{row['gbps']:.3g} ({_share(row['fraction_of_copy'])})"
-                    )
+                    cells[name] = "error" if row["error"] else "-"
+                    if row["gbps"] is not None:
+                        cells[name] = f"{row['gbps']:.3g} ({share_label(row['fraction_of_copy'])})"
                 lines.append(cells)
             if lines:
                 layouts = list(dict.fromkeys(line["layout"] for line in lines))
                 lines.sort(key=lambda line, layouts=layouts: layouts.index(line["layout"]))
-                tables.append(_Table(f"GB/s (of copy), {cache}, {group[0]}: {', '.join(group[1:])}", lines))
+                tables.append(Table(f"GB/s (of copy), {cache}, {group[0]}: {', '.join(group[1:])}", lines))
     return tables
-
-
-def _plain(table: _Table, out: TextIO) -> None:
-    heads = table.heads
-    widths = {head: table.width(head) for head in heads}
-
-    def line(cells: dict[str, str]) -> str:
-        padded = [
-            text.ljust(widths[head]) if head in _TEXT_COLUMNS else text.rjust(widths[head])
-            for head, text in cells.items()
-        ]
-        return "  ".join(padded).rstrip()
-
-    top = line({head: head for head in heads})
-    print(f"\n{table.title}\n{top}\n{'-' * len(top)}", file=out)
-    for row in table.rows:
-        shown = line({head: text for head, text in row.items() if head != "error"})
-        print(f"{shown}  ERROR {row['error']}" if "error" in row else shown, file=out)
-
-
-def _rich(tables: Sequence[_Table], out: TextIO) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=out, highlight=False)
-    for table in tables:
-        heads, left_out = table.heads, []
-        for head in _DISPENSABLE:
-            if head in heads and sum(table.width(h) + 3 for h in heads) > console.width:
-                heads.remove(head)
-                left_out.append(head)
-        grid = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                     pad_edge=False, padding=(0, 1))  # fmt: skip
-        for head in heads:
-            grid.add_column(
-                head, justify="left" if head in _TEXT_COLUMNS else "right", no_wrap=head != "slowest cell"
-            )
-        errors = []
-        for row in table.rows:
-            style = {"copy": "dim"}.get(row.get("provider", ""), "")
-            if row.get("provider") in ("fused", *GPU_BACKENDS):
-                style = "bold"
-            if "error" in row:
-                errors.append(row["error"])
-                style = "red"
-                missing = next(head for head in heads if head not in row)
-                row = row | {missing: f"ERROR [{len(errors)}]"}
-            grid.add_row(*(Text(row.get(head, ""), style=style) for head in heads))
-        console.print()
-        console.print(grid)
-        for number, error in enumerate(errors, 1):
-            console.print(Text(f"[{number}] {error}", style="red"))
-        if left_out:
-            console.print(Text(f"no room for: {', '.join(left_out)} (the JSON has them)", style="dim"))
 
 
 def render(
@@ -295,23 +207,11 @@ def render(
 
     On a terminal they are rich's, if rich is installed and not plain.
     """
-    for name in _HEADER:
-        value = header.get(name)
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
-        if value is not None:
-            print(f"{name.replace('_', ' ') + ':':12} {value}", file=out)
+    show_header(header, _HEADER, out)
     tables = []
     if rows:
         tables = [*_result_tables(rows), *(_roofline_tables(rows) if roofline else ()), _summary_table(summary)]
-    if out.isatty() and not plain:
-        try:
-            _rich(tables, out)
-            return
-        except ImportError:
-            pass
-    for table in tables:
-        _plain(table, out)
+    show(tables, out, plain)
 
 
 def write_json(path: Path, header: Row, rows: Sequence[Row], summary: Sequence[Row]) -> None:
@@ -320,12 +220,17 @@ def write_json(path: Path, header: Row, rows: Sequence[Row], summary: Sequence[R
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def kind_of(header: Row) -> str:
+    """What the rows below a header are about: "layers" or "model"."""
+    return header.get("kind", "layers")
+
+
 def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
     """Header and rows of what :func:`write_json` has written, of several files together.
 
     Raises:
-        RequestError: a file cannot be read or is no such file, or the files are of different devices, threads or
-            versions; the message says which.
+        RequestError: a file cannot be read or is no such file, or the files are of different kinds, devices, threads
+            or versions; the message says which.
     """
     headers: list[Row] = []
     rows: list[Row] = []
@@ -337,12 +242,17 @@ def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
         try:
             found, more = content["header"], list(content["rows"])
             missing = {key for key in ("device", "versions", "threads", "date") if key not in found}
-            missing |= {key for row in more for key in _NEEDED if key not in row}
-        except (KeyError, TypeError):
+            missing |= {key for row in more for key in _NEEDED[kind_of(found)] if key not in row}
+        except (KeyError, TypeError, AttributeError):
             missing = {"header or rows"}
         if missing:
             raise RequestError(f"{path} was not written by `senet-fused bench --json`: no {', '.join(sorted(missing))}")
         headers.append(found)
+        if kind_of(found) != kind_of(headers[0]):
+            raise RequestError(
+                f"{path} is a run of {COMMANDS[kind_of(found)]} and {paths[0]} one of {COMMANDS[kind_of(headers[0])]}; "
+                "report each by itself"
+            )
         for key in ("device", "versions", "threads"):
             if found[key] != headers[0][key]:
                 raise RequestError(f"{path} and {paths[0]} differ in {key}: {found[key]} and {headers[0][key]}")

@@ -1,0 +1,200 @@
+"""``senet-fused bench model``: whole networks, inference and a training step. Its arguments and its run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import check_device, positive, require_writable
+from .problems import LAYOUTS, RequestError
+
+if TYPE_CHECKING:
+    from .model_run import Options
+
+__all__ = ["add_arguments", "run"]
+
+VARIANTS = ("stock", "compile", "fused", "fused+compile", "no-se", "no-se+compile")
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("inference", "training")
+_BUDGET_S = 10.0
+
+_EPILOG = """\
+models:
+  NAME               timm's network of that name, else torchvision's; timm:NAME and torchvision:NAME are explicit
+  FILE.py:FACTORY    what a function (or class) without arguments in a file returns
+Weights of timm's and torchvision's are random, nothing is downloaded, and all variants begin with the same ones.
+
+variants:
+  stock              the network as it is
+  fused              a copy after senet_fused.fuse
+  no-se              the twin: a copy with nn.Identity for every SE layer, where each returns its scaled input
+  compile, fused+compile, no-se+compile    these three under torch.compile (default options, static shapes)
+The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without.
+
+inference is evaluation mode under torch.inference_mode. training is a step in training mode: forward, cross-entropy
+with random labels (the mean of squares of everything where the output is no [N, classes] tensor), backward, SGD with
+momentum, gradients set to None; float16 without loss scaling. The variants take turns; times are of the wall clock.
+
+Before the timing every variant is compared with stock in the same dtype (no-se+compile with no-se): output, max
+|difference| / max |stock|, and in training the largest gradient error, in norm, of any parameter. In float32 a variant
+whose output is off by more than 1e-3 gets an error instead of a time, unless the last bit of the input moves that of
+stock by a tenth as much (normalisations over a few values do that; take a larger batch); otherwise judge for yourself.
+In other dtypes the figures of stock and no-se say how far they are from themselves in float32: what that dtype's
+rounding does to the network. A ReLU whose input is next to zero flips with the last bit: gradients of deep networks
+may differ by percents, in float32 too.
+
+examples:
+  senet-fused bench model seresnet50 --batch 8
+  senet-fused bench model torchvision:mobilenet_v3_large --mode inference --batch 1 32 --layout channels_last
+  senet-fused bench model seresnext101_32x4d senet154 --device cuda --dtype float16 --amp --batch 64 --json out.json
+  senet-fused bench model my_net.py:make --size 1,28,28 --providers stock fused no-se --quick
+  senet-fused bench compare before.json after.json
+
+exit status: 0 all measured, 1 an output was wrong or a variant failed, 2 the request cannot be met,
+130 interrupted or out of time
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the subcommand. Imports no torch."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    what = parser.add_argument_group("what is computed")
+    what.add_argument("models", nargs="+", metavar="NAME", help="a network, as below; in front of the options")
+    what.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="default: both")
+    what.add_argument("--batch", nargs="+", type=positive(int), default=[8], metavar="N", help="default 8")
+    what.add_argument(
+        "--size",
+        "--input-size",
+        metavar="SIZE",
+        help="of one input: N for a square image, or C,H,W (also C,L and C,D,H,W); "
+        "default: what timm says of its network, else 3,224,224",
+    )
+    what.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    what.add_argument("--amp", action="store_true", help="float32 weights, and autocast to the dtype")
+    what.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
+    what.add_argument("--seed", type=int, default=0, help="of weights, inputs and labels (default 0)")
+
+    who = parser.add_argument_group("who computes it")
+    who.add_argument("--providers", nargs="+", choices=VARIANTS, help="the variants (default: all)")
+    who.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="of fused and fused+compile: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+    )
+    who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    who.add_argument(
+        "--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
+    )
+
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument(
+        "--budget",
+        type=positive(float),
+        metavar="SECONDS",
+        help=f"time for the samples of one case, all variants together, at least 7 of each (default {_BUDGET_S:g})",
+    )
+    how.add_argument(
+        "--time-limit",
+        type=positive(float),
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no case after so long; what is done is reported and written, as after an interruption",
+    )
+    how.add_argument("--quick", action="store_true", help="a first look: three samples or little more")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="header, rows and summary; `senet-fused bench --from` shows it again"
+    )
+    output.add_argument(
+        "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
+    )
+
+
+def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
+    from .. import machine
+    from .header import stamp
+    from .zoo import LIBRARIES
+
+    header = stamp("senet-fused bench model", command, args.device, options.settings)
+    header["versions"] |= {library: machine.package_version(library) for library in LIBRARIES}
+    return {
+        **header,
+        "kind": "model",
+        "weights": f"random, seed {args.seed}, the same for all variants; running statistics of one random batch",
+        "inference": "evaluation mode, torch.inference_mode",
+        "training": "forward, cross-entropy with random labels, backward, SGD with momentum 0.9, zero_grad",
+        "price of SE": "median / median of no-se, the same network with nn.Identity for every SE layer",
+        "check": "against stock in the same dtype: output, max |difference| / max |stock|; gradients, the largest "
+        "|difference| / |stock| in norm of a parameter; no-se+compile against no-se; stock and no-se themselves, "
+        "unless in float32, against float32",
+    }
+
+
+def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
+    """Measures the networks and prints the report.
+
+    Args:
+        args: as parsed by a parser with :func:`add_arguments`.
+        command: the arguments as typed, for the header.
+
+    Returns:
+        0; 1 if a row has an error; 130 if interrupted or out of time (what is done is reported and written).
+
+    Raises:
+        RequestError: the request cannot be met; nothing has been measured.
+    """
+    if args.amp and "float32" in args.dtype:
+        raise RequestError("--amp is for --dtype bfloat16 or float16: autocast to float32 changes nothing")
+    if args.json is not None:
+        require_writable(args.json)
+    check_device(args)
+
+    from . import model_report, model_run, report, timing, zoo
+    from .progress import open_progress
+    from .runner import computing
+
+    todo = []
+    for name in dict.fromkeys(args.models):
+        model = zoo.load(name, seed=args.seed)
+        size = zoo.input_size(model, args.size)
+        if "channels_last" in args.layout and len(size) == 2:
+            raise RequestError(f"channels_last needs two or three spatial dimensions; {name} gets {args.size}")
+        todo.append((model, model_run.cases(name, size, args)))
+    settings = timing.QUICK if args.quick else timing.Settings(budget_s=_BUDGET_S)
+    if args.budget is not None:
+        settings = dataclasses.replace(settings, budget_s=args.budget)
+    options = model_run.Options(
+        variants=tuple(name for name in VARIANTS if name in (args.providers or VARIANTS)),
+        backend=args.backend,
+        device=args.device,
+        seed=args.seed,
+        settings=settings,
+        time_limit_s=args.time_limit,
+    )
+
+    rows: list[model_run.Row] = []
+    total, interrupted = sum(len(cases) for _, cases in todo), False
+    with computing(args.threads):
+        header = _header(args, command, options)
+        try:
+            with open_progress(total, args.plain) as progress:
+                model_run.run(todo, options, progress, rows)
+        except KeyboardInterrupt:
+            interrupted = True
+    done = len(rows) // len(options.variants)
+    if interrupted or (args.time_limit < float("inf") and done < total):
+        header["interrupted"] = f"after {done} of {total} cases"
+    summary = model_report.summarise(rows)
+    model_report.render(header, rows, summary, sys.stdout, args.plain)
+    if args.json is not None:
+        report.write_json(args.json, header, rows, summary)
+        print(f"\nwrote {args.json}")
+    if "interrupted" in header:
+        return 130
+    return 1 if any(row["error"] for row in rows) else 0

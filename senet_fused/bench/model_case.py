@@ -1,0 +1,197 @@
+"""One case of a whole network: its input and loss, the check of variants against stock, and the call that is timed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import senet_fused
+
+from .oracle import relative_error
+from .variants import ModelCase, Network, Variant
+
+__all__ = ["Cell", "Results"]
+
+_LEARNING_RATE = 1e-5  # weights stay where they were, and with them the time
+_FLOAT32_LIMIT = 1e-3
+_MAGNIFIED = 10  # times what the last bit of the input does; a variant rounds at every layer
+
+
+class Results(NamedTuple):
+    """What a variant is judged by: its floating outputs, and in training every parameter's gradient."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor | None]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating tensors in whatever a network returns."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _output_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
+    return max((relative_error(ours, stock.double()) for ours, stock in pairs), default=0.0)
+
+
+def _loss(output: Any, seed: int) -> Callable[[Any], Tensor]:
+    """The loss for outputs like this one."""
+    if isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point():
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(output.shape[1], output.shape[:1], generator=generator).to(output.device)
+        return lambda logits: F.cross_entropy(logits.float(), labels)
+    return lambda output: sum(tensor.float().square().mean() for tensor in _tensors(output))
+
+
+class Cell:
+    """One case at work: its input and loss, and what is done with a variant."""
+
+    def __init__(self, case: ModelCase, device: str, seed: int) -> None:
+        self.case, self.device, self.seed = case, device, seed
+        self.dtype = getattr(torch, case.dtype)
+        generator = torch.Generator().manual_seed(seed + 1)
+        x = torch.randn(case.batch, *case.size, generator=generator)
+        x = x.to(device, torch.float32 if case.amp else self.dtype)
+        self.x = x.contiguous(memory_format=case.memory_format)
+        self.loss: Callable[[Any], Tensor] | None = None
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device, self.dtype) if self.case.amp else contextlib.nullcontext()
+        with contextlib.nullcontext() if self.case.training else torch.inference_mode(), autocast:
+            yield
+
+    def results(self, variant: Variant) -> Results:
+        """One forward, in training with a backward, from the same random state for every variant."""
+        before = Counter(senet_fused.call_counts())
+        torch.manual_seed(self.seed + 2)
+        with self._modes():
+            output = variant.call(self.x)
+            if self.case.training:
+                if self.loss is None:
+                    self.loss = _loss(output, self.seed + 3)
+                loss = self.loss(output)
+        gradients: list[Tensor | None] = []
+        if self.case.training:
+            loss.backward()
+            gradients = [parameter.grad for parameter in variant.model.parameters()]
+            variant.model.zero_grad(set_to_none=True)
+        outputs = [tensor.detach() for tensor in _tensors(output)]
+        variant.require_a_graph()
+        ran = {key.rpartition(".")[0] for key, n in (Counter(senet_fused.call_counts()) - before).items() if n}
+        variant.backend = "+".join(sorted(ran)) or ("inductor" if variant.compiled else "aten")
+        return Results(outputs, gradients)
+
+    def is_stochastic(self, stock: Variant, found: Results) -> bool:
+        """Whether another random state gives stock another output, as dropout does."""
+        if not self.case.training:
+            return False
+        torch.manual_seed(self.seed + 4)
+        with torch.no_grad(), self._modes():
+            again = [tensor for tensor in _tensors(stock.call(self.x))]
+        return any(not torch.equal(a, b) for a, b in zip(found.outputs, again, strict=True))
+
+    def in_float32(self, network: Network, name: str) -> Results:
+        """What the same network gives in float32, for the same input."""
+        cell = Cell(dataclasses.replace(self.case, dtype="float32", amp=False), self.device, self.seed)
+        cell.x = self.x.float()
+        variant = Variant(name)
+        network.build(variant, cell.case)
+        return cell.results(variant)
+
+    def moved_by_rounding(self, stock: Variant, found: Results) -> float:
+        """How far stock's output moves when every input moves by about one unit in the last place."""
+        generator = torch.Generator().manual_seed(self.seed + 5)
+        noise = torch.randn(self.x.shape, generator=generator).to(self.x)
+        torch.manual_seed(self.seed + 2)
+        with torch.no_grad(), self._modes():
+            moved = list(_tensors(stock.call(self.x + self.x * noise * torch.finfo(self.dtype).eps)))
+        return _output_error(moved, found.outputs)
+
+    def judge(self, variant: Variant, stock: Variant, wanted: Results) -> None:
+        """Raises ValueError if the variant's output is wrong, which float32 can tell; notes if the network is to blame.
+
+        A network may magnify rounding beyond any limit, as normalisations over two values do.
+        """
+        error = variant.output_error
+        if self.case.dtype != "float32" or error is None or error <= _FLOAT32_LIMIT:
+            return
+        moved = self.moved_by_rounding(stock, wanted)
+        if not error <= _MAGNIFIED * moved:
+            raise ValueError(f"wrong output: off by {error:.1e}, allowed {_FLOAT32_LIMIT:.0e}")
+        variant.remark(f"the network magnifies rounding: the last bit of its input moves stock's output by {moved:.0e}")
+
+    def compare(self, variant: Variant, found: Results, wanted: Results) -> None:
+        """Notes the variant's errors. Raises ValueError for outputs of other shapes."""
+        shapes = [[list(t.shape) for t in result.outputs] for result in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"wrong output: shapes {shapes[0]}, expected {shapes[1]}")
+        if not _all_finite(wanted.outputs):
+            variant.remark("not compared: the output that it is held against has infinities or NaN")
+            return
+        variant.output_error = _output_error(found.outputs, wanted.outputs)
+        if not math.isfinite(variant.output_error):
+            variant.remark("its output has infinities or NaN")
+        elif not _all_finite(found.gradients + wanted.gradients):
+            who = "the gradients that it is held against have" if _all_finite(found.gradients) else "its gradients have"
+            variant.remark(f"{who} infinities or NaN")
+        elif self.case.training:
+            variant.gradient_error = self._gradient_error(found.gradients, wanted.gradients)
+
+    def _gradient_error(self, found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
+        """The largest of |ours - stock| / |stock| over parameters.
+
+        Of a gradient that is zero but for rounding, as that of a bias in front of a normalisation, only rounding would
+        be seen: |stock| counts as at least sqrt(eps) times the largest of all parameters.
+        """
+        pairs = [(ours, stock) for ours, stock in zip(found, wanted, strict=True) if stock is not None]
+        norms = [stock.double().norm().item() for _, stock in pairs]
+        least = torch.finfo(self.dtype).eps ** 0.5 * max(norms, default=0.0)
+        worst = 0.0
+        for (ours, stock), norm in zip(pairs, norms, strict=True):
+            off = norm if ours is None else (ours.double() - stock.double()).norm().item()
+            worst = max(worst, off / max(norm, least) if off else 0.0)
+        return worst
+
+    def timed(self, variant: Variant) -> Callable[[int], object]:
+        """The call that is timed. Its argument, a buffer's number, means nothing here: there is one input."""
+        if not self.case.training:
+
+            def forward(number: int) -> object:
+                with self._modes():
+                    return variant.call(self.x)
+
+            return forward
+        optimizer = torch.optim.SGD(variant.model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
+
+        def step(number: int) -> None:
+            with self._modes():
+                loss = self.loss(variant.call(self.x))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step

@@ -1,0 +1,193 @@
+"""Whole networks: their variants checked against stock and timed in turns, one case after the other, and the rows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .model_case import Cell, Results
+from .providers import forget_compiled
+from .runner import Progress
+from .timing import Outcome, Rotation, Settings, describe, interleave
+from .variants import ModelCase, Network, NoVariant, Variant
+
+__all__ = ["Options", "Row", "cases", "run"]
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which variants, in this order, and how; backend is what fuse is given. After time_limit_s no case is begun."""
+
+    variants: Sequence[str]
+    backend: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    settings: Settings = Settings()
+    time_limit_s: float = math.inf
+
+
+def cases(name: str, size: tuple[int, ...], args: argparse.Namespace) -> list[ModelCase]:
+    """Every combination of the options dtype, mode, batch and layout for one network."""
+    return [
+        ModelCase(name, size, batch, dtype, args.amp, layout, mode)
+        for mode in dict.fromkeys(args.mode)
+        for dtype in dict.fromkeys(args.dtype)
+        for batch in dict.fromkeys(args.batch)
+        for layout in dict.fromkeys(args.layout)
+    ]
+
+
+def _check(network: Network, cell: Cell, options: Options, progress: Progress) -> list[Variant]:
+    """The variants, built and compared: those that stopped on the way have an error or a note, and no model."""
+    checked: dict[str, Variant] = {}
+    wanted: dict[str, Results] = {}
+    stochastic = False
+    references = [Variant(name).reference for name in options.variants]
+    for name in dict.fromkeys([*references, *options.variants]):
+        progress.stage(f"checking {name}")
+        variant = Variant(name)
+        reference = variant.reference
+        try:
+            if reference in checked and checked[reference].error is not None:
+                raise RuntimeError(f"nothing to compare with: {reference} failed, {checked[reference].error}")
+            network.build(variant, cell.case)
+            found = cell.results(variant)
+            if name == reference:
+                wanted[name] = found
+                stochastic = stochastic or cell.is_stochastic(variant, found)
+                if cell.case.dtype != "float32" and not stochastic:
+                    cell.compare(variant, found, cell.in_float32(network, name))
+            elif stochastic and variant.compiled:
+                variant.remark("the network is random in training and torch.compile draws other numbers: not compared")
+            else:
+                cell.compare(variant, found, wanted[reference])
+                cell.judge(variant, checked[reference], wanted[reference])
+        except NoVariant as reason:
+            variant.remark(str(reason))
+            variant.model = None
+        except Exception as error:  # one variant's failure is a row, not the end of the run
+            variant.error, variant.model = describe(error), None
+        checked[name] = variant
+    return [checked[name] for name in options.variants]
+
+
+def _measure(network: Network, case: ModelCase, options: Options, progress: Progress) -> list[Row]:
+    forget_compiled()
+    cell = Cell(case, options.device, options.seed)
+    variants = _check(network, cell, options, progress)
+    running = {variant.name: variant for variant in variants if variant.model is not None}
+    progress.stage(f"timing {', '.join(running)}")
+    outcomes = interleave(
+        {name: cell.timed(variant) for name, variant in running.items()},
+        Rotation(1),
+        options.settings,
+        synchronize=torch.cuda.synchronize if options.device == "cuda" else None,
+        tick=progress.tick,
+    )
+    return _rows(case, network, variants, outcomes)
+
+
+def _rows(
+    case: ModelCase, network: Network | None, variants: Sequence[Variant], outcomes: Mapping[str, Outcome]
+) -> list[Row]:
+    medians = {name: outcome.statistics.median_s for name, outcome in outcomes.items() if outcome.statistics}
+    rows = []
+    for variant in variants:
+        outcome = outcomes.get(variant.name, Outcome(None))
+        timing, error = outcome.statistics, variant.error or outcome.error
+        row: Row = {
+            "model": case.problem,
+            "batch": case.batch,
+            "size": ",".join(map(str, case.size)),
+            "dtype": case.dtype,
+            "amp": case.amp,
+            "layout": case.layout,
+            "mode": case.direction,
+            "provider": variant.name,
+            "backend": variant.backend if timing else None,
+            "median_s": None,
+            "iqr_s": None,
+            "samples": 0,
+            "calls_per_sample": 0,
+            "speedup_vs_stock": None,
+            "price_of_se": None,
+            "output_error": variant.output_error if _finite(variant.output_error) else None,
+            "gradient_error": variant.gradient_error if _finite(variant.gradient_error) else None,
+            "se_layers": network and network.layers,
+            "se_fused": variant.fused,
+            "note": variant.note,
+            "error": error,
+        }
+        if timing is not None:
+            stock, without = (medians.get(name) for name in ("stock", "no-se"))
+            row |= {
+                "median_s": timing.median_s,
+                "iqr_s": timing.iqr_s,
+                "samples": timing.samples,
+                "calls_per_sample": timing.inner,
+                "speedup_vs_stock": stock and stock / timing.median_s,
+                "price_of_se": without and timing.median_s / without,
+            }
+        rows.append(row)
+    return rows
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _failed(case: ModelCase, options: Options, error: str) -> list[Row]:
+    return _rows(case, None, [Variant(name, error=error) for name in options.variants], {})
+
+
+def run(
+    todo: Sequence[tuple[nn.Module, Sequence[ModelCase]]],
+    options: Options,
+    progress: Progress,
+    rows: list[Row] | None = None,
+) -> list[Row]:
+    """Measures networks in turn, each in all its cases.
+
+    Args:
+        todo: networks as :func:`~senet_fused.bench.zoo.load` gives them, with their cases. They are changed.
+        rows: the list to fill; the caller who passes one has the finished cases even if it interrupts the run.
+
+    Returns:
+        One row per case and variant; one without a time has an ``error``, or a ``note`` that there is no such variant.
+    """
+    rows = [] if rows is None else rows
+    start = time.monotonic()
+    for model, todo_cases in todo:
+        network, trouble = None, ""
+        for case in todo_cases:
+            if time.monotonic() - start > options.time_limit_s:
+                return rows
+            progress.case(case)
+            if network is None and not trouble:
+                try:
+                    network = Network(model, case.size, options.device, options.backend, options.seed)
+                except Exception as error:  # an input that it cannot take, most of the time
+                    shape = "x".join(map(str, case.size))
+                    trouble = f"{describe(error)} (on an input of {shape}; --size gives another)"
+            if network is None:
+                rows += _failed(case, options, trouble)
+            else:
+                try:
+                    rows += _measure(network, case, options, progress)
+                except Exception as error:  # the case as a whole: out of memory, say
+                    rows += _failed(case, options, describe(error))
+            if options.device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+            progress.done()
+    return rows

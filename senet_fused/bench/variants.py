@@ -1,0 +1,162 @@
+"""The variants of a network: stock, its twin without SE, and fused, each as it is and under torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senet_fused import fuse, fuse_report
+
+from .providers import under_compile
+from .zoo import settle
+
+__all__ = ["ModelCase", "Network", "NoVariant", "Variant", "twin"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """One cell of the measurement, under the names that the progress display asks for."""
+
+    problem: str
+    size: tuple[int, ...]
+    batch: int
+    dtype: str
+    amp: bool
+    layout: str
+    direction: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.batch} x {'x'.join(map(str, self.size))}{' amp' if self.amp else ''}"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        if self.layout == "contiguous":
+            return torch.contiguous_format
+        return torch.channels_last if len(self.size) == 3 else torch.channels_last_3d
+
+    @property
+    def training(self) -> bool:
+        return self.direction == "training"
+
+
+class NoVariant(Exception):
+    """A network has no such variant; the message says why. That is a note in its row, no error."""
+
+
+@dataclasses.dataclass
+class Variant:
+    """One variant on its way through one case: built, checked, timed. What is called is the model, compiled if need be.
+
+    reference: whom it is compared with.
+    """
+
+    name: str
+    model: nn.Module | None = None
+    call: Callable[[Tensor], Any] | None = None
+    require_a_graph: Callable[[], None] = lambda: None
+    fused: int = 0
+    backend: str | None = None
+    output_error: float | None = None
+    gradient_error: float | None = None
+    note: str | None = None
+    error: str | None = None
+
+    @property
+    def compiled(self) -> bool:
+        return self.name.endswith("compile")
+
+    @property
+    def prototype(self) -> str:
+        return {"compile": "stock"}.get(self.name, self.name.removesuffix("+compile"))
+
+    @property
+    def reference(self) -> str:
+        return "no-se" if self.prototype == "no-se" else "stock"
+
+    def remark(self, text: str) -> None:
+        self.note = text if self.note is None else f"{self.note}; {text}"
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with nn.Identity for every SE layer. Raises NoVariant where that is not the network without SE."""
+    layers = fuse_report(model).layers
+    if not layers:
+        raise NoVariant("no twin: the network has no SE layer")
+    for layer in layers:
+        if layer.name == "":
+            raise NoVariant("no twin: the network itself is the SE layer")
+        if layer.form is None:
+            raise NoVariant(f"no twin: what {layer.name} ({layer.kind}) returns is not known: {layer.reason}")
+        if layer.form not in ("scale", "residual"):
+            raise NoVariant(f"no twin: {layer.name} ({layer.kind}) returns its gate, not its scaled input")
+    model = copy.deepcopy(model)
+    without = {model.get_submodule(layer.name) for layer in layers}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in without:
+                module._modules[name] = nn.Identity()
+    return model
+
+
+def _fused(model: nn.Module, backend: str | None) -> nn.Module:
+    """A copy after fuse. Raises NoVariant where no layer is one that fuse is for."""
+    layers = fuse_report(model).layers
+    if not layers:
+        raise NoVariant("nothing to fuse: the network has no SE layer")
+    if all(layer.form is None for layer in layers):
+        raise NoVariant(f"nothing to fuse: {layers[0].name or 'the network'} ({layers[0].kind}): {layers[0].reason}")
+    return fuse(copy.deepcopy(model), backend=backend)
+
+
+class Network:
+    """One network on its device, and what its variants are copies of: stock, no-se and fused."""
+
+    def __init__(self, stock: nn.Module, size: tuple[int, ...], device: str, backend: str | None, seed: int) -> None:
+        self.layers = len(fuse_report(stock).layers)
+        self._prototypes: dict[str, nn.Module | Exception] = {}
+        try:
+            self._prototypes["no-se"] = twin(stock).to(device)
+            settle(self._prototypes["no-se"], size, seed)
+        except Exception as error:
+            self._prototypes["no-se"] = error
+        self._prototypes["stock"] = stock.to(device)
+        settle(stock, size, seed)
+        try:
+            self._prototypes["fused"] = _fused(stock, backend)
+        except Exception as error:
+            self._prototypes["fused"] = error
+
+    def build(self, variant: Variant, case: ModelCase) -> None:
+        """Gives the variant a fresh copy for one case. Raises NoVariant, or why it cannot be made."""
+        found = self._prototypes[variant.prototype]
+        if isinstance(found, Exception):
+            raise found
+        model = copy.deepcopy(found)
+        if not case.amp:
+            model.to(getattr(torch, case.dtype))
+        model.to(memory_format=case.memory_format).train(case.training)
+        if variant.prototype == "fused":
+            _count_fused(variant, model)
+        variant.model = variant.call = model
+        if variant.compiled:
+            # Not as one graph: a network may have breaks of its own.
+            variant.call, variant.require_a_graph = under_compile(model, fullgraph=False)
+
+
+def _count_fused(variant: Variant, model: nn.Module) -> None:
+    """Notes how many layers are fused, and if not all are why. Raises RuntimeError if none is."""
+    layers = fuse_report(model).layers
+    left = [layer for layer in layers if not layer.fused]
+    variant.fused = len(layers) - len(left)
+    if left:
+        first = f"{left[0].name or 'the network'} is not: {left[0].reason}"
+        text = f"{variant.fused} of {len(layers)} SE layers fused; {first}"
+        if not variant.fused:
+            raise RuntimeError(text)
+        variant.remark(text)

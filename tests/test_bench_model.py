@@ -1,0 +1,664 @@
+"""senet_fused.bench model: networks by name, their variants, the check, the rows. No test asserts on a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import senet_fused
+from senet_fused import cli
+from senet_fused.bench import model, model_case, model_run, problems, report, timing, variants, zoo
+from senet_fused.bench.problems import RequestError
+
+FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
+SIZE = (3, 12, 10)
+
+NETWORKS = '''
+import torch
+from torch import nn
+
+
+class SELayer(nn.Module):
+    def __init__(self, channel, reduction=4):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channel, channel // reduction, bias=False), nn.ReLU(inplace=True),
+            nn.Linear(channel // reduction, channel, bias=False), nn.Sigmoid(),
+        )
+
+    def gate(self, x):
+        n, c = x.shape[:2]
+        return self.fc(self.avg_pool(x).view(n, c)).view(n, c, 1, 1)
+
+    def forward(self, x):
+        return x * self.gate(x).expand_as(x)
+
+
+class GateOnly(SELayer):
+    def forward(self, x):
+        return self.gate(x)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.se = GateOnly(8)
+
+    def forward(self, x):
+        return x * self.se(x)
+
+
+class Outputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x):
+        y = self.net(x)
+        return {"logits": [y, 2 * y], "argmax": y.argmax(1), "none": None}
+
+
+def small(middle=None):
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU(), middle or SELayer(8),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), SELayer(16), *head,
+    )
+
+
+def with_dropout():
+    return small(nn.Sequential(SELayer(8), nn.Dropout(0.5)))
+
+
+def gated():
+    return small(Gated())
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def number():
+    return 3
+
+
+def broken():
+    raise OSError("no weights here")
+
+
+needs_no_brackets = 3
+'''
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("networks") / "networks.py"
+    path.write_text(NETWORKS)
+    return path
+
+
+class Quiet:
+    def case(self, case): ...
+    def stage(self, text): ...
+    def tick(self): ...
+    def done(self): ...
+
+
+def measure(network, names=("stock", "fused", "no-se"), modes=model.MODES, **changes):
+    fields = {"batch": 2, "dtype": "float32", "amp": False, "layout": "contiguous"}
+    fields |= {key: changes.pop(key) for key in list(changes) if key in fields}
+    todo = [variants.ModelCase("net", SIZE, direction=mode, **fields) for mode in modes]
+    options = model_run.Options(**({"variants": names, "settings": FAST} | changes))
+    return model_run.run([(network, todo)], options, Quiet())
+
+
+def by_provider(rows):
+    return {row["provider"]: row for row in rows}
+
+
+def same_weights(a, b):
+    return all(torch.equal(left, right) for left, right in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- the zoo
+
+
+def test_a_network_of_a_file_depends_on_the_seed_alone(file):
+    state = torch.get_rng_state()
+    one, again, other = (zoo.load(f"{file}:small", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_weights(one, again) and not same_weights(one, other)
+    assert one.training and isinstance(zoo.load(f"{file}:Gated"), nn.Module)
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "lies_beside_it.py").write_text("from torch import nn\nmake = nn.ReLU\n")
+    (tmp_path / "net.py").write_text("from lies_beside_it import make\n")
+    path = list(sys.path)
+    assert isinstance(zoo.load(f"{tmp_path / 'net.py'}:make"), nn.ReLU)
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{file}:smal", "has no function 'smal'.*it has SELayer, GateOnly, Gated, Outputs, small"),
+        ("{file}:needs_no_brackets", "has no function 'needs_no_brackets'"),
+        ("{file}:number", "networks.py:number made a int; a torch.nn.Module is expected"),
+        ("{file}:broken", "networks.py:broken failed: OSError: no weights here"),
+        ("{file}:SELayer", "networks.py:SELayer failed: TypeError: .*missing 1 required"),
+        ("/no/such/net.py:make", "there is no file /no/such/net.py"),
+        ("{bad}:make", "running .*bad.py failed: ZeroDivisionError"),
+        ("huggingface:net", "cannot read the model 'huggingface:net'; write NAME, timm:NAME"),
+    ],
+)
+def test_a_network_that_cannot_be_made_is_refused_with_the_reason(file, tmp_path, name, message):
+    bad = tmp_path / "bad.py"
+    bad.write_text("1 / 0")
+    with pytest.raises(RequestError, match=message):
+        zoo.load(name.format(file=file, bad=bad))
+
+
+def test_a_factory_takes_no_number_of_classes(file):
+    with pytest.raises(RequestError, match="makes its network itself"):
+        zoo.load(f"{file}:small", num_classes=3)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins for timm and torchvision, and what they are asked to make."""
+    asked = []
+
+    def create_model(name, **options):
+        asked.append((name, options))
+        network = nn.Linear(4, options.get("num_classes", 7))
+        network.default_cfg = {"input_size": (1, 4, 4)}
+        return network
+
+    timm = types.ModuleType("timm")
+    names = ["seresnet50", "seresnet101", "both"]
+    timm.is_model, timm.list_models, timm.create_model = names.__contains__, lambda: names, create_model
+
+    def both(*, weights="a download", progress=True, **options):
+        asked.append(("both", {"weights": weights} | options))
+        return nn.Linear(2, 2)
+
+    def deeplab(*, weights="a download", weights_backbone="another"):
+        asked.append(("deeplab", {"weights": weights, "weights_backbone": weights_backbone}))
+        return nn.Linear(2, 2)
+
+    torchvision, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    builders = {"both": both, "deeplab": deeplab}
+    models.list_models, models.get_model_builder = lambda: list(builders), builders.__getitem__
+    for module in (timm, torchvision, models):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("seresnet50", ("seresnet50", {"pretrained": False})),
+        ("both", ("both", {"pretrained": False})),
+        ("timm:both", ("both", {"pretrained": False})),
+        ("torchvision:both", ("both", {"weights": None})),
+        ("deeplab", ("deeplab", {"weights": None, "weights_backbone": None})),
+    ],
+)
+def test_timm_is_asked_first_and_nothing_is_downloaded(libraries, name, made):
+    assert zoo.load(name).training
+    assert libraries == [made]
+
+
+def test_the_number_of_classes_reaches_the_library(libraries):
+    assert zoo.load("seresnet50", num_classes=3).out_features == 3
+    assert libraries == [("seresnet50", {"pretrained": False, "num_classes": 3})]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "message"),
+    [
+        ("seresnet5", [], "no model 'seresnet5' in timm or torchvision; similar: seresnet50, seresnet101"),
+        ("torchvision:seresnet50", [], "no model 'seresnet50' in torchvision$"),
+        ("seresnet5", ["torchvision"], "in timm; similar: .*; torchvision is not installed .pip install torchvision"),
+        ("seresnet5", ["timm", "torchvision"], "needs timm or torchvision: pip install timm .or write FILE.py"),
+        ("timm:seresnet50", ["timm"], "needs timm: pip install timm"),
+    ],
+)
+def test_an_unknown_name_and_a_missing_library_are_told_apart(libraries, monkeypatch, name, gone, message):
+    for library in gone:
+        monkeypatch.delitem(sys.modules, library)
+    real = zoo.importlib.import_module
+
+    def import_module(module):
+        if module in gone:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        return real(module)
+
+    monkeypatch.setattr(zoo.importlib, "import_module", import_module)
+    with pytest.raises(RequestError, match=message):
+        zoo.load(name)
+    if gone == ["timm"]:
+        assert isinstance(zoo.load("both"), nn.Linear)  # torchvision's
+
+
+@pytest.mark.parametrize("error", [RuntimeError("built for another"), ModuleNotFoundError("no numpy", name="numpy")])
+def test_a_library_that_does_not_import_is_no_missing_one(monkeypatch, error):
+    monkeypatch.setattr(zoo.importlib, "import_module", lambda name: (_ for _ in ()).throw(error))
+    with pytest.raises(RequestError, match=f"timm cannot be imported: {type(error).__name__}: {error}"):
+        zoo.load("seresnet50")
+
+
+def test_input_sizes():
+    network = nn.Linear(1, 1)
+    assert zoo.input_size(network) == (3, 224, 224)
+    assert zoo.input_size(network, "96") == (3, 96, 96)
+    network.default_cfg = {"input_size": (1, 28, 20)}
+    assert zoo.input_size(network) == (1, 28, 20) and zoo.input_size(network, "32") == (1, 32, 32)
+    for text, size in (("2,64", (2, 64)), ("4,8,9", (4, 8, 9)), ("1,2,3,4", (1, 2, 3, 4))):
+        assert zoo.input_size(network, text) == size
+    for text in ("", "a", "3,0,4", "-1", "1,2,3,4,5", "8x8"):
+        with pytest.raises(RequestError, match="cannot read the input size"):
+            zoo.input_size(network, text)
+
+
+def test_settling_wakes_new_normalisations_and_leaves_trained_ones():
+    new, trained = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    nn.init.zeros_(new.weight)
+    trained.running_mean += 1
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), new, trained, nn.Dropout(0.5), nn.Flatten(), nn.LayerNorm(48))
+    before, state = copy.deepcopy(trained.state_dict()), torch.get_rng_state()
+    trained.eval()
+    zoo.settle(network, (3, 4, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (new.weight == 1).all() and (new.running_mean != 0).all() and (new.running_var != 1).all()
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert (new.momentum, new.training, trained.training, network.training) == (0.1, True, False, True)
+    zoo.settle(nn.Linear(3, 3), (3,))  # nothing to settle, nothing run
+
+
+# ------------------------------------------------------------------------------------------------ the variants
+
+
+def test_the_twin_is_the_network_without_its_layers(file):
+    network = zoo.load(f"{file}:small")
+    network.add_module("again", network[3])  # one layer in two places
+    twin = variants.twin(network)
+    assert [type(twin[i]) for i in (3, 7)] == [nn.Identity] * 2 and isinstance(twin.again, nn.Identity)
+    assert type(network[3]).__name__ == "SELayer" and torch.equal(twin[0].weight, network[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gated", r"no twin: 3\.se .* returns its gate"),
+        ("plain", "no twin: the network has no SE layer"),
+    ],
+)
+def test_where_there_is_no_twin_a_note_says_why(file, name, message):
+    rows = measure(zoo.load(f"{file}:{name}"), modes=["inference"])
+    row = by_provider(rows)["no-se"]
+    assert re.search(message, row["note"]) and row["error"] is None and row["median_s"] is None
+    assert by_provider(rows)["stock"]["median_s"] > 0 and by_provider(rows)["stock"]["price_of_se"] is None
+    fused = by_provider(rows)["fused"]
+    assert (fused["se_layers"], fused["se_fused"]) == ((2, 2) if name == "gated" else (0, 0))
+    assert fused["note"] == (None if name == "gated" else "nothing to fuse: the network has no SE layer")
+
+
+def test_a_network_that_is_the_layer_has_no_twin():
+    with pytest.raises(variants.NoVariant, match="the network itself is the SE layer"):
+        variants.twin(senet_fused.FusedSE(8, 2))
+
+
+def test_a_layer_that_is_left_is_named_and_none_at_all_is_an_error(file):
+    network = zoo.load(f"{file}:small")
+    network[3].fc[0].register_forward_hook(lambda *_: None)
+    fused = by_provider(measure(network, modes=["inference"]))["fused"]
+    assert (fused["se_layers"], fused["se_fused"], fused["error"]) == (2, 1, None)
+    assert re.search("1 of 2 SE layers fused; 3 is not: .*hooks", fused["note"])
+
+
+def test_layers_that_cannot_run_fused_here_are_an_error(file, monkeypatch):
+    from senet_fused import select
+
+    monkeypatch.setattr(select, "choose", lambda *arguments: select.Choice("reference", "there are no kernels"))
+    fused = by_provider(measure(zoo.load(f"{file}:small"), modes=["inference"], backend="auto"))["fused"]
+    assert "0 of 2 SE layers fused; 3 is not: no kernels: there are no kernels" in fused["error"]
+
+
+def test_variants_begin_with_the_same_weights_in_every_case(file, monkeypatch):
+    seen, real = [], model_case.Cell.results
+
+    def results(self, variant):
+        seen.append((variant.name, copy.deepcopy(variant.model.state_dict())))
+        return real(self, variant)
+
+    monkeypatch.setattr(model_case.Cell, "results", results)
+    network = zoo.load(f"{file}:small")
+    rows = measure(network, modes=["training", "training", "inference"])
+    assert not any(row["error"] for row in rows)
+    assert [name for name, _ in seen] == ["stock", "no-se", "fused"] * 3
+    for name, state in seen:
+        for key, value in state.items():
+            if name != "no-se" or "running" not in key:  # the twin has its own activations
+                assert torch.equal(value, seen[0][1][key])
+
+
+# -------------------------------------------------------------------------------------------------- the check
+
+
+@pytest.mark.parametrize(("dtype", "amp"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("layout", problems.LAYOUTS)
+def test_rows_hold_what_was_measured(file, layout, dtype, amp):
+    rows = measure(zoo.load(f"{file}:small"), layout=layout, dtype=dtype, amp=amp)
+    assert set(rows[0]) >= set(report._NEEDED["model"])
+    assert [(row["mode"], row["provider"]) for row in rows] == [
+        (mode, name) for mode in model.MODES for name in ("stock", "fused", "no-se")
+    ]
+    auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
+    bound = 1e-4 if dtype == "float32" else 0.1
+    for row in rows:
+        assert (row["error"], row["note"]) == (None, None) and row["median_s"] > 0 and row["samples"] == 2
+        assert (row["model"], row["batch"], row["size"]) == ("net", 2, "3,12,10")
+        assert (row["dtype"], row["amp"], row["layout"]) == (dtype, amp, layout)
+        assert row["backend"] == (auto if row["provider"] == "fused" else "aten")
+        stock, without = (by_provider(r for r in rows if r["mode"] == row["mode"])[n] for n in ("stock", "no-se"))
+        assert row["speedup_vs_stock"] == pytest.approx(stock["median_s"] / row["median_s"])
+        assert row["price_of_se"] == pytest.approx(row["median_s"] / without["median_s"])
+        if row["provider"] == "fused":
+            assert (row["se_layers"], row["se_fused"]) == (2, 2)
+            assert row["output_error"] < bound
+            assert (row["gradient_error"] is None) == (row["mode"] == "inference")
+            assert (row["gradient_error"] or 0.0) < 3 * bound
+        elif dtype == "float32":
+            assert row["output_error"] is row["gradient_error"] is None
+        else:  # against itself in float32
+            assert 1e-4 < row["output_error"] < bound
+
+
+def off_by(what):
+    """fuse, but the network's output, or only its gradients, are a little off."""
+
+    def change(network, inputs, y):
+        return y * 1.01 if what == "output" else y + 0.01 * (y - y.detach())
+
+    def fuse(network, backend=None):
+        network = senet_fused.fuse(network, backend=backend)
+        network.register_forward_hook(change)
+        return network
+
+    return fuse
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_output_is_an_error_in_float32_and_told_in_bfloat16(file, monkeypatch, dtype):
+    monkeypatch.setattr(variants, "fuse", off_by("output"))
+    for row in measure(zoo.load(f"{file}:small"), dtype=dtype):
+        if row["provider"] == "fused":
+            assert 0.005 < row["output_error"] < (0.015 if dtype == "float32" else 0.05)
+            wrong = "ValueError: wrong output: off by 1.0e-02, allowed 1e-03" if dtype == "float32" else None
+            assert row["error"] == wrong and (row["median_s"] is None) == (wrong is not None)
+        else:
+            assert row["error"] is None and row["median_s"] > 0
+
+
+def test_a_network_that_magnifies_rounding_is_no_wrong_output(file):
+    class Magnifier(nn.Module):
+        def forward(self, y):
+            return (y * 1e8).sin()
+
+    network = nn.Sequential(zoo.load(f"{file}:small"), Magnifier())
+    row = by_provider(measure(network, modes=["inference"], batch=64))["fused"]
+    assert row["error"] is None and row["output_error"] > 0.1
+    assert "the last bit of its input moves stock's output by" in row["note"]
+
+
+def test_a_wrong_gradient_is_told(file, monkeypatch):
+    monkeypatch.setattr(variants, "fuse", off_by("gradients"))
+    row = by_provider(measure(zoo.load(f"{file}:small"), modes=["training"]))["fused"]
+    assert row["error"] is None and row["output_error"] < 1e-5
+    assert row["gradient_error"] == pytest.approx(0.01, rel=0.1)
+
+
+def test_what_fails_is_a_row_and_the_others_go_on(file, monkeypatch):
+    def fuse(network, backend=None):
+        raise OSError("no library\nand more")
+
+    monkeypatch.setattr(variants, "fuse", fuse)
+    rows = by_provider(measure(zoo.load(f"{file}:small"), modes=["inference"]))
+    assert rows["fused"]["error"] == "OSError: no library" and rows["no-se"]["price_of_se"] == 1.0
+    rows = measure(zoo.load(f"{file}:small"), dtype="float64_")
+    assert len(rows) == 6 and all("float64_" in row["error"] for row in rows)
+
+
+def test_an_input_that_the_network_cannot_take_is_told_with_the_option(file):
+    rows = measure(nn.Sequential(nn.BatchNorm2d(4)))
+    assert len(rows) == 6
+    assert all(row["error"].endswith("(on an input of 3x12x10; --size gives another)") for row in rows)
+
+
+def test_where_stock_fails_nothing_is_compared():
+    rows = by_provider(measure(nn.Conv2d(4, 4, 1), ("compile", "no-se"), modes=["inference"]))
+    assert rows["compile"]["error"].startswith("RuntimeError: nothing to compare with: stock failed, RuntimeError")
+    assert rows["no-se"]["note"].startswith("no twin")
+
+
+def test_outputs_of_any_kind_are_compared_and_trained(file):
+    rows = by_provider(measure(zoo.load(f"{file}:Outputs"), modes=["training"]))
+    assert [row["error"] for row in rows.values()] == [None] * 3
+    assert 0 <= rows["fused"]["output_error"] < 1e-5 and rows["fused"]["gradient_error"] < 1e-3
+
+
+def test_an_output_that_is_not_finite_is_not_compared(file):
+    network = zoo.load(f"{file}:small")
+    network[-1].bias.data.fill_(float("inf"))
+    row = by_provider(measure(network, modes=["inference"]))["fused"]
+    assert row["note"].startswith("not compared: ") and row["median_s"] > 0
+
+
+@pytest.mark.parametrize(("what", "note"), [("output", "its output has inf"), ("gradients", "its gradients have inf")])
+def test_infinities_are_told(file, monkeypatch, what, note):
+    def change(network, inputs, y):
+        if what == "output":
+            return y * float("inf")
+        if y.requires_grad:
+            y.register_hook(lambda dy: dy * float("inf"))
+
+    def fuse(network, backend=None):
+        senet_fused.fuse(network, backend=backend).register_forward_hook(change)
+        return network
+
+    monkeypatch.setattr(variants, "fuse", fuse)
+    row = by_provider(measure(zoo.load(f"{file}:small"), modes=["training"], dtype="bfloat16"))["fused"]
+    assert row["note"].startswith(note) and row["gradient_error"] is None and row["error"] is None
+    assert (row["output_error"] is None) == (what == "output")
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile without inductor."""
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **_: real(module, backend=lambda g, i: g.forward, dynamic=False)
+    )
+
+
+def test_every_variant_can_be_measured(file, quick_compile):
+    rows = measure(zoo.load(f"{file}:small"), model.VARIANTS)
+    assert [(row["provider"], row["error"]) for row in rows] == [(name, None) for name in model.VARIANTS] * 2
+    compared = {row["provider"] for row in rows if row["output_error"] is not None}
+    assert compared == {"compile", "fused", "fused+compile", "no-se+compile"}
+    auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
+    ran = {row["provider"]: row["backend"] for row in rows}
+    assert (ran["stock"], ran["compile"], ran["fused"], ran["no-se+compile"]) == ("aten", "inductor", auto, "inductor")
+
+
+def test_a_compile_that_compiles_nothing_is_found(file, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    rows = by_provider(measure(zoo.load(f"{file}:small"), ("stock", "compile"), modes=["inference"]))
+    assert "compiled nothing" in rows["compile"]["error"] and rows["stock"]["error"] is None
+
+
+def test_a_network_that_is_random_in_training_is_compared_where_numbers_are_the_same(file, quick_compile):
+    network, names = zoo.load(f"{file}:with_dropout"), ("stock", "compile", "fused")
+    inference, training = (by_provider(measure(copy.deepcopy(network), names, modes=[mode])) for mode in model.MODES)
+    assert training["fused"]["output_error"] < 1e-5 and training["fused"]["note"] is None
+    assert training["compile"]["output_error"] is None and "random in training" in training["compile"]["note"]
+    assert training["compile"]["median_s"] > 0 and inference["compile"]["note"] is None
+
+
+def test_a_step_trains_a_copy(file, monkeypatch):
+    steps, real = [], torch.optim.SGD.step
+
+    def step(self):
+        before = [parameter.clone() for group in self.param_groups for parameter in group["params"]]
+        real(self)
+        steps.append(sum((b != a).sum().item() for b, a in zip(before, self.param_groups[0]["params"], strict=True)))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    network = zoo.load(f"{file}:small")
+    before = copy.deepcopy(network)
+    measure(network)
+    assert same_weights(network, before) and all(parameter.grad is None for parameter in network.parameters())
+    assert len(steps) > 9 and min(steps) > 0
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+QUICK = ["--size", "3,12,10", "--batch", "2", "--quick", "--budget", "0.001", "--threads", "1"]
+NO_COMPILE = ["--providers", "stock", "fused", "no-se"]
+
+
+def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, capsys):
+    out, again = tmp_path / "out.json", tmp_path / "again.json"
+    argv = ["bench", "model", f"{file}:small", f"{file}:gated", *QUICK, *NO_COMPILE, "--layout", "channels_last"]
+    assert cli.main([*argv, "--json", str(out)]) == 0
+    output = capsys.readouterr()
+    assert f"{file}:small: inference, float32, 2 x 3x12x10, channels_last\n" in output.out
+    assert re.search(r"variant +ran on +median +IQR +vs stock +price of SE +output +gradients\n", output.out)
+    assert "no-se: no twin: 3.se" in output.out and "Geometric means over models" in output.out
+    assert f"[4/4] {file}:gated 2 x 3x12x10 float32 channels_last training" in output.err
+    data = json.loads(out.read_text())
+    header = data["header"]
+    assert header["kind"] == "model" and header["command"].startswith("senet-fused bench model")
+    assert {"device", "versions", "threads", "revision", "load", "samples", "date"} <= set(header)
+    assert {"timm", "torchvision", "torch"} <= set(header["versions"]) and header["threads"] == 1
+    assert len(data["rows"]) == 12 and {entry["provider"] for entry in data["summary"]} == {"stock", "fused", "no-se"}
+    stock = next(entry for entry in data["summary"] if entry["provider"] == "stock")
+    assert stock["speedup_vs_stock"] == 1.0 and stock["price_of_se"] > 0 and stock["measured"] == stock["cells"] == 2
+
+    assert cli.main(["bench", "--from", str(out), "--json", str(again)]) == 0
+    assert "price of SE" in capsys.readouterr().out
+    assert json.loads(again.read_text())["rows"] == data["rows"]
+    assert json.loads(again.read_text())["summary"] == data["summary"]
+    assert cli.main(["bench", "--from", str(out), "--plot", "out.png"]) == 2
+    assert "this is one of `bench model`" in capsys.readouterr().err
+    assert cli.main(["bench", "compare", str(out), str(again)]) == 0
+    layers = tmp_path / "layers.json"
+    report.write_json(layers, {key: value for key, value in header.items() if key != "kind"}, [], [])
+    assert cli.main(["bench", "--from", str(layers), str(out)]) == 2
+    assert "one of `senet-fused bench`; report each by itself" in capsys.readouterr().err
+
+
+def test_a_failed_variant_is_exit_status_1(file, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "fuse", off_by("output"))
+    assert cli.main(["bench", "model", f"{file}:small", *QUICK, *NO_COMPILE, "--mode", "inference"]) == 1
+    assert re.search(r"fused +ERROR ValueError: wrong output: off by", capsys.readouterr().out)
+
+
+def test_options_reach_the_cases_and_the_run(file, monkeypatch):
+    seen = {}
+
+    def run(todo, options, progress, rows):
+        seen.update(todo=todo, options=options, threads=torch.get_num_threads())
+        return rows
+
+    monkeypatch.setattr(model_run, "run", run)
+    argv = f"""{file}:small {file}:plain --mode training --batch 1 4 --size 9 --dtype bfloat16 float16 --amp --seed 5
+        --layout channels_last contiguous --providers no-se stock --backend reference --threads 1 --budget 4""".split()
+    assert cli.main(["bench", "model", *argv]) == 0
+    (network, cases), (_, others) = seen["todo"]
+    assert len(cases) == len(others) == 8 and same_weights(network, zoo.load(f"{file}:small", seed=5))
+    assert cases[0] == variants.ModelCase(
+        f"{file}:small", (3, 9, 9), 1, "bfloat16", True, "channels_last", "training"
+    )
+    options = seen["options"]
+    assert (options.variants, options.backend, options.seed) == (("stock", "no-se"), "reference", 5)
+    assert (options.settings.budget_s, options.device, seen["threads"]) == (4, "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["{file}:none"], "has no function 'none'"),
+        (["{file}:small", "--size", "big"], "cannot read the input size 'big'"),
+        (["{file}:small", "--size", "2,9", "--layout", "channels_last"], "channels_last needs two or three"),
+        (["{file}:small", "--amp"], "--amp is for --dtype bfloat16 or float16"),
+        (["{file}:small", "--backend", "gpu"], "unknown backend 'gpu'"),
+        (["{file}:small", "--json", "/"], "it is a folder"),
+        (["{file}:small", "--device", "cuda"], "use --device cpu"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_measuring(file, monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(model_run, "run", lambda *arguments: pytest.fail("the measurement has started"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "model", *(text.format(file=file) for text in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("senet-fused bench model: error: ") and message in error
+
+
+def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, capsys):
+    real, count = model_run._measure, []
+
+    def measured(*arguments):
+        count.append(arguments)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(model_run, "_measure", measured)
+    out = tmp_path / "out.json"
+    argv = ["bench", "model", f"{file}:small", *QUICK, *NO_COMPILE, "--json", str(out)]
+    assert cli.main(argv) == 130
+    data = json.loads(out.read_text())
+    assert len(data["rows"]) == 3 and data["header"]["interrupted"] == "after 1 of 2 cases"
+    assert cli.main([*argv, "--time-limit", "1e-9"]) == 130
+    assert "after 0 of 2 cases" in capsys.readouterr().out
+
+
+def test_the_tables_are_richs_on_a_terminal(monkeypatch):
+    pytest.importorskip("rich")
+    import io
+
+    from senet_fused.bench import model_report
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    row = dict.fromkeys(report._NEEDED["model"]) | {
+        "model": "net", "batch": 2, "size": "3,8,8", "dtype": "float16", "amp": False, "layout": "contiguous",
+        "mode": "training", "provider": "fused", "backend": "cpu", "median_s": 1e-3, "iqr_s": 1e-5, "note": "half",
+    }  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    for rows in ([row, row | {"provider": "compile", "error": "lost"}], [row | {"error": "lost", "median_s": None}]):
+        out = Terminal()
+        model_report.render({}, rows, model_report.summarise(rows), out)
+        assert "fused: half" in out.getvalue() and "ERROR [1]" in out.getvalue() and "lost" in out.getvalue()
