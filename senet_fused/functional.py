@@ -109,6 +109,10 @@ def serve(
     return_gate: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`squeeze_excite` by the backend that :func:`route` has chosen."""
+    if chosen == "cpu" and residual is None and post_act is None and not return_gate and not torch.is_grad_enabled():
+        y = _serve_at_once(x, w1, w2, b1, b2, act, gate, squeeze)
+        if y is not None:
+            return y
     compiling = torch.compiler.is_compiling()
     check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
@@ -124,7 +128,7 @@ def serve(
     if residual is not None and residual.dtype != x.dtype:
         # Kernels are written for one dtype; widening both is exact, and what the sum would do anyway.
         gate_dtype = reference.accumulate_dtype(x)
-        wider = torch.result_type(x, residual)
+        wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
     operator = ops.OPERATORS[chosen]
     arguments = (x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "")
@@ -145,6 +149,31 @@ def serve(
     if not x.is_contiguous() and ops.layout_of(x) is None:
         y = torch.empty_like(x).copy_(y)  # empty_like keeps the order of x's strides, as x * gate does
     return (y, g) if return_gate else y
+
+
+def _serve_at_once(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    act: Activation,
+    gate: Activation,
+    squeeze: str,
+) -> Tensor | None:
+    """A float32 call on the CPU in eager mode, without gradients: y, or None if it has to go the long way.
+
+    A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
+    large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
+    they refuse goes the long way, to be converted or to get its message.
+    """
+    for t in (x, w1, w2, b1, b2):
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype is not torch.float32):
+            return None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.layout is not torch.strided:
+        return None
+    known = act.name in ACT_NAMES and gate.name in GATE_NAMES and squeeze in reference.SQUEEZES
+    return ops.infer_at_once(x, w1, b1, w2, b2, act.spec, gate.spec, squeeze) if known else None
 
 
 def excitation(

@@ -32,8 +32,8 @@ from . import reference
 from .backends import cuda, native, triton
 
 __all__ = [
-    "OPERATORS", "Operator", "call_counts", "count_call", "is_channels_last", "layout_of", "reset_call_counts",
-    "uncounted",
+    "OPERATORS", "Operator", "call_counts", "count_call", "infer_at_once", "is_channels_last", "layout_of",
+    "reset_call_counts", "uncounted",
 ]  # fmt: skip
 
 FORWARD_SCHEMA = (
@@ -380,6 +380,32 @@ def _define(
             return rule(ctx, registered_backward if watched else backward, dy, dgate)
 
     return Operator(registered, SqueezeExcite.apply, infer)
+
+
+def infer_at_once(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate_fn: str, squeeze: str
+) -> Tensor | None:
+    """``OPERATORS["cpu"].infer`` of y alone, for plain float32 tensors that need no conversion; None for all others.
+
+    That they need none is left to the kernels' own checks, which cost no Python.
+    """
+    if x.is_contiguous():
+        channels_last = False
+    elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        channels_last = True
+    else:
+        return None
+    if not 3 <= x.dim() <= 5 or x.numel() == 0:
+        return None
+    y = torch.empty_like(x)
+    try:
+        native.forward(
+            x, w1, b1, w2, b2, None, act, gate_fn, squeeze, "", channels_last, (y, None, None, None)
+        )
+    except RuntimeError:
+        return None
+    _counts["cpu.forward"] += 1
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------- second order

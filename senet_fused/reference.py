@@ -198,7 +198,7 @@ def _excite(
 
 
 def _scale(x: Tensor, gate: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
-    out = x.dtype if residual is None else torch.result_type(x, residual)
+    out = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.to(gate.dtype) * gate.reshape(*gate.shape, *(1,) * (x.dim() - 2))  # (E4)
     if residual is not None:
         y = y + residual.to(torch.promote_types(gate.dtype, residual.dtype))

@@ -529,7 +529,7 @@ def test_all_that_compile_are_measured_for_what_ran():
         "compile": "inductor",
         "max-autotune": "inductor",
         "fused": auto,
-        "fused+compile": "inductor" if auto == "reference" else auto,
+        "fused+compile": "inductor",
         "copy": "aten",
     }
     form = rows["eager"]["form"]

@@ -229,6 +229,8 @@ def test_auto_takes_cuda_for_gpu_tensors_and_triton_without_it(gpu, monkeypatch)
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_under_torch_compile_auto_leaves_gpu_tensors_to_the_compiler(gpu, name):
+    choice = select.choose(None, "cpu", torch.bfloat16, compiling=True)
+    assert choice.backend == "reference" and "torch.compile fuses the plain operators" in choice.reason
     choice = select.choose(None, "cuda", torch.bfloat16, compiling=True)
     assert choice.backend == "reference" and f"not {name}: torch.compile fuses" in choice.reason
     assert select.choose(name, "cuda", torch.bfloat16, compiling=True).backend == name
