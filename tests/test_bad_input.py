@@ -143,11 +143,12 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [True, False])  # inference has a shorter way to the kernels
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", CASES)
-def test_one_clear_exception(name, backend):
+def test_one_clear_exception(name, backend, training):
     changes, kind, expected, came, remedy = CASES[name]
-    with senet_fused.use_backend(backend), pytest.raises(kind) as error:
+    with torch.set_grad_enabled(training), senet_fused.use_backend(backend), pytest.raises(kind) as error:
         squeeze_excite(**tensors(**changes))
     message = str(error.value)
     assert type(error.value) is kind and "\n" not in message

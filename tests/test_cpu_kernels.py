@@ -14,7 +14,7 @@ import torch
 from oracle import ACTS, DTYPES, GATES, LAYOUTS, SQUEEZES, Case, check, draw, run, run_counted
 
 import senet_fused
-from senet_fused import machine, ops
+from senet_fused import machine, ops, squeeze_excite
 from senet_fused.backends import native
 
 pytestmark = [
@@ -276,6 +276,42 @@ def test_inference_gives_the_bits_of_training(dtype, layout):
         for y, gate in (plain, no_grad, inference):
             assert not y.requires_grad and y.dtype == trained["y"].dtype and y.stride() == trained["y"].stride()
             assert torch.equal(y, trained["y"]) and torch.equal(gate, trained["gate"])
+
+
+AT_ONCE = {
+    "contiguous": lambda x, w: (x, *w),
+    "channels_last": lambda x, w: (x.to(memory_format=torch.channels_last), *w),
+    "without_biases": lambda x, w: (x, *w[:2]),
+    "convolutions": lambda x, w: (x, *(v[..., None, None] for v in w[:2]), *w[2:]),
+    "one_dimension": lambda x, w: (x.flatten(2), *w),
+    "three_dimensions": lambda x, w: (x[..., None], *w),
+}
+# The kernels refuse, or are not asked: the long way converts and copies.
+THE_LONG_WAY = {
+    "bfloat16": lambda x, w: (x.bfloat16(), *(v.bfloat16() for v in w)),
+    "weights_of_another_dtype": lambda x, w: (x, *(v.bfloat16() for v in w)),
+    "biases_of_another_dtype": lambda x, w: (x, *w[:2], *(v.double() for v in w[2:])),
+    "weights_with_strides": lambda x, w: (x, w[0].t().contiguous().t(), *w[1:]),
+    "slice_of_a_batch": lambda x, w: (x.to(memory_format=torch.channels_last)[::2], *w),
+    "other_strides": lambda x, w: (x.transpose(2, 3), *w),
+    "no_samples": lambda x, w: (x[:0], *w),
+}
+
+
+@pytest.mark.parametrize("name", [*AT_ONCE, *THE_LONG_WAY])
+def test_the_short_way_of_inference_gives_the_bits_of_the_long_one(name, monkeypatch):
+    torch.manual_seed(0)
+    x, weights = torch.randn(4, 18, 5, 7), [torch.randn(s) for s in ((4, 18), (18, 4), (4,), (18,))]
+    arguments = {**AT_ONCE, **THE_LONG_WAY}[name](x, weights)
+    expected = squeeze_excite(*arguments, act="silu", gate="hardsigmoid", squeeze="avgmax")
+    returned = []
+    infer = ops.infer_at_once
+    monkeypatch.setattr(ops, "infer_at_once", lambda *a: returned.append(infer(*a)) or returned[-1])
+    with torch.inference_mode():
+        y = squeeze_excite(*arguments, act="silu", gate="hardsigmoid", squeeze="avgmax")
+    assert torch.equal(y, expected) and y.stride() == expected.stride() and y.dtype == expected.dtype
+    assert (name in AT_ONCE) == any(r is not None for r in returned)
+    assert senet_fused.call_counts() == {"cpu.forward": 2}
 
 
 def test_only_wanted_gradients_are_computed_with_the_same_bits():
