@@ -1,4 +1,4 @@
-"""The command line: ``senet-fused bench | tune | doctor | demo``, also ``python -m senet_fused``.
+"""The command line: ``senet-fused bench | fuse-check | tune | doctor | demo``, also ``python -m senet_fused``.
 
 A subcommand's module is imported only when it runs, so ``--help`` and a mistyped option answer at once.
 """
@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
+    "fuse-check": "what senet_fused.fuse does to a network of timm, torchvision or your own: layers, time and numbers",
     "tune": "time plans of the Triton kernels on this GPU, and keep the fastest in a file that calls look up",
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",
     "demo": "train a small SE-ResNet on handwritten digits with the stock layer and with FusedSE",
@@ -52,6 +53,8 @@ def _module(command: str):
         from .bench import model as module
     elif command == "bench":
         from .bench import command as module
+    elif command == "fuse-check":
+        from . import fuse_check as module
     elif command == "tune":
         from . import tune as module
     elif command == "doctor":
