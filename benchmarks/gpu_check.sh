@@ -11,6 +11,8 @@
 #   bench-float32    time by graph replay and wall time; eager, compile, max-autotune, fused, cuda, triton, fused+compile
 #   launches         the GPU kernels of one forward and one backward of each layer with either backend; fails if there
 #                    are more than planned
+#   models           whole networks, training step in bfloat16 by autocast at batch 64: stock, compile, fused, without SE
+#                    (skipped without timm)
 #   table            one table of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
@@ -26,7 +28,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-all="build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches table"
+all="build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches models table"
 parts=${*:-$all}
 
 for part in $parts; do
@@ -104,6 +106,16 @@ bench() {
 launches() {
   "$python" benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32 --backend cuda triton |
     tee "$out/$name-launches.txt"
+}
+
+models() {
+  if ! "$python" -c 'import timm' 2>/dev/null; then
+    echo "timm is not installed: skipped"
+    return
+  fi
+  "$python" -m senet_fused bench model seresnet50 legacy_senet154 --mode training --batch 64 --dtype bfloat16 --amp \
+    --layout channels_last contiguous --device cuda --providers stock compile fused no-se --budget 5 \
+    --time-limit "${TIME_LIMIT:-400}" --plain --json "$out/${name%-senet154-batch64}-models-batch64.json"
 }
 
 table() {

@@ -33,6 +33,7 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   *get_device_name*) [ -n "${NO_GPU:-}" ] && exit 1; echo "NVIDIA H200"; exit ;;
   *"import xdist"*) exit 1 ;;
+  *"import timm"*) exit 0 ;;
 esac
 echo "${SENET_FUSED_CUDA:+SENET_FUSED_CUDA=$SENET_FUSED_CUDA }$*" >>"$LOG"
 for flag in --json --plot --roofline; do
@@ -43,7 +44,7 @@ case "$*" in
   *"${FAILING:-nothing fails}"*) exit 1 ;;
 esac
 """
-PARTS = ["build", "tests", "sanitize-cuda", "sanitize-triton", "bench-bf16", "bench-float32", "launches", "table"]
+PARTS = "build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches models table".split()
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BUILD = "SENET_FUSED_CUDA=1 setup.py -q build_ext --inplace"
 
@@ -111,18 +112,25 @@ def test_all_parts_run_in_order(check):
         assert "--direction forward forward+backward" in call and call.endswith(f"--json {name}-{dtype}.json")
     launches = "benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32"
     assert calls[15] == f"{launches} --backend cuda triton"
-    assert calls[16] == (
+    assert calls[16].startswith("-m senet_fused bench model seresnet50 legacy_senet154 --mode training --batch 64 ")
+    assert calls[16].endswith(f"--json {check.out}/nvidia-h200-models-batch64.json")
+    assert calls[17] == (
         f"-m senet_fused bench --from {name}-bfloat16.json {name}-float32.json --plain --plot {name}.png "
         f"--roofline {name}-roofline.png"
     )
-    assert len(calls) == 17 and (check.out / "nvidia-h200-senet154-batch64-launches.txt").exists()
+    assert len(calls) == 18 and (check.out / "nvidia-h200-senet154-batch64-launches.txt").exists()
 
 
 @needs_bash
 def test_the_calls_are_what_the_programs_take(check):
     """The stand-in takes anything; the real parser has to take it too."""
-    from senet_fused.bench import command
+    from senet_fused.bench import command, model
 
+    parser = command.argparse.ArgumentParser()
+    model.add_arguments(parser)
+    _, _, (call,) = check("models", TIME_LIMIT="60")
+    models = parser.parse_args(call.split()[4:])
+    assert (models.device, models.amp, models.time_limit, models.mode) == ("cuda", True, 60, ["training"])
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)
     _, _, calls = check("bench-bf16", "table", BUDGET="0.5", TIME_LIMIT="60")
