@@ -17,12 +17,12 @@ __all__ = ["FusedSE", "RecordsGates", "capture_gates", "reduced_channels"]
 
 
 class RecordsGates:
-    """What :func:`capture_gates` needs of a layer: it hands its gate to ``_record`` while ``_captured`` is not None."""
+    """A layer for :func:`capture_gates`: it hands its gate to _senet_record while _senet_captured is not None."""
 
-    _captured: _Call | None = None
+    _senet_captured: _Call | None = None
 
-    def _record(self, gate: Tensor) -> None:
-        self._captured = _Call(gate, self._captured)
+    def _senet_record(self, gate: Tensor) -> None:
+        self._senet_captured = _Call(gate, self._senet_captured)
 
 
 class FusedSE(RecordsGates, nn.Module):
@@ -85,7 +85,7 @@ class FusedSE(RecordsGates, nn.Module):
         self.backend = backend
         self.fc1 = nn.Linear(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Linear(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
-        self._captured = None
+        self._senet_captured = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], dtypes and errors as in squeeze_excite."""
@@ -102,12 +102,12 @@ class FusedSE(RecordsGates, nn.Module):
             residual=residual,
             post_act=self.post_act,
             backend=self.backend,
-            return_gate=self._captured is not None,
+            return_gate=self._senet_captured is not None,
         )
-        if self._captured is None:
+        if self._senet_captured is None:
             return result
         y, gate = result
-        self._record(gate)
+        self._senet_record(gate)
         return y
 
     @classmethod
@@ -137,7 +137,7 @@ class FusedSE(RecordsGates, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_captured": None}
+        return {**self.__dict__, "_senet_captured": None}
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, rd_channels={self.rd_channels}", f"act={self.act.spec}", f"gate={self.gate.spec}"]
@@ -166,7 +166,7 @@ class CapturedGates(Mapping[str, list[Tensor]]):
         self._calls: dict[str, _Call] = {}
 
     def __getitem__(self, name: str) -> list[Tensor]:
-        call = self._calls[name] if name in self._calls else self._layers[name]._captured
+        call = self._calls[name] if name in self._calls else self._layers[name]._senet_captured
         gates = []
         while call is not None and call.gate is not None:
             gates.append(call.gate)
@@ -185,11 +185,11 @@ class CapturedGates(Mapping[str, list[Tensor]]):
 
     def _start(self) -> None:
         for layer in self._layers.values():
-            layer._captured = _Call(None, None)
+            layer._senet_captured = _Call(None, None)
 
     def _stop(self) -> None:
         for name, layer in self._layers.items():
-            self._calls[name], layer._captured = layer._captured, None
+            self._calls[name], layer._senet_captured = layer._senet_captured, None
 
 
 @contextlib.contextmanager
@@ -210,7 +210,7 @@ def capture_gates(model: nn.Module) -> Iterator[CapturedGates]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RecordsGates)}
     if not layers:
         raise ValueError(f"capture_gates: {type(model).__name__} has no FusedSE layer and none that fuse has converted")
-    if any(layer._captured is not None for layer in layers.values()):
+    if any(layer._senet_captured is not None for layer in layers.values()):
         raise RuntimeError("capture_gates: the gates of this model are being recorded already")
     gates = CapturedGates(layers)
     gates._start()

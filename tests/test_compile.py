@@ -220,7 +220,7 @@ def test_capture_gates_within_a_compiled_step():
             return y.sum() + sum(g.square().sum() for calls in gates.values() for g in calls)
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
-    assert block.se._captured is None
+    assert block.se._senet_captured is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -365,6 +366,13 @@ def test_capture_gates():
     assert state(model) == before
     with pytest.raises(ValueError, match="none that fuse has converted"), capture_gates(nn.Linear(2, 2)):
         pass
+    with capture_gates(model) as gates:
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+    assert [len(calls) for calls in gates.values()] == [2, 1, 1, 1, 1, 1]
+    model.gate.squeeze.register_forward_hook(lambda *_: None)
+    with capture_gates(model) as gates, pytest.warns(UserWarning, match="capture_gates: an SE layer's original"):
+        model(x)
+    assert len(gates["gate"]) == 0
 
 
 # ---------------------------------------------------------------------------------- what is left
@@ -429,6 +437,92 @@ class PerGroup(TorchvisionSE):
     def forward(self, x):
         gate = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
         return x * gate.view(-1, 4, 2, 1, 1).mean(2).repeat_interleave(2, 1)
+
+
+class Windowed(TorchvisionSE):
+    """Pools over windows of a size, which are the whole plane where that is smaller."""
+
+    def __init__(self, channels, reduced, size):
+        super().__init__(channels, reduced)
+        self.size = size
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        local = F.avg_pool2d(x, (min(self.size, height), min(self.size, width)), stride=1)
+        gate = self.scale_activation(self.fc2(self.activation(self.fc1(local))))
+        return x * F.interpolate(gate, (height, width))
+
+
+class OwnPool(nn.Module):
+    """Of a window that is larger than any plane that is tried."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return F.avg_pool2d(x, tuple(min(self.size, s) for s in x.shape[2:]))
+
+
+def own_pool():
+    layer = TorchvisionSE(8, 2)
+    layer.avgpool = OwnPool(384)
+    return layer
+
+
+class PythonsRandom(TorchvisionSE):
+    def forward(self, x):
+        return x if self.training and random.random() < 0.01 else super().forward(x)
+
+
+class Float32(TorchvisionSE):
+    def forward(self, x):
+        return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Contiguous(TorchvisionSE):
+    def forward(self, x):
+        return super().forward(x).contiguous()
+
+
+class NoNaN(TorchvisionSE):
+    def forward(self, x):
+        return torch.nan_to_num(super().forward(x))
+
+
+class Clamped(TorchvisionSE):
+    def forward(self, x):
+        return super().forward(x.clamp(-65504, 65504))
+
+
+class Counting(TorchvisionSE):
+    calls = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+class FailsInTraining(TorchvisionSE):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("needs distributed")
+        return super().forward(x)
+
+
+class TupleInTraining(TorchvisionSE):
+    def forward(self, x):
+        return (super().forward(x), x) if self.training else super().forward(x)
+
+
+class OwnReduce(TorchvisionSE):
+    def __reduce__(self):
+        return torch.nn.Module.__new__, (OwnReduce,), self.__dict__
+
+
+class NoSubclasses(TorchvisionSE):
+    def __init_subclass__(cls, *, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
 
 
 class Dropped(TutorialSE):
@@ -497,6 +591,19 @@ LEFT = {
     "softplus": (lambda: TorchvisionSE(8, 2, activation=nn.Softplus), "Softplus is not an activation known here"),
     "effective": (lambda: EffectiveSEModule(8), "one fully connected layer"),
     "scripted": (lambda: torch.jit.script(TorchvisionSE(8, 2)), "it is compiled by TorchScript"),
+    "windowed": (lambda: Windowed(8, 2, 12), "for an input [1, 8, 23, 37] its output"),
+    "own_pool": (own_pool, "its avgpool has a size, size = 384"),
+    "pythons_random": (lambda: PythonsRandom(8, 2), "in training mode it draws random numbers"),
+    "float32": (lambda: Float32(8, 2), "it returns torch.float32 for torch.bfloat16"),
+    "contiguous": (lambda: Contiguous(8, 2), "of a channels_last input it makes an output with strides"),
+    "no_nan": (lambda: NoNaN(8, 2), "it does something about NaN"),
+    "clamped": (lambda: Clamped(8, 2), "about very large values"),
+    "counting": (lambda: Counting(8, 2), "its forward changes attributes of it"),
+    "fails_in_training": (lambda: FailsInTraining(8, 2), "in training mode it does not run on an input"),
+    "tuple_in_training": (lambda: TupleInTraining(8, 2), "in training mode its output has no gradient"),
+    "own_reduce": (lambda: OwnReduce(8, 2), "its class has a __reduce__ of its own"),
+    "no_subclasses": (lambda: NoSubclasses(8, 2), "its class cannot be subclassed"),
+    "graph": (lambda: torch.fx.symbolic_trace(TorchvisionSE(8, 2)), "it is traced by FX; fuse before that"),
 }
 
 
@@ -508,14 +615,14 @@ def test_left_alone(name):
         model = nn.Sequential(make())
     before, modes = state(model), [m.training for m in model.modules()]
     torch.manual_seed(11)
-    rng = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="nothing was fused. Sequential: 1 SE layer: 1 left; fuse_report"):
+    rng, pythons = torch.get_rng_state(), random.getstate()
+    with pytest.warns(UserWarning, match="nothing was fused. Sequential: 1 SE layer: 1 left; 0: "):
         assert fuse(model) is model
     (row,) = fuse_report(model)
     assert row.status == "left" and not row.fused and reason in row.reason, row.reason
     assert state(model) == before and [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), rng) and senet_fused.call_counts() == {}
-    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng) and random.getstate() == pythons
+    assert senet_fused.call_counts() == {} and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("make", [TorchvisionSE, OnlyInTraining])
@@ -561,6 +668,11 @@ def test_unverified():
     assert type(model[2]) is MaxPooled  # of no known family
     fuse(model)
     assert isinstance(model[2], MaxPooled) and type(model[2]) is not MaxPooled
+
+
+def test_what_only_sounds_like_one():
+    model = nn.Sequential(nn.Linear(8, 8), nn.SELU(), nn.Linear(8, 8), nn.SELU(), nn.MSELoss())
+    assert len(fuse_report(model)) == 0
 
 
 def test_nothing_to_fuse():
@@ -653,6 +765,28 @@ def replace_forward(layer):
     return lambda: delattr(layer.fc1, "forward")
 
 
+def own_parameter(layer):
+    layer.scale = nn.Parameter(torch.ones(()))
+    return lambda: delattr(layer, "scale")
+
+
+def note(layer):
+    TorchvisionSE.reduction = 4
+    layer.reduction = 8
+
+    def undo():
+        del layer.reduction
+        del TorchvisionSE.reduction
+
+    return undo
+
+
+def patch_class(layer):
+    before = TorchvisionSE.forward
+    TorchvisionSE.forward = lambda self, x: 2 * before(self, x)
+    return lambda: setattr(TorchvisionSE, "forward", before)
+
+
 CHANGES = {
     **{
         name: (with_hook(name), "its fc2 has hooks")
@@ -673,6 +807,10 @@ CHANGES = {
     ),
     "another_slope": (with_attribute("activation", "negative_slope", 0.5), "negative_slope of its activation was 0.1"),
     "another_child": (append_a_child, "it had 5 children and has 6"),
+    "another_kernel": (with_attribute("", "fc1", nn.Conv2d(8, 2, 3, padding=1)), "kernel_size of its fc1 was"),
+    "a_parameter_of_its_own": (own_parameter, "it has got a parameter"),
+    "a_note_that_its_class_has": (note, "reduction of it has been set"),
+    "forward_of_its_class": (patch_class, "the forward of TorchvisionSE has been replaced"),
 }  # fmt: skip
 
 
@@ -707,7 +845,7 @@ def test_flags_and_containers_that_are_changed_after_fuse():
     layer, x = fuse(TimmSEModule(8, 3)), torch.randn(2, 8, 4, 4)
     layer.add_maxpool = True
     torch.testing.assert_close(layer(x), TimmSEModule.forward(layer, x), rtol=0, atol=0)
-    assert fuse_report(layer).layers[0].reason == "its add_maxpool was False and has been changed"
+    assert fuse_report(layer).layers[0].reason == "add_maxpool of it was False and has been changed"
     layer = fuse(TutorialSE(8, 2))
     layer.fc.append(nn.Identity())
     torch.testing.assert_close(layer(x), TutorialSE.forward(layer, x), rtol=0, atol=0)
@@ -718,6 +856,54 @@ def test_flags_and_containers_that_are_changed_after_fuse():
     layer.conv2 = nn.Identity()
     assert fuse_report(layer).layers[0].reason == "its conv2 was a ConvModule and is a Identity"
     assert ran() == 0
+
+
+class WithAttributes(TorchvisionSE):
+    """Of which its forward reads what it likes."""
+
+    def __init__(self):
+        super().__init__(8, 2)
+        self.factor, self.name, self.scale, self.function = 1.0, "a", None, torch.sigmoid
+
+    def forward(self, x):
+        y = x * self.function(self.fc2(self.activation(self.fc1(self.avgpool(x))))) * self.factor
+        return y if self.scale is None else y * self.scale
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("name", "value"), [("factor", 2.0), ("name", "b"), ("scale", torch.tensor(3.0)), ("function", torch.tanh)]
+)
+def test_attributes_that_are_changed_after_fuse(name, value):
+    layer, x = fuse(WithAttributes()), torch.randn(2, 8, 4, 4)
+    layer.note = "somebody's"  # which the class does not know
+    for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert fuse_report(same).layers[0].status == "fused"
+    setattr(layer, name, value)
+    torch.testing.assert_close(layer(x), WithAttributes.forward(layer, x), rtol=0, atol=0)
+    assert ran() == 0 and f"{name} of it was" in fuse_report(layer).layers[0].reason
+
+
+@compiled_only
+def test_a_new_object_of_a_fused_class_is_an_ordinary_one():
+    layer, x = fuse(TutorialSE(8, 2)), torch.randn(2, 8, 4, 4)
+    other = type(layer)(8, 2)
+    torch.testing.assert_close(other(x), TutorialSE.forward(other, x), rtol=0, atol=0)
+    assert ran() == 0 and fuse_report(other).layers[0].status == "can be fused"
+
+
+@compiled_only
+def test_a_forward_that_is_replaced_on_the_object():
+    layer, x = fuse(TutorialSE(8, 2)), torch.randn(2, 8, 4, 4)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    layer(x)
+    (row,) = fuse_report(layer)
+    assert row.status == "original runs" and "its forward has been replaced on the object" in row.reason
+    with pytest.raises(RuntimeError, match="undo that first"):
+        unfuse(layer)
+    del layer.forward
+    assert type(unfuse(layer)) is TutorialSE
 
 
 @compiled_only
@@ -738,6 +924,7 @@ def test_other_inputs_go_to_the_original():
         layer(x[:, :4])
     layer = fuse(MonaiSE(3, 8))
     assert layer(torch.randn(2, 8, 2, 3, 4)).shape == (2, 8, 2, 3, 4)
+    assert fuse(TimmSEModule(8, 2))(torch.empty(2, 8, 0, 4)).shape == (2, 8, 0, 4)
 
 
 @compiled_only

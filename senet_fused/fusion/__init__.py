@@ -20,7 +20,7 @@ from ..recognition import (
     may_be_one,
     not_covered,
 )  # fmt: skip
-from .layer import Fusion, attach, check_detachable, detach, is_fused
+from .layer import Fusion, alteration, attach, check_detachable, detach, fused_class, is_fused
 from .report import FuseReport, LayerReport
 
 __all__ = ["FuseReport", "LayerReport", "fuse", "fuse_report", "unfuse"]
@@ -61,8 +61,9 @@ def fuse(model: nn.Module, *, backend: str | None = None, verify: bool = True) -
         elif isinstance(one.verdict, Recipe):
             attach(one.layer, Fusion(one.verdict, backend, verify))
     if not any(is_fused(one.layer) or isinstance(one.layer, FusedSE) for one in found):
-        why = "; fuse_report(model) says why" if found else ""
-        warnings.warn(f"fuse: nothing was fused. {_report(model, found).summary}{why}", stacklevel=2)
+        reasons = "".join(f"; {one.name or 'the model'}: {one.verdict}" for one in found[:_REASONS])
+        more = ", ..." if len(found) > _REASONS else ""
+        warnings.warn(f"fuse: nothing was fused. {_report(model, found).summary}{reasons}{more}", stacklevel=2)
     return model
 
 
@@ -94,6 +95,9 @@ def fuse_report(model: nn.Module) -> FuseReport:
     """
     _check_model(model, "fuse_report")
     return _report(model, _find(model, True))
+
+
+_REASONS = 3  # of so many layers in a warning; fuse_report has them all
 
 
 class _Found(NamedTuple):
@@ -131,7 +135,9 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             if within or not may_be_one(module):
                 return within
         try:
-            return [_Found(name, module, examine(module, verify=verify))]
+            recipe = examine(module, verify=verify)
+            fused_class(type(module))
+            return [_Found(name, module, recipe)]
         except Unsuited as error:
             seems = another or looks_like_one(module) or (family and has_weights_of_one(module))
             return [_Found(name, module, another or str(error))] if seems else []
@@ -161,7 +167,9 @@ def _row(name: str, layer: nn.Module, verdict: Recipe | str | None) -> LayerRepo
     what = (name, verdict.kind, verdict.form, verdict.channels, verdict.rd_channels)
     if not is_fused(layer):
         return LayerReport(*what, "can be fused", _SERVED[verdict.form])
-    if (altered := verdict.alteration(layer)) is not None:
+    if "forward" in vars(layer):
+        return LayerReport(*what, "original runs", "its forward has been replaced on the object, and that runs")
+    if (altered := alteration(layer)) is not None:
         return LayerReport(*what, "original runs", altered)
     weight = next(layer.parameters())
     backend, verified = layer._senet_fused[1:]

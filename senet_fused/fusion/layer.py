@@ -7,6 +7,7 @@ class that is fused (so ``isinstance`` goes on as before) and pickles by name: w
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,9 +16,12 @@ from torch import nn
 from .. import select
 from ..functional import route
 from ..modules import RecordsGates
-from ..recognition import Recipe
+from ..recognition import OWN_ATTRIBUTES, Recipe, Unsuited
 
-__all__ = ["FusedLayer", "Fusion", "attach", "check_detachable", "detach", "is_fused", "original_class"]
+__all__ = [
+    "FusedLayer", "Fusion", "alteration", "attach", "check_detachable", "detach", "fused_class", "is_fused",
+    "original_class",
+]  # fmt: skip
 
 
 class Fusion(NamedTuple):
@@ -31,27 +35,38 @@ class Fusion(NamedTuple):
 class FusedLayer(RecordsGates):
     """The part of a fused layer's class that runs squeeze_excite in place of the original forward.
 
-    The original forward runs instead, and :meth:`refusal` says why, wherever it could tell the difference or would be
-    faster: a child with hooks, parametrisations or other weights than plain tensors; an input that the layer was not
-    read for; code that traces PyTorch's own operators (TorchScript, ONNX, torch.func, forward-mode derivatives); and
-    where "auto" has no kernels, as on a GPU under torch.compile, which fuses the original's operators itself.
+    The original forward runs instead where it could tell the difference or is faster: where the layer or a part of
+    it is not what it was (``Recipe.weights`` says why), for an input it was not read for (``Recipe.mismatch``), where
+    "auto" runs PyTorch's own operators: under torch.compile and torch.export, TorchScript's tracer, torch.func,
+    forward-mode differentiation, and where there are no kernels.
     """
 
+    _senet_fused: Fusion | None = None  # of a new object of this class, which nothing is known of
+    _senet_original: tuple[Any, Any] = (None, None)  # the class, and its forward when a layer was proven last
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._senet_fused is None:
+            return super().forward(*args, **kwargs)
         recipe, backend, _ = self._senet_fused
+        original, proven = self._senet_original
         x = recipe.input_of(args, kwargs)
-        weights = None if x is None or recipe.mismatch(x) is not None else recipe.weights(self)
+        weights = None
+        if x is not None and original.forward is proven and recipe.mismatch(x) is None:
+            weights = recipe.weights(self)
+        recording = self._senet_captured is not None
         if not isinstance(weights, tuple):
+            if recording and not torch.compiler.is_compiling():
+                warnings.warn("capture_gates: an SE layer's original forward runs, which records no gate", stacklevel=2)
             return super().forward(*args, **kwargs)
         if isinstance(x, torch.fx.Proxy):
-            return recipe.apply(weights, x, chosen=None, with_gate=False)[0]
+            return recipe.apply(weights, x, chosen="", backend=backend)[0]
         chosen = route(x, backend)
-        if chosen == "reference" and select.requested(backend)[0] != "reference":
-            return super().forward(*args, **kwargs)
-        if self._captured is None:
-            return recipe.apply(weights, x, chosen=chosen, with_gate=False)[0]
+        if not recording:
+            if chosen == "reference" and select.requested(backend)[0] != "reference":
+                return super().forward(*args, **kwargs)
+            return recipe.apply(weights, x, chosen=chosen)[0]
         y, gate = recipe.apply(weights, x, chosen=chosen, with_gate=True)
-        self._record(gate)
+        self._senet_record(gate)
         return y
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -63,7 +78,7 @@ class FusedLayer(RecordsGates):
             return super().__reduce_ex__(protocol)
         _, _, state, *rest = super().__reduce_ex__(2)
         if isinstance(state, dict):
-            state = {**state, "_captured": None}
+            state = {**state, "_senet_captured": None}
         return (_restore, (original,), state, *rest)
 
 
@@ -71,10 +86,23 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of both FusedLayer and a layer's class, made at the first call."""
+    """The subclass of both FusedLayer and a layer's class, made at the first call.
+
+    Raises:
+        Unsuited: there can be none; or the class pickles in a way of its own, which the subclass would not.
+    """
+    if issubclass(original, FusedLayer):
+        return original  # of an object that was made from a fused layer's class
     if original not in _classes:
+        if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
+            raise Unsuited("its class has a __reduce__ of its own")
         members = {"__module__": __name__, "__doc__": original.__doc__}
-        _classes[original] = type(f"Fused{original.__name__}", (FusedLayer, original), members)
+        try:
+            kind = type(original)(f"Fused{original.__name__}", (FusedLayer, original), members)
+        except Exception as error:
+            raise Unsuited(f"its class cannot be subclassed: {error}") from error
+        kind._senet_original = (original, original.forward)
+        _classes.setdefault(original, kind)
     return _classes[original]
 
 
@@ -89,17 +117,34 @@ def original_class(layer: nn.Module) -> type[nn.Module] | None:
 
 def is_fused(layer: nn.Module) -> bool:
     """Whether fuse has converted the layer."""
-    return isinstance(layer, FusedLayer)
+    return isinstance(layer, FusedLayer) and layer._senet_fused is not None
+
+
+def alteration(layer: nn.Module) -> str | None:
+    """Why a fused layer's original forward runs whatever its input; None if it does not."""
+    original, proven = layer._senet_original
+    if original.forward is not proven:
+        return f"the forward of {original.__name__} has been replaced since"
+    return layer._senet_fused.recipe.alteration(layer)
 
 
 def attach(layer: nn.Module, fusion: Fusion) -> None:
     """Makes the layer a fused one, in place."""
-    layer.__dict__.update(_senet_fused=fusion, _captured=None)
-    layer.__class__ = fused_class(type(layer))
+    original = type(layer)
+    kind = fused_class(original)
+    if kind is not original:
+        kind._senet_original = (original, original.forward)
+        layer.__class__ = kind
+    layer.__dict__.update(dict.fromkeys(OWN_ATTRIBUTES), _senet_fused=fusion)
 
 
 def check_detachable(layer: nn.Module) -> None:
     """Raises RuntimeError if something has changed the class of a fused layer since."""
+    if "forward" in vars(layer):
+        raise RuntimeError(
+            f"the forward of a {type(layer).__name__} object has been replaced by something else after fuse; "
+            "undo that first, or unfuse before"
+        )
     if original_class(layer) is None:
         raise RuntimeError(
             f"the class of a fused layer has been changed to {type(layer).__name__} by something else after fuse "
@@ -111,7 +156,7 @@ def detach(layer: nn.Module) -> None:
     """Makes a fused layer what it was before."""
     check_detachable(layer)
     layer.__class__ = original_class(layer)
-    for name in ("_senet_fused", "_captured"):
+    for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
 
 

@@ -2,8 +2,9 @@
 
 from .families import Unsuited, family_of, has_weights_of_one, looks_like_one, may_be_one, not_covered
 from .proof import examine
-from .recipe import Recipe
+from .recipe import OWN_ATTRIBUTES, Recipe
 
 __all__ = [
-    "Recipe", "Unsuited", "examine", "family_of", "has_weights_of_one", "looks_like_one", "may_be_one", "not_covered",
+    "OWN_ATTRIBUTES", "Recipe", "Unsuited", "examine", "family_of", "has_weights_of_one", "looks_like_one",
+    "may_be_one", "not_covered",
 ]  # fmt: skip

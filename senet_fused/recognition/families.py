@@ -106,8 +106,8 @@ FAMILIES = (
 # Channel attention that is not the two-layer SE, by the name of the class: for the report only.
 _OTHERS = {
     r"EffectiveSE|EffectiveSqueeze|^eSE|BlockESE": "one fully connected layer [C, C] instead of two; not covered",
-    r"[Ee]ca(Module|Layer)|^ECA": "a 1-D convolution over the channels, no fully connected layers; not covered",
-    r"Cbam": "CBAM: two squeezes through one pair of layers, and a spatial gate; not covered",
+    r"(?i:eca_?(module|layer))|^ECA(?![a-z])": "a 1-D convolution over the channels; not covered",
+    r"(?i:cbam)": "CBAM: two squeezes through one pair of layers, and a spatial gate; not covered",
     r"GatherExcite": "gathers over windows, or has a norm inside; not covered",
     r"GlobalContext$": "global context pools with attention weights; not covered",
     r"SelectiveKernel|SplitAttn": "a softmax over branches, not a gate per channel; not covered",
@@ -115,7 +115,9 @@ _OTHERS = {
 # Modules with weights: more than these is a block, or a network named after its attention (CbamResNet, ECAPA).
 _FEW = 4
 _FEW_OF_OTHERS = 7  # global context with both of its branches, a selective kernel with two paths
-_NAMED_LIKE_ONE = re.compile(r"SE(?=[A-Z_\d]|$)|Squeeze(And|N|_and_)?_?Excit|ChannelSE")
+_NAMED_LIKE_ONE = re.compile(
+    r"(?<![A-Z])SE(?=[A-Z][a-z]|[_\d]|$)|(?i:^se_?(layer|module|block)$|squeeze_?(and|n)?_?excit)"
+)
 
 
 def looks_like_one(layer: nn.Module) -> bool:
@@ -148,7 +150,7 @@ def may_be_one(layer: nn.Module) -> bool:
         (_, fc1), _ = weights_of(layer)
         out_features, in_features = _kernel(fc1)
         return out_features <= in_features or looks_like_one(layer)
-    return looks_like_one(layer) and _modules_with_weights(layer) <= _FEW
+    return looks_like_one(layer) and 0 < _modules_with_weights(layer) <= _FEW
 
 
 def family_of(layer: nn.Module) -> Family | None:
@@ -243,11 +245,11 @@ def _function(child: nn.Module) -> Activation | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             values = type(child).forward(child, grid.clone())  # past its hooks
+        if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
+            return None
+        return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
     except Exception:  # a pooling or a flattening, which refuses such an input
         return None
-    if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
-        return None
-    return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
 
 
 def _modules_with_weights(layer: nn.Module) -> int:

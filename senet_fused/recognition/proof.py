@@ -13,6 +13,8 @@ import dataclasses
 import inspect
 import itertools
 import math
+import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional import route
 from .families import Reading, Unsuited, family_of, read_freely, weights_of
-from .recipe import Recipe, parts_of
+from .recipe import SCALARS, Recipe, parts_of, settings_of
 
 __all__ = ["examine"]
 
@@ -42,8 +44,9 @@ def examine(layer: nn.Module, *, verify: bool = True) -> Recipe:
     Raises:
         Unsuited: it does not; the message says why.
     """
-    if isinstance(layer, torch.jit.ScriptModule):
-        raise Unsuited("it is compiled by TorchScript")
+    if isinstance(layer, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        by = "compiled by TorchScript" if isinstance(layer, torch.jit.ScriptModule) else "traced by FX"
+        raise Unsuited(f"it is {by}; fuse before that")
     if "forward" in vars(layer):
         raise Unsuited("its forward has been replaced, on this very object")
     weights_of(layer)
@@ -88,8 +91,6 @@ def _recipe(layer: nn.Module, reading: Reading) -> Recipe:
         channels_last=reading.channels_last[0],
         dimensions=_dimensions(layer),
         argument=next(iter(inspect.signature(layer.forward).parameters), ""),
-        children=len(layer._modules),
-        flags=tuple((k, v) for k, v in vars(layer).items() if isinstance(v, bool) and k != "training"),
         parts=parts_of(layer),
     )
 
@@ -120,6 +121,7 @@ def _proven(layer: nn.Module, readings: list[Reading]) -> Recipe:
     with _nothing_around():
         generator = torch.Generator("cpu").manual_seed(0)
         copied = _copy(layer, generator).eval()
+        before = [settings_of(module) for module in copied.modules()]
         skeletons = [_recipe(layer, reading) for reading in readings]
         layouts = dict.fromkeys(last for reading in readings for last in reading.channels_last)
         trials, failure = [], None
@@ -136,25 +138,59 @@ def _proven(layer: nn.Module, readings: list[Reading]) -> Recipe:
         same_layout = [(d, x, y) for d, last, x, y in trials if last == recipe.channels_last]
         alike = sorted(d for d, x, y in same_layout if _error(recipe, copied, x, y) <= _BOUND)
         recipe = dataclasses.replace(recipe, dimensions=tuple(alike))
+        for dimensions in recipe.dimensions:
+            _compare_sizes(recipe, copied, dimensions, generator)
+            _compare_extremes(recipe, copied, dimensions, generator)
         for training in (False, True):
             copied.train(training)
             for dimensions in recipe.dimensions:
-                _compare_gradients(recipe, copied, _input(recipe.channels, dimensions, recipe.channels_last, generator))
+                x = _input(recipe.channels, dimensions, recipe.channels_last, generator)
+                try:
+                    _compare_gradients(recipe, copied, x)
+                except Unsuited:
+                    raise
+                except Exception as error:
+                    mode = "training" if training else "evaluation"
+                    raise Unsuited(f"in {mode} mode it does not run on an input {list(x.shape)}: {error}") from error
+        _compare_formats(recipe, copied.eval(), generator)
+        if not all(map(_same_settings, before, copied.modules())):
+            raise Unsuited("its forward changes attributes of it, which the operator would not")
     return recipe
+
+
+def _same_settings(before: tuple[tuple[str, object], ...], module: nn.Module) -> bool:
+    after = settings_of(module)
+    return [name for name, _ in before] == [name for name, _ in after] and all(
+        a is b or (type(a) in SCALARS and a == b) for (_, a), (_, b) in zip(before, after, strict=True)
+    )
 
 
 @contextlib.contextmanager
 def _nothing_around() -> Iterator[None]:
-    """Gradients, and none of the caller's modes; the random state and the counts of calls are afterwards as before."""
+    """Gradients, and none of the caller's modes; random states and the counts of calls are afterwards as before."""
+    states = _random_states()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        torch.utils._python_dispatch._disable_current_modes(),
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
         ops.uncounted(),
     ):
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if len(states) > 1:
+                sys.modules["numpy"].random.set_state(states[1])
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of Python's generator and, where somebody has imported it, of NumPy's."""
+    numpy = sys.modules.get("numpy")
+    return (random.getstate(), *([] if numpy is None else [numpy.random.get_state()]))
 
 
 def _copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -186,7 +222,7 @@ def _run(layer: nn.Module, x: Tensor) -> Tensor:
     given = x.clone()
     with torch.no_grad():
         y = layer(given)
-    if not torch.equal(given, x):
+    if not torch.equal(given.nan_to_num(), x.nan_to_num()):
         raise Unsuited("it changes its input in place")
     return y
 
@@ -245,7 +281,7 @@ def _ours(recipe: Recipe, copied: nn.Module, x: Tensor) -> Tensor:
     """What the fused layer will return, by the kernels for the CPU where they are, whatever backend is in force."""
     first, second = (copied.get_submodule(".".join(path)) for path in (recipe.first, recipe.second))
     weights = (first.weight, second.weight, first.bias, second.bias)
-    return recipe.apply(weights, x, chosen=route(x, "auto"), with_gate=False)[0]
+    return recipe.apply(weights, x, chosen=route(x, "auto"))[0]
 
 
 def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
@@ -254,18 +290,75 @@ def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
     return worst if worst == worst else math.inf
 
 
+_SIZES = {1: ((1,), (317,)), 2: ((1, 1), (1, 9), (23, 37)), 3: ((1, 1, 1), (7, 9, 11))}
+# Weightless modules whose sizes are known to be harmless: a global pooling's is 1, or the comparison fails.
+_RESHAPES = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d, nn.Flatten, nn.Unflatten,
+)  # fmt: skip
+
+
+def _compare_sizes(recipe: Recipe, copied: nn.Module, dimensions: int, generator: torch.Generator) -> None:
+    """Raises Unsuited unless outputs agree for small and large planes, too: some pool over windows of a fixed size."""
+    for spatial in _SIZES[dimensions]:
+        x = torch.randn((1, recipe.channels, *spatial), generator=generator, dtype=torch.float64)
+        x = x.movedim(1, -1).contiguous() if recipe.channels_last else x
+        try:
+            error = _error(recipe, copied, x, _run(copied, x))
+        except Exception as failure:
+            raise Unsuited(f"it does not run on an input {list(x.shape)}: {failure}") from failure
+        if error > _BOUND:
+            raise Unsuited(_differs(f"for an input {list(x.shape)} its output", error))
+    # A window that is larger than the planes tried would look global.
+    for name, module in copied.named_modules():
+        if name and not module._modules and not module._parameters and not isinstance(module, _RESHAPES):
+            for setting, value in settings_of(module):
+                if any(type(n) is int and n > 1 for n in (value if isinstance(value, tuple) else (value,))):
+                    raise Unsuited(f"its {name} has a size, {setting} = {value}, and may be no global pooling")
+
+
+def _compare_extremes(recipe: Recipe, copied: nn.Module, dimensions: int, generator: torch.Generator) -> None:
+    """Raises Unsuited if a layer does something about NaN or very large values that the operator does not."""
+    x = _input(recipe.channels, dimensions, recipe.channels_last, generator)
+    x[0] *= 1e8
+    x[1, ..., 0] = math.nan
+    theirs, ours = _run(copied, x), _ours(recipe, copied, x)
+    if not torch.equal(theirs.isnan(), ours.isnan()):
+        raise Unsuited("it does something about NaN, which the operator passes on")
+    scale = x[:1] if theirs.shape == x.shape else 1 + theirs[:1].abs()
+    if not _distance(ours[:1], theirs[:1], scale) <= _BOUND:
+        raise Unsuited("it does something about very large values, which the operator does not")
+
+
+def _compare_formats(recipe: Recipe, copied: nn.Module, generator: torch.Generator) -> None:
+    """Raises Unsuited unless memory format and dtype of the output agree. The copy is of no more use then."""
+    x = _input(recipe.channels, recipe.dimensions[-1], recipe.channels_last, generator)
+    if x.dim() == 4:
+        given = x.contiguous(memory_format=torch.channels_last)
+        theirs, ours = copied(given).stride(), _ours(recipe, copied, given).stride()
+        if theirs != ours:
+            raise Unsuited(f"of a channels_last input it makes an output with strides {theirs}, the operator {ours}")
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            y = copied.to(dtype)(x.to(dtype))
+        except Exception:  # a layer for other dtypes
+            continue
+        if y.dtype != dtype:
+            raise Unsuited(f"it returns {y.dtype} for {dtype}")
+
+
 def _compare_gradients(recipe: Recipe, copied: nn.Module, x: Tensor) -> None:
     """Raises Unsuited unless outputs and all gradients agree, for a random gradient of the output."""
     x.requires_grad_()
     inputs = {"its input": x, **{f"its {name}": parameter for name, parameter in copied.named_parameters()}}
-    state = torch.get_rng_state()
-    theirs = copied(x)
-    if not theirs.requires_grad:
-        raise Unsuited("its output has no gradient")
-    if not torch.equal(torch.get_rng_state(), state):
-        raise Unsuited("it draws random numbers")
-    ours = _ours(recipe, copied, x)
     mode = "in training mode " if copied.training else ""
+    state, states = torch.get_rng_state(), repr(_random_states())
+    theirs = copied(x)
+    if not isinstance(theirs, Tensor) or not theirs.requires_grad:
+        raise Unsuited(f"{mode}its output has no gradient")
+    if not torch.equal(torch.get_rng_state(), state) or repr(_random_states()) != states:
+        raise Unsuited(f"{mode}it draws random numbers")
+    ours = _ours(recipe, copied, x)
     if (error := _distance(ours, theirs, x if theirs.shape == x.shape else 1 + theirs.abs())) > _BOUND:
         raise Unsuited(_differs(f"{mode}its output", error))
     dy = torch.randn(theirs.shape, generator=torch.Generator("cpu").manual_seed(1), dtype=theirs.dtype)

@@ -23,11 +23,16 @@ Weights = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 
 
 class Part(NamedTuple):
-    """A submodule as it was when the layer was read: where it is, and what its call depends on."""
+    """The layer or a submodule as it was when the layer was read: where it is, and what its call depends on.
+
+    children, parameters, attributes: how many it has. settings: its attributes, without those of every nn.Module.
+    """
 
     path: tuple[str, ...]
     kind: type[nn.Module]
     children: int
+    parameters: int
+    attributes: int
     settings: tuple[tuple[str, object], ...]
 
 
@@ -38,8 +43,7 @@ class Recipe:
     kind: the family in words. first, second: paths of the two children with the weights. act, gate, squeeze: as in
         squeeze_excite. form: one of :data:`FORMS`. channels, rd_channels: C and R. channels_last: x is
         [N, *spatial, C]. dimensions: the numbers of spatial dimensions of x that it holds for. argument: the name of
-        x in the layer's forward. children, flags: the number of the layer's own children and its switches as they
-        were. parts: every submodule, outermost first.
+        x in the layer's forward. parts: the layer and its submodules, outermost first.
     """
 
     kind: str
@@ -54,12 +58,7 @@ class Recipe:
     channels_last: bool
     dimensions: tuple[int, ...]
     argument: str
-    children: int
-    flags: tuple[tuple[str, object], ...]
     parts: tuple[Part, ...]
-
-    def __deepcopy__(self, memo: object) -> Recipe:
-        return self
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """x, of a call with that one argument; None for any other call."""
@@ -79,33 +78,35 @@ class Recipe:
 
         A fused layer reads its children's weights and calls no child, so all that could make a child's call differ
         from the bare function of its weights is looked for: another class, hooks, an own forward, a parametrisation,
-        weights that are not plain tensors, settings. Every call of a fused layer comes by here.
+        weights that are not plain tensors, attributes. What lies within an attribute (an entry of a dict, another
+        module's state) is not seen. Every call of a fused layer comes by here.
         """
         if nn.modules.module._has_any_global_hook():
             return "hooks for all modules are registered, and they are to see its children"
-        for name, value in self.flags:
-            if layer.__dict__.get(name) != value:
-                return f"its {name} was {value!r} and has been changed"
-        if len(layer._modules) != self.children:
-            return f"it had {self.children} children and has {len(layer._modules)}"
-        for path, kind, children, settings in self.parts:
+        for path, kind, children, parameters, attributes, settings in self.parts:
             part = layer
             for name in path:
                 part = part._modules.get(name)
                 if part is None:
                     return f"its {'.'.join(path)} has been removed"
-            if type(part) is not kind and not _is_wrapped_by_export(part, kind):
-                return f"its {'.'.join(path)} was a {kind.__name__} and is a {type(part).__name__}"
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-                return f"its {'.'.join(path)} has hooks, which only run if it is called"
             own = part.__dict__
-            if "forward" in own:
-                return f"the forward of its {'.'.join(path)} has been replaced"
+            if path:
+                if type(part) is not kind and not _is_wrapped_by_export(part, kind):
+                    return f"its {'.'.join(path)} was a {kind.__name__} and is a {type(part).__name__}"
+                if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                    return f"its {'.'.join(path)} has hooks, which only run if it is called"
+                if "forward" in own:
+                    return f"the forward of its {'.'.join(path)} has been replaced"
             if len(part._modules) != children:
-                return f"its {'.'.join(path)} had {children} children and has {len(part._modules)}"
+                return f"{_name(path)} had {children} children and has {len(part._modules)}"
+            if len(part._parameters) != parameters or part._buffers:
+                return f"{_name(path)} has got a parameter or a buffer, or lost one"
             for name, value in settings:
-                if own.get(name) != value:
-                    return f"{name} of its {'.'.join(path)} was {value!r} and has been changed"
+                now = own.get(name, _GONE)
+                if now is not value and (type(value) not in SCALARS or now != value):
+                    return f"{name} of {_name(path)} was {_shown(value)} and has been changed"
+            if len(own) != attributes and (name := _shadowing(own, settings, kind)) is not None:
+                return f"{name} of {_name(path)} has been set"
         first, second = _at(layer, self.first), _at(layer, self.second)
         weights = (
             _tensor(first, "weight"), _tensor(second, "weight"), _tensor(first, "bias"), _tensor(second, "bias"),
@@ -122,56 +123,92 @@ class Recipe:
                 return None if self.form in ("scale", "residual") else "a gate's shape is not known to FX"
             if not _is_stand_in(x):
                 return f"its input is a {type(x).__name__}, not a plain tensor"
+        if x.numel() == 0 and x.shape[0] != 0:
+            return "its input has no positions"
         if x.dim() - 2 not in self.dimensions:
             known = " or ".join(str(d + 2) for d in self.dimensions)
             return f"its input has {x.dim()} dimensions; the layer was read for {known}"
         return None
 
-    def apply(self, weights: Weights, x: Tensor, *, chosen: str | None, with_gate: bool) -> tuple[Tensor, Any]:
+    def apply(
+        self, weights: Weights, x: Tensor, *, chosen: str, with_gate: bool = False, backend: str | None = None
+    ) -> tuple[Tensor, Any]:
         """What the layer returns for x, and the gate [N, C] if it is wanted (None if not).
 
-        chosen: the backend, from functional.route; None leaves the choice to squeeze_excite and lets FX see it.
+        chosen: the backend, from functional.route. backend: the one asked for, where FX is to see squeeze_excite.
         """
         if self.form in ("gate", "flat_gate"):
-            gate = excitation(
-                x, *weights, act=self.act, gate=self.gate, squeeze=self.squeeze, backend=chosen
-            )
-            y = gate.to(x.dtype)
+            gate = excitation(x, *weights, act=self.act, gate=self.gate, squeeze=self.squeeze, backend=chosen)
+            y = gate.to(_gate_dtype(x))
             return (y if self.form == "flat_gate" else y[(..., *(None,) * (x.dim() - 2))]), gate
         planes = x.movedim(-1, 1) if self.channels_last else x
         residual = planes if self.form == "residual" else None
-        if chosen is None:
-            result = squeeze_excite(
-                planes, *weights, act=self.act, gate=self.gate, squeeze=self.squeeze, residual=residual
-            )
+        if isinstance(x, torch.fx.Proxy):
+            options: dict[str, Any] = {"act": self.act, "gate": self.gate, "squeeze": self.squeeze, "backend": backend}
+            result = squeeze_excite(planes, *weights, residual=residual, **options)
         else:
-            result = serve(
-                chosen, planes, *weights, self.act, self.gate, self.squeeze, residual, None, with_gate
-            )
+            result = serve(chosen, planes, *weights, self.act, self.gate, self.squeeze, residual, None, with_gate)
         y, gate = result if with_gate else (result, None)
         return (y.movedim(1, -1) if self.channels_last else y), gate
 
 
+def _gate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that PyTorch's own operators give a gate: x's, or autocast's."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+OWN_ATTRIBUTES = ("_senet_fused", "_senet_captured")  # what fuse adds to a layer's
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *OWN_ATTRIBUTES, "inplace", "forward"))
+_OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "groups")
+SCALARS = (bool, int, float, str, tuple)
+_GONE = object()
+
+
 def parts_of(layer: nn.Module) -> tuple[Part, ...]:
-    """The submodules of a layer, outermost first."""
+    """The layer and its submodules, outermost first."""
     return tuple(
-        Part(tuple(name.split(".")), type(module), len(module._modules), settings_of(module))
+        Part(
+            tuple(name.split(".")) if name else (),
+            type(module),
+            len(module._modules),
+            len(module._parameters),
+            len(vars(module).keys() - OWN_ATTRIBUTES) + (0 if name else len(OWN_ATTRIBUTES)),
+            settings_of(module),
+        )
         for name, module in layer.named_modules(remove_duplicate=False)
-        if module is not layer
     )
 
 
 def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """The public switches of a module that has no weights: a slope, dropout's probability, a pooling's output size."""
-    if module._parameters or module._modules:
-        return ()
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and name not in ("training", "inplace")
-        and isinstance(value, (bool, int, float, str, tuple))
-    )
+    """A module's attributes without those that every module has: a slope, a pooling's output size, a function."""
+    if type(module) is nn.Linear:
+        return ()  # its weight says it all
+    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return tuple((name, getattr(module, name)) for name in _OF_CONVOLUTIONS)
+    return tuple((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+
+
+def _shadowing(own: dict[str, Any], settings: tuple[tuple[str, object], ...], kind: type[nn.Module]) -> str | None:
+    """A public attribute that has been set since in the place of its class's, such as a default; None if there is none.
+
+    Attributes that the class does not have either are somebody's notes, which its forward does not read.
+    """
+    known = {name for name, _ in settings}
+    for name in own:
+        if name not in known and name[0] != "_" and name not in _OF_EVERY_MODULE and hasattr(kind, name):
+            return name
+    return None
+
+
+def _shown(value: object) -> str:
+    return repr(value) if type(value) in SCALARS else f"a {type(value).__name__}"
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return f"its {'.'.join(path)}" if path else "it"
 
 
 def _at(layer: nn.Module, path: tuple[str, ...]) -> nn.Module:
