@@ -591,7 +591,7 @@ LEFT = {
     "softplus": (lambda: TorchvisionSE(8, 2, activation=nn.Softplus), "Softplus is not an activation known here"),
     "effective": (lambda: EffectiveSEModule(8), "one fully connected layer"),
     "scripted": (lambda: torch.jit.script(TorchvisionSE(8, 2)), "it is compiled by TorchScript"),
-    "windowed": (lambda: Windowed(8, 2, 12), "for an input [1, 8, 23, 37] its output"),
+    "windowed": (lambda: Windowed(8, 2, 12), "for an input [1, 8, 19, 31] its output"),
     "own_pool": (own_pool, "its avgpool has a size, size = 384"),
     "pythons_random": (lambda: PythonsRandom(8, 2), "in training mode it draws random numbers"),
     "float32": (lambda: Float32(8, 2), "it returns torch.float32 for torch.bfloat16"),
