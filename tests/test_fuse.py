@@ -574,7 +574,7 @@ LEFT = {
     "no_gradient_through_the_gate": (lambda: NoGradientThroughTheGate(8, 2), "the gradient of its input"),
     "frozen_hidden": (lambda: FrozenHidden(8, 2), "the gradient of its input"),
     "only_in_training": (lambda: OnlyInTraining(8, 2).eval(), "in training mode its output looks like"),
-    "relu6": (lambda: Relu6(8, 2), "differs by"),
+    "relu6": (lambda: Relu6(8, 2), "about very large values"),
     "in_place": (lambda: InPlace(8, 2), "it changes its input in place"),
     "two_inputs": (lambda: TwoInputs(8, 2), "missing 1 required positional argument: 'shortcut'"),
     "returns_both": (lambda: ReturnsBoth(8, 2), "it returns tuple for an input"),
