@@ -50,6 +50,22 @@ def seed():
     senet_fused.reset_call_counts()
 
 
+class PaddleGate(MaxPooled):
+    def forward(self, x):
+        return x * torch.clamp(0.2 * self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))) + 0.5, 0, 1)
+
+
+class Clamp(nn.Module):
+    """With a number of its own, which is no size."""
+
+    def __init__(self):
+        super().__init__()
+        self.divisor = 6
+
+    def forward(self, x):
+        return torch.clamp(x, 0, 1)
+
+
 # name -> (layer of 8 channels, kind in the report, form, spatial dimensions of its input)
 LAYERS = {
     "tutorial": (lambda: TutorialSE(8, 2), "SELayer", "scale", 2),
@@ -82,6 +98,10 @@ LAYERS = {
         lambda: EfficientNetSE(8, 2), "transformers EfficientNetSqueezeExciteLayer", "scale", 2,
     ),
     "smp": (lambda: SCSE(8, 2).cSE, "cSE of SCSEModule", "gate", 2),
+    "paddle_gate": (lambda: PaddleGate(8, 2), "PaddleGate, by structure", "scale", 2),
+    "ghostnet_gate": (
+        lambda: TorchvisionSE(8, 2, scale_activation=Clamp), "torchvision SqueezeExcitation", "scale", 2,
+    ),
     "by_structure": (lambda: MaxPooled(8, 2), "MaxPooled, by structure", "scale", 2),
 }  # fmt: skip
 

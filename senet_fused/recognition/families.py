@@ -21,8 +21,8 @@ from ..reference import SQUEEZES
 from .recipe import FORMS
 
 __all__ = [
-    "FAMILIES", "Family", "Reading", "Unsuited", "family_of", "has_weights_of_one", "looks_like_one", "may_be_one",
-    "not_covered", "read_freely", "weights_of",
+    "FAMILIES", "Family", "Reading", "Unsuited", "elementwise", "family_of", "has_weights_of_one", "looks_like_one",
+    "may_be_one", "not_covered", "read_freely", "weights_of",
 ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def read_freely(layer: nn.Module, kind: str) -> Reading:
     """All that a layer with the two weights of an SE layer may compute. Raises Unsuited as :func:`weights_of` does."""
     (first, fc1), (second, _) = weights_of(layer)
     leaves = (child for child in layer.modules() if not child._modules)
-    functions = [f for f in map(_function, leaves) if f is not None and f.name != "identity"]
+    functions = [f for f in map(elementwise, leaves) if f is not None and f.name != "identity"]
     layouts = (False, True) if isinstance(fc1, nn.Linear) else (False,)
     return Reading(kind, first, second, tuple(_pairs(functions)), SQUEEZES, FORMS, layouts)
 
@@ -214,26 +214,32 @@ def _kernel(child: nn.Module | None) -> tuple[int, int] | None:
 
 def _pairs(functions: list[Activation]) -> Iterator[tuple[Activation, Activation]]:
     """(act, gate) to try: its own functions in the order of registration, then with a function that is no module."""
-    usual_acts, usual_gates = map(Activation, ("relu", "silu")), map(Activation, ("sigmoid", "hardsigmoid"))
-    acts, gates = [*functions, *usual_acts], [*functions[::-1], *usual_gates]
+    acts = [*functions, *map(Activation, ("relu", "silu"))]
+    gates = [*functions[::-1], Activation("sigmoid"), *_HARD_SIGMOIDS]
     pairs = dict.fromkeys(itertools.product(acts, gates))
     yield from ((a, g) for a, g in pairs if a.name in ACT_NAMES and g.name in GATE_NAMES)
 
 
 def function_of(child: nn.Module, known: tuple[str, ...]) -> Activation:
     """The elementwise function that a child computes. Raises Unsuited unless it is one of the known names."""
-    function = _function(child)
+    function = elementwise(child)
     if function is None or function.name not in known:
         raise Unsuited(f"{type(child).__name__} is not an activation known here (known: {', '.join(known)})")
     return function
 
 
-_COMMON = tuple(
-    map(Activation.of, "relu silu sigmoid hardsigmoid hardswish mish relu6 tanh gelu gelu_tanh identity".split())
+# PyTorch's, PaddlePaddle's, and GhostNet's clamp.
+_HARD_SIGMOIDS = tuple(
+    Activation("hardsigmoid", slope=slope, offset=offset) for slope, offset in ((1 / 6, 0.5), (0.2, 0.5), (1.0, 0.0))
+)
+_COMMON = (
+    *map(Activation.of, "relu silu sigmoid hardswish mish relu6 tanh gelu gelu_tanh identity".split()),
+    *_HARD_SIGMOIDS,
 )
 
 
-def _function(child: nn.Module) -> Activation | None:
+def elementwise(child: nn.Module) -> Activation | None:
+    """The function that a child computes of each element; None if it computes anything else, or none known here."""
     try:
         return Activation.of(child)
     except ValueError:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..functional import route
-from .families import Reading, Unsuited, family_of, read_freely, weights_of
+from .families import Reading, Unsuited, elementwise, family_of, read_freely, weights_of
 from .recipe import SCALARS, Recipe, parts_of, settings_of
 
 __all__ = ["examine"]
@@ -314,6 +314,8 @@ def _compare_sizes(recipe: Recipe, copied: nn.Module, dimensions: int, generator
     # A window that is larger than the planes tried would look global.
     for name, module in copied.named_modules():
         if name and not module._modules and not module._parameters and not isinstance(module, _RESHAPES):
+            if elementwise(module) is not None:
+                continue
             for setting, value in settings_of(module):
                 if any(type(n) is int and n > 1 for n in (value if isinstance(value, tuple) else (value,))):
                     raise Unsuited(f"its {name} has a size, {setting} = {value}, and may be no global pooling")
