@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+# The environment of test-peers: an older torch with the libraries whose layers are fused.
+PEERS_VENV ?= .venv-peers
 
 # The kernel tests ask for the numbers of threads they need themselves. Everything else is small, and as many
 # single-threaded workers as there are cores are faster than workers whose threads wait for each other.
@@ -18,10 +20,10 @@ SELECT ?= tests/test_cpu_kernels.py
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env build test demo bench lint abi sanitize wheel sdist clean distclean
+.PHONY: help env build test test-peers demo bench lint abi sanitize wheel sdist clean distclean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 11
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
 
 # One stamp for the torch that is installed, named after it: another TORCH is another stamp.
 torch_stamp := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
@@ -47,6 +49,17 @@ build: $(installed) ## compile what changed, into the checkout
 
 test: build ## run the tests (ARGS="-k gelu" passes arguments on)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) $(ARGS)
+
+# One build serves both torches, so this environment has the checkout on its path instead of a build of its own.
+peers_installed := $(PEERS_VENV)/.installed
+
+$(peers_installed): tests/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --progress-bar off -r tests/peers/requirements.txt
+	@touch $@
+
+test-peers: build $(peers_installed) ## fuse against timm, torchvision, MONAI, transformers and others (5 GB)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest $(PYTEST_WORKERS) tests/peers $(ARGS)
 
 demo: build ## train a small SE-ResNet with the plain and the fused layer, side by side
 	$(VENV)/bin/senet-fused demo $(ARGS)
@@ -76,5 +89,5 @@ clean: ## remove what was built
 	rm -rf build dist *.egg-info senet_fused/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find senet_fused tests benchmarks buildtools -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## and the environment
-	rm -rf $(VENV)
+distclean: clean ## and the environments
+	rm -rf $(VENV) $(PEERS_VENV)
