@@ -110,9 +110,9 @@ def serve(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`squeeze_excite` by the backend that :func:`route` has chosen."""
     if chosen == "cpu" and residual is None and post_act is None and not return_gate and not torch.is_grad_enabled():
-        y = _serve_at_once(x, w1, w2, b1, b2, act, gate, squeeze)
-        if y is not None:
-            return y
+        result = _serve_at_once(x, w1, w2, b1, b2, act, gate, squeeze, False)
+        if result is not None:
+            return result[0]
     compiling = torch.compiler.is_compiling()
     check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
@@ -160,8 +160,9 @@ def _serve_at_once(
     act: Activation,
     gate: Activation,
     squeeze: str,
-) -> Tensor | None:
-    """A float32 call on the CPU in eager mode, without gradients: y, or None if it has to go the long way.
+    want_gate: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """A float32 call on the CPU in eager mode, without gradients: y and the gate, or None if it has to go the long way.
 
     A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
     large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
@@ -173,7 +174,7 @@ def _serve_at_once(
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.layout is not torch.strided:
         return None
     known = act.name in ACT_NAMES and gate.name in GATE_NAMES and squeeze in reference.SQUEEZES
-    return ops.infer_at_once(x, w1, b1, w2, b2, act.spec, gate.spec, squeeze) if known else None
+    return ops.infer_at_once(x, w1, b1, w2, b2, act.spec, gate.spec, squeeze, want_gate) if known else None
 
 
 def excitation(
@@ -209,10 +210,15 @@ def excitation(
         return handle_torch_function(
             excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
         )
+    chosen = route(x, backend) if isinstance(x, Tensor) else "reference"
     check = _check_while_tracing if not torch.compiler.is_compiling() and torch._C._is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, None, None)
-    pooled = reference.pool(x, squeeze)
-    return squeeze_excite(pooled[..., None], w1, w2, b1, b2, act=act, gate=gate, backend=backend, return_gate=True)[1]
+    pooled = reference.pool(x, squeeze)[..., None]
+    if chosen == "cpu" and not torch.is_grad_enabled():
+        result = _serve_at_once(pooled, w1, w2, b1, b2, act, gate, "avg", True)
+        if result is not None:
+            return result[1]
+    return serve(chosen, pooled, w1, w2, b1, b2, act, gate, "avg", None, None, True)[1]
 
 
 def _needs_plain_operators() -> bool:

@@ -383,9 +383,17 @@ def _define(
 
 
 def infer_at_once(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate_fn: str, squeeze: str
-) -> Tensor | None:
-    """``OPERATORS["cpu"].infer`` of y alone, for plain float32 tensors that need no conversion; None for all others.
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: str,
+    gate_fn: str,
+    squeeze: str,
+    want_gate: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """``OPERATORS["cpu"].infer`` for plain float32 tensors that need no conversion; None for all others.
 
     That they need none is left to the kernels' own checks, which cost no Python.
     """
@@ -398,14 +406,13 @@ def infer_at_once(
     if not 3 <= x.dim() <= 5 or x.numel() == 0:
         return None
     y = torch.empty_like(x)
+    gate = x.new_empty(x.shape[:2]) if want_gate else None
     try:
-        native.forward(
-            x, w1, b1, w2, b2, None, act, gate_fn, squeeze, "", channels_last, (y, None, None, None)
-        )
+        native.forward(x, w1, b1, w2, b2, None, act, gate_fn, squeeze, "", channels_last, (y, gate, None, None))
     except RuntimeError:
         return None
     _counts["cpu.forward"] += 1
-    return y
+    return y, gate
 
 
 # ---------------------------------------------------------------------------------------------------- second order

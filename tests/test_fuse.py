@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import pickle
@@ -41,6 +42,7 @@ from senet_fused import FusedSE, capture_gates, fuse, fuse_report, unfuse, use_b
 
 HERE = Path(__file__).resolve().parent
 BACKEND = senet_fused.explain(torch.empty(0)).backend
+fuse_by_name = functools.partial(fuse, backend=BACKEND)  # a gate alone is left to PyTorch on a CPU by "auto"
 compiled_only = pytest.mark.skipif(BACKEND == "reference", reason="without compiled code the original forward runs")
 
 
@@ -144,7 +146,7 @@ def test_every_family(name):
     before, keys, parameters = state(layer), list(layer.state_dict()), list(layer.parameters())
     expected, wanted = gradients(layer, x)
 
-    assert fuse(layer) is layer
+    assert fuse_by_name(layer) is layer
     (row,) = fuse_report(layer)
     assert (row.name, row.kind, row.form, row.channels, row.status) == ("", kind, form, 8, "fused")
     assert list(layer.state_dict()) == keys
@@ -171,7 +173,7 @@ def test_dtypes_of_results(name, dtype):
     make, _, _, dimensions = LAYERS[name]
     layer, wide = make(), None
     wide = copy.deepcopy(layer).double()
-    fused = fuse(copy.deepcopy(layer))
+    fused = fuse_by_name(copy.deepcopy(layer))
     x = draw(layer, dimensions, dtype=torch.float32).detach()
     oracle = wide(x.double())
     for weights, amp in ((dtype, None), (torch.float32, dtype)):
@@ -261,7 +263,7 @@ def test_a_network():
     plain = model(x)
     assert [row.status for row in fuse_report(model)] == ["can be fused"] * 5 + ["left", "fused"]
     assert state(model) == before
-    assert fuse(model) is model
+    assert fuse_by_name(model) is model
     assert str(fuse_report(model)) == REPORT
     senet_fused.reset_call_counts()
     torch.testing.assert_close(model(x), plain)
@@ -309,6 +311,23 @@ def test_modes_and_hooks_of_the_layer_stay():
         assert repr(layer).startswith("FusedTorchvisionSE(") and "(fc1): Conv2d(8, 2" in repr(layer)
 
 
+@compiled_only
+def test_a_gate_alone_on_a_cpu():
+    layer, x = fuse(NvidiaSE(8, 2)), torch.randn(2, 8, 3, 3)
+    assert torch.equal(layer(x), NvidiaSE.forward(layer, x)) and ran() == 0
+    (row,) = fuse_report(layer)
+    assert row.status == "original runs" and "faster on a CPU; backend='cpu'" in row.reason
+    with capture_gates(layer) as gates:
+        layer(x)
+    assert len(gates[""]) == 1 and ran() == 1
+    fuse(layer, backend="cpu")
+    torch.testing.assert_close(layer(x), NvidiaSE.forward(layer, x))
+    assert ran() == 2 and fuse_report(layer).layers[0].status == "fused"
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), NvidiaSE.forward(layer, x))
+    assert ran() == 3
+
+
 def test_meta_devices():
     with torch.device("meta"):
         model = Network()
@@ -328,7 +347,7 @@ def test_wrappers():
     for wrap in (nn.DataParallel, torch.compile, nn.Sequential):
         model = Network().eval()
         wrapped = wrap(model)
-        assert fuse(wrapped) is wrapped
+        assert fuse_by_name(wrapped) is wrapped
         assert fuse_report(model).count("fused") == fuse_report(wrapped).count("fused") == 6
 
 
@@ -373,7 +392,7 @@ def test_auto_without_kernels_runs_the_original(monkeypatch):
 
 
 def test_capture_gates():
-    model, x = fuse(Network()).eval(), torch.randn(2, 3, 7, 7)
+    model, x = fuse_by_name(Network()).eval(), torch.randn(2, 3, 7, 7)
     before = state(model)
     with capture_gates(model) as gates:
         model(x)
@@ -949,7 +968,7 @@ def test_other_inputs_go_to_the_original():
 
 @compiled_only
 def test_what_traces_sees_pytorchs_own_operators(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), fuse(TorchvisionSE(8, 2)), fuse(NvidiaSE(8, 2))).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fuse(TorchvisionSE(8, 2)), fuse_by_name(NvidiaSE(8, 2))).eval()
     plain = unfuse(copy.deepcopy(model))
     x = torch.randn(2, 3, 4, 4)
     with warnings.catch_warnings():
@@ -996,7 +1015,7 @@ def test_copies_and_pickles(name):
 
 
 def test_a_file_for_another_process(tmp_path):
-    model, x = fuse(Network()).eval(), torch.randn(2, 3, 5, 5)
+    model, x = fuse_by_name(Network()).eval(), torch.randn(2, 3, 5, 5)
     torch.save((model, x, model(x)), tmp_path / "model.pt")
     code = f"""
 import sys, torch

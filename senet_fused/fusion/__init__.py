@@ -20,7 +20,17 @@ from ..recognition import (
     may_be_one,
     not_covered,
 )  # fmt: skip
-from .layer import Fusion, alteration, attach, check_detachable, detach, fused_class, is_fused
+from .layer import (
+    GATE_FORMS,
+    Fusion,
+    alteration,
+    attach,
+    check_detachable,
+    detach,
+    fused_class,
+    is_fused,
+    slower,
+)  # fmt: skip
 from .report import FuseReport, LayerReport
 
 __all__ = ["FuseReport", "LayerReport", "fuse", "fuse_report", "unfuse"]
@@ -145,6 +155,7 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
     return visit("", model)
 
 
+_GATE_ON_A_CPU = "a gate alone, which PyTorch's own operators make faster on a CPU; backend='cpu' has the kernels run"
 _SERVED = {
     "scale": "the whole layer",
     "residual": "the whole layer, with its addition of the input",
@@ -179,7 +190,10 @@ def _row(name: str, layer: nn.Module, verdict: Recipe | str | None) -> LayerRepo
             choice = select.choose(backend, weight.device.type, weight.dtype)
         except select.BackendUnavailableError as error:
             return LayerReport(*what, "cannot run", str(error))
-        if choice.backend == "reference" and select.requested(backend)[0] == "auto":
+        auto = select.requested(backend)[0] == "auto"
+        if choice.backend == "reference" and auto:
             return LayerReport(*what, "original runs", f"no kernels: {choice.reason}")
+        if verdict.form in GATE_FORMS and slower(backend, weight.device.type):
+            return LayerReport(*what, "original runs", _GATE_ON_A_CPU)
         served += f"; backend {choice.backend}"
     return LayerReport(*what, "fused", served)

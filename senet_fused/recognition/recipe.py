@@ -105,8 +105,9 @@ class Recipe:
                 now = own.get(name, _GONE)
                 if now is not value and (type(value) not in SCALARS or now != value):
                     return f"{name} of {_name(path)} was {_shown(value)} and has been changed"
-            if len(own) != attributes and (name := _shadowing(own, settings, kind)) is not None:
-                return f"{name} of {_name(path)} has been set"
+            if (_COUNTED_IN_GRAPHS or not torch.compiler.is_compiling()) and len(own) != attributes:
+                if (name := _shadowing(own, settings, kind)) is not None:
+                    return f"{name} of {_name(path)} has been set"
         first, second = _at(layer, self.first), _at(layer, self.second)
         weights = (
             _tensor(first, "weight"), _tensor(second, "weight"), _tensor(first, "bias"), _tensor(second, "bias"),
@@ -165,6 +166,8 @@ _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *OWN_ATTRIBUTES, "inplace", "f
 _OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "groups")
 SCALARS = (bool, int, float, str, tuple)
 _GONE = object()
+# Dynamo cannot count a module's attributes in torch 2.11. Without a backend by name the original runs there anyway.
+_COUNTED_IN_GRAPHS = torch.__version__ >= (2, 13)
 
 
 def parts_of(layer: nn.Module) -> tuple[Part, ...]:

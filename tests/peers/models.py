@@ -166,8 +166,13 @@ MONAI = (
     _monai("SEResNext50 3-D", 16, monai_nets.SEResNext50, spatial_dims=3, **_NET, shape=None),
     _monai("SENet154 2-D", 50, monai_nets.SENet154, spatial_dims=2, **_NET, shape=None),
     _monai("SENet154 3-D", 50, monai_nets.SENet154, spatial_dims=3, **_NET, shape=None),
-    _monai("SENet 3-D, small", 4, monai_nets.SENet, **_small(3, monai_senet.SEResNetBottleneck, 1), shape=(2, 1, 40, 48, 40)),
-    _monai("SENet 2-D, small", 4, monai_nets.SENet, **_small(2, monai_senet.SEResNeXtBottleneck, 8), shape=(2, 1, 64, 64)),
+    _monai(
+        "SENet 3-D, small", 4, monai_nets.SENet, **_small(3, monai_senet.SEResNetBottleneck, 1),
+        shape=(2, 1, 40, 48, 40),
+    ),
+    _monai(
+        "SENet 2-D, small", 4, monai_nets.SENet, **_small(2, monai_senet.SEResNeXtBottleneck, 8), shape=(2, 1, 64, 64)
+    ),
     *(
         _monai(f"{name} {d}-D", 1, getattr(monai_blocks, name), d, *sizes, shape=shape)
         for name, sizes in {"ChannelSELayer": (24,), "ResidualSELayer": (24,), "SEBlock": (24, 8, 8, 24)}.items()
