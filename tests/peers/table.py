@@ -35,7 +35,7 @@ def row(peer: Peer) -> tuple[str, ...]:
     """A line of the table: the counts as fuse finds them, the reason as the tests hold it."""
     with torch.device("meta" if peer.on_meta else "cpu"):
         model = peer.build()
-    layers = list(senet_fused.fuse_report(senet_fused.fuse(model)))
+    layers = list(senet_fused.fuse_report(senet_fused.fuse(model, backend="cpu")))
     fused = sum(layer.fused for layer in layers)
     kinds = (f"{layer.kind.removesuffix(', by structure')}{' (gate)' * (layer.form == 'gate')}" for layer in layers)
     counts = map(str, (len(layers), fused, len(layers) - fused))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 import subprocess
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import senet_fused
-from senet_fused import fuse, fuse_report, unfuse
+from senet_fused import fuse_report, unfuse
 
 every_peer = pytest.mark.parametrize("peer", PEERS, ids=str)
 every_run = pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.shape and peer.fused], ids=str)
@@ -30,6 +31,9 @@ one_a_library = pytest.mark.parametrize("peer", REPRESENTATIVES, ids=str)
 
 BACKEND = senet_fused.explain(torch.empty(0)).backend
 assert BACKEND != "reference", "without compiled code the original forward runs, and nothing would be tested"
+
+# By name: a gate alone is left to PyTorch on a CPU by "auto".
+fuse = functools.partial(senet_fused.fuse, backend=BACKEND)
 
 # Relative to the norm; sums in another order, through up to fifty layers with batch norms of a few values.
 BOUND = 1e-9
@@ -68,7 +72,7 @@ def prepared(peer: Peer) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-def fused_copy(model: nn.Module, backend: str | None = None) -> nn.Module:
+def fused_copy(model: nn.Module, backend: str | None = BACKEND) -> nn.Module:
     return fuse(copy.deepcopy(model), backend=backend)
 
 
