@@ -53,9 +53,10 @@ test: build ## run the tests (ARGS="-k gelu" passes arguments on)
 # One build serves both torches, so this environment has the checkout on its path instead of a build of its own.
 peers_installed := $(PEERS_VENV)/.installed
 
-$(peers_installed): tests/peers/requirements.txt
+$(peers_installed): $(wildcard tests/peers/requirements*.txt)
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install --progress-bar off -r tests/peers/requirements.txt
+	$(PEERS_VENV)/bin/python -m pip install --progress-bar off --no-deps -r tests/peers/requirements-no-deps.txt
 	@touch $@
 
 test-peers: build $(peers_installed) ## fuse against timm, torchvision, MONAI, transformers and others (5 GB)

