@@ -94,7 +94,7 @@ TIMM = (
     _timm("tinynet_e", kind=SQUEEZE_EXCITE, count=10),
     _timm("semnasnet_050", kind=SQUEEZE_EXCITE, count=8),
     _timm("repghostnet_050", kind=SQUEEZE_EXCITE, count=7),
-    _timm("dm_nfnet_f0", count=12),
+    _timm("dm_nfnet_f0", count=12, shape=None),
     _timm("nf_seresnet26", count=8),
     _timm("tresnet_m", count=18),
     _timm("cs3sedarknet_l", count=21),

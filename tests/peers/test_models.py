@@ -26,7 +26,15 @@ import senet_fused
 from senet_fused import fuse_report, unfuse
 
 every_peer = pytest.mark.parametrize("peer", PEERS, ids=str)
-every_run = pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.shape and peer.fused], ids=str)
+# Every fourth network and one of each library; -m "slow or not slow" runs all, which takes more than ten minutes.
+_RUN = [peer for peer in PEERS if peer.shape and peer.fused]
+every_run = pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(peer, id=str(peer), marks=() if i % 4 == 0 or peer in REPRESENTATIVES else pytest.mark.slow)
+        for i, peer in enumerate(_RUN)
+    ],
+)
 one_a_library = pytest.mark.parametrize("peer", REPRESENTATIVES, ids=str)
 
 BACKEND = senet_fused.explain(torch.empty(0)).backend
