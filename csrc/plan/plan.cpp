@@ -16,8 +16,8 @@ constexpr int64_t kPhaseWeightBytes = 1024 * 1024;
 // An output of more than this part of the L3 is large.
 constexpr int64_t kLargeOutput = 4;
 
-// Beyond this malloc maps fresh pages for every output (M_MMAP_THRESHOLD's maximum in glibc): the kernel has just zeroed
-// a page when it is first written, so its lines are in a cache, and streaming past them writes memory twice.
+// Beyond this malloc maps fresh pages for every output (M_MMAP_THRESHOLD's maximum in glibc): the kernel has just
+// zeroed a page when it is first written, so its lines are in a cache, and streaming past them writes memory twice.
 constexpr int64_t kFreshPages = 32 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
