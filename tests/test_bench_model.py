@@ -317,8 +317,11 @@ def test_where_there_is_no_twin_a_note_says_why(file, name, message):
     assert re.search(message, row["note"]) and row["error"] is None and row["median_s"] is None
     assert by_provider(rows)["stock"]["median_s"] > 0 and by_provider(rows)["stock"]["price_of_se"] is None
     fused = by_provider(rows)["fused"]
-    assert (fused["se_layers"], fused["se_fused"]) == ((2, 2) if name == "gated" else (0, 0))
-    assert fused["note"] == (None if name == "gated" else "nothing to fuse: the network has no SE layer")
+    # A gate alone is faster by PyTorch's own operators on a CPU.
+    assert (fused["se_layers"], fused["se_fused"]) == ((2, 1) if name == "gated" else (0, 0))
+    refusal = "nothing to fuse: the network has no SE layer"
+    note = r"1 of 2 SE layers fused; 3\.se is not: .*gate" if name == "gated" else refusal
+    assert re.match(note, fused["note"])
 
 
 def test_a_network_that_is_the_layer_has_no_twin():
