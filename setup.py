@@ -41,7 +41,9 @@ LIBRARIES = [
         "senet_fused._cpu",
         [
             Unit("csrc/library.cpp", DISPATCH),
-            Unit("csrc/cpu/squeeze_excite.cpp", DISPATCH),
+            Unit("csrc/cpu/host.cpp", DISPATCH),
+            Unit("csrc/cpu/squeeze_excite.cpp"),
+            Unit("csrc/cpu/tail.cpp"),
             Unit("csrc/plan/plan.cpp"),
             *(Unit("csrc/cpu/kernels.cpp", (f"-DSENET_ISA={isa}", *f), isa) for isa, f in ISA_FLAGS.items()),
         ],

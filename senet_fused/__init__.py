@@ -8,6 +8,7 @@ from .fusion import FuseReport, fuse, fuse_report, unfuse
 from .modules import FusedSE, capture_gates
 from .ops import call_counts, reset_call_counts
 from .select import BackendUnavailableError, Choice, use_backend
+from .tails import FusedSETail, block_tail
 
 __all__ = [
     "Activation",
@@ -15,7 +16,9 @@ __all__ = [
     "Choice",
     "FuseReport",
     "FusedSE",
+    "FusedSETail",
     "__version__",
+    "block_tail",
     "call_counts",
     "capture_gates",
     "excitation",

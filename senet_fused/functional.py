@@ -12,11 +12,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import ops, reference, select
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 
-__all__ = ["excitation", "explain", "route", "serve", "squeeze_excite"]
+__all__ = [
+    "PLAIN_TYPES", "Function", "check_input", "check_residual", "check_weights", "excitation", "explain",
+    "needs_plain_operators", "route", "serve", "squeeze_excite",
+]  # fmt: skip
 
 Function = str | Activation | nn.Module | type[nn.Module]
 
-_PLAIN_TYPES = (Tensor, nn.Parameter)
+PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def squeeze_excite(
@@ -89,7 +92,7 @@ def route(x: Tensor, backend: str | None) -> str:
     """
     compiling = torch.compiler.is_compiling()
     chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
-    if _needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()):
+    if needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()):
         return "reference"
     return chosen
 
@@ -136,7 +139,7 @@ def serve(
     for t in (x, w1, w2, b1, b2, residual):
         if t is not None:
             save = save or t.requires_grad
-            plain = plain and type(t) in _PLAIN_TYPES
+            plain = plain and type(t) in PLAIN_TYPES
     save = save and torch.is_grad_enabled()
     if not plain:
         y, g, _, _ = operator.registered(*arguments, save)
@@ -169,7 +172,7 @@ def _serve_at_once(
     they refuse goes the long way, to be converted or to get its message.
     """
     for t in (x, w1, w2, b1, b2):
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype is not torch.float32):
+        if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
             return None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.layout is not torch.strided:
         return None
@@ -221,7 +224,7 @@ def excitation(
     return serve(chosen, pooled, w1, w2, b1, b2, act, gate, "avg", None, None, True)[1]
 
 
-def _needs_plain_operators() -> bool:
+def needs_plain_operators() -> bool:
     """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
 
     TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
@@ -236,7 +239,7 @@ def _needs_plain_operators() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
 # enters transforms while it traces, so the answer is right, and guards on those that are outside.
-_needs_plain_operators._dynamo_marked_constant = True
+needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
@@ -261,7 +264,25 @@ def _check(
     residual: Tensor | None,
     post_act: str | None,
 ) -> None:
-    # In eager mode these lines cost as much as a small layer's arithmetic: each attribute of a tensor is read once.
+    check_input(x)
+    check_weights(x, w1, w2, b1, b2)
+    if residual is not None:
+        check_residual(x, residual)
+    if act.name not in ACT_NAMES:
+        raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
+    if gate.name not in GATE_NAMES:
+        raise ValueError(f"gate must be one of {', '.join(GATE_NAMES)}, got {gate.name}")
+    if squeeze not in reference.SQUEEZES:
+        raise ValueError(f"squeeze must be one of {', '.join(reference.SQUEEZES)}, got {squeeze!r}")
+    if post_act is not None and post_act != "relu":
+        raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
+
+
+# In eager mode these lines cost as much as a small layer's arithmetic: each attribute of a tensor is read once.
+
+
+def check_input(x: Tensor) -> None:
+    """Raises TypeError or ValueError unless x is a dense floating-point tensor [N, C, *spatial] with positions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor [N, C, *spatial], got {type(x).__name__}")
     if not x.is_floating_point():
@@ -278,10 +299,14 @@ def _check(
             f"x must have at least one channel and one spatial position, got {_sizes(x)}; "
             "only N may be 0: leave empty images out, or pad them"
         )
+
+
+def check_weights(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless these are weights and biases of an SE layer for x."""
     if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
         raise TypeError(f"w1 and w2 must be tensors, got {type(w1).__name__} and {type(w2).__name__}")
     shape1, shape2 = _check_weight("w1", w1), _check_weight("w2", w2)
-    reduced = shape1[0]
+    channels, reduced = x.shape[1], shape1[0]
     if reduced == 0:
         raise ValueError(f"w1 must be [R, C] with R >= 1, got {_sizes(w1)}; check the reduction ratio")
     if shape1[1] != channels:
@@ -305,26 +330,21 @@ def _check(
             raise ValueError(f"{name} must be [{size}], got {_sizes(bias)}")
         if bias.device != device:
             raise ValueError(_devices(device, name, bias))
-    if residual is not None:
-        if not isinstance(residual, Tensor) or not residual.is_floating_point():
-            raise TypeError(f"residual must be a floating-point tensor or None, got {_kind(residual)}")
-        if residual.layout is not torch.strided or residual.is_nested:
-            raise ValueError(_dense("residual", residual))
-        if residual.shape != shape:
-            raise ValueError(
-                f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; "
-                "it is not broadcast: use residual.expand_as(x), or project the shortcut"
-            )
-        if residual.device != device:
-            raise ValueError(_devices(device, "residual", residual))
-    if act.name not in ACT_NAMES:
-        raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
-    if gate.name not in GATE_NAMES:
-        raise ValueError(f"gate must be one of {', '.join(GATE_NAMES)}, got {gate.name}")
-    if squeeze not in reference.SQUEEZES:
-        raise ValueError(f"squeeze must be one of {', '.join(reference.SQUEEZES)}, got {squeeze!r}")
-    if post_act is not None and post_act != "relu":
-        raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
+
+
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raises TypeError or ValueError unless residual can be added to x."""
+    if not isinstance(residual, Tensor) or not residual.is_floating_point():
+        raise TypeError(f"residual must be a floating-point tensor or None, got {_kind(residual)}")
+    if residual.layout is not torch.strided or residual.is_nested:
+        raise ValueError(_dense("residual", residual))
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have x's shape {_sizes(x)}, got {_sizes(residual)}; "
+            "it is not broadcast: use residual.expand_as(x), or project the shortcut"
+        )
+    if residual.device != x.device:
+        raise ValueError(_devices(x.device, "residual", residual))
 
 
 def _check_while_tracing(*arguments: object) -> None:

@@ -32,8 +32,9 @@ from . import reference
 from .backends import cuda, native, triton
 
 __all__ = [
-    "OPERATORS", "Operator", "call_counts", "count_call", "infer_at_once", "is_channels_last", "layout_of",
-    "reset_call_counts", "uncounted",
+    "OPERATORS", "Operator", "call_counts", "count_call", "empty_like", "in_layout", "infer_at_once",
+    "is_channels_last", "kernel_vector", "kernel_weights", "layout_of", "loop_vmap", "mask_of", "reset_call_counts",
+    "uncounted", "unpack_mask", "watched",
 ]  # fmt: skip
 
 FORWARD_SCHEMA = (
@@ -115,7 +116,7 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and layout_of(x) == "channels_last"
 
 
-def _empty(x: Tensor, channels_last: bool) -> Tensor:
+def empty_like(x: Tensor, channels_last: bool) -> Tensor:
     """A dense tensor of x's shape, dtype and device."""
     if not channels_last:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -127,7 +128,7 @@ def _empty(x: Tensor, channels_last: bool) -> Tensor:
     return x.new_empty((n, length, c)).transpose(1, 2)
 
 
-def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
+def in_layout(t: Tensor, channels_last: bool) -> Tensor:
     """t itself if it has the layout, else a copy that has. (With C = 1 or one position a tensor has both.)"""
     if not channels_last:
         if t.is_contiguous():
@@ -137,7 +138,7 @@ def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
     channels, *spatial = zip(t.shape[1:], t.stride()[1:], strict=True)
     spatial.reverse()
     has_it = _dense([channels, *spatial]) if channels_last else _dense([*spatial, channels])
-    return t if has_it else _empty(t, channels_last).copy_(t)
+    return t if has_it else empty_like(t, channels_last).copy_(t)
 
 
 # ---------------------------------------------------------------------------------------------------- allocation
@@ -148,16 +149,19 @@ def _allocate_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, r = x.shape[0], x.shape[1], w1.shape[0]
     wide = reference.accumulate_dtype(x)
-    y = _empty(x, channels_last)
+    y = empty_like(x, channels_last)
     gate = x.new_empty((n, c), dtype=wide)
     saved = x.new_empty((n, c + r if squeeze == "avg" else 3 * c + r), dtype=wide)
-    if post_act == "relu" and save:
-        m = math.prod(x.shape[2:])
-        rows, columns = (m, c) if channels_last else (c, m)
-        mask = x.new_empty((n, rows, (columns + 7) // 8), dtype=torch.uint8)
-    else:
-        mask = x.new_empty((0,), dtype=torch.uint8)
-    return y, gate, saved, mask
+    return y, gate, saved, mask_of(x, channels_last, post_act == "relu" and save)
+
+
+def mask_of(x: Tensor, channels_last: bool, wanted: bool) -> Tensor:
+    """An empty bit mask for a ReLU on a tensor of x's shape; without any element if it is not wanted."""
+    if not wanted:
+        return x.new_empty((0,), dtype=torch.uint8)
+    m = math.prod(x.shape[2:])
+    rows, columns = (m, x.shape[1]) if channels_last else (x.shape[1], m)
+    return x.new_empty((x.shape[0], rows, (columns + 7) // 8), dtype=torch.uint8)
 
 
 def _allocate_backward(
@@ -177,16 +181,16 @@ def _allocate_backward(
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
     return (
-        _empty(x, channels_last) if need_x else x.new_empty((0,)),
+        empty_like(x, channels_last) if need_x else x.new_empty((0,)),
         maybe(w1),
         maybe(b1),
         maybe(w2),
         maybe(b2),
-        _empty(x, channels_last) if need_residual else x.new_empty((0,)),
+        empty_like(x, channels_last) if need_residual else x.new_empty((0,)),
     )
 
 
-def _kernel_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def kernel_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """Weights as kernels read them: contiguous, in their own dtype where kernels have it and both agree."""
     wide = reference.accumulate_dtype(x)
     dtype = w1.dtype
@@ -196,8 +200,8 @@ def _kernel_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return w1.contiguous(), w2.contiguous()
 
 
-def _kernel_bias(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
-    """A bias as kernels read it: contiguous, in the accumulation dtype (it is small)."""
+def kernel_vector(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    """A bias, or another small vector, as kernels read it: contiguous, in the accumulation dtype."""
     if bias is None or (bias.dtype == wide and bias.is_contiguous()):
         return bias
     return bias.to(wide).contiguous()
@@ -230,7 +234,7 @@ class Operator(NamedTuple):
     infer: Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def _watched(*gradients: Tensor | None) -> bool:
+def watched(*gradients: Tensor | None) -> bool:
     """Whether a backward that autograd runs for plain tensors is seen by more than autograd.
 
     By a dispatch mode, by torch.func, or by the older vmap that is_grads_batched and jacobian(vectorize=True) use.
@@ -253,13 +257,13 @@ def _define(
 
     def fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs):
         if channels_last or not x.is_contiguous():
-            x = _in_layout(x, channels_last)
+            x = in_layout(x, channels_last)
         if residual is not None:
-            residual = _in_layout(residual, channels_last)
-        w1, w2 = _kernel_weights(x, w1, w2)
+            residual = in_layout(residual, channels_last)
+        w1, w2 = kernel_weights(x, w1, w2)
         if b1 is not None or b2 is not None:
             wide = reference.accumulate_dtype(x)
-            b1, b2 = _kernel_bias(b1, wide), _kernel_bias(b2, wide)
+            b1, b2 = kernel_vector(b1, wide), kernel_vector(b2, wide)
         launch_forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
         _counts[counted_forward] += 1
 
@@ -271,7 +275,7 @@ def _define(
 
     def infer(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, want_gate):
         channels_last = is_channels_last(x)
-        y = _empty(x, channels_last)
+        y = empty_like(x, channels_last)
         gate = x.new_empty(x.shape[:2], dtype=reference.accumulate_dtype(x)) if want_gate else None
         outputs = (y, gate, None, None)
         fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
@@ -285,8 +289,8 @@ def _define(
     ):
         channels_last = is_channels_last(x)
         outputs = _allocate_backward(x, w1, b1, w2, b2, (need_x, need_weights, need_res), channels_last)
-        x, dy = _in_layout(x, channels_last), _in_layout(dy, channels_last)
-        kw1, kw2 = _kernel_weights(x, w1, w2)
+        x, dy = in_layout(x, channels_last), in_layout(dy, channels_last)
+        kw1, kw2 = kernel_weights(x, w1, w2)
         dx, *dweights, dresidual = outputs
         targets = [dx if need_x else None, None, None, None, None, dresidual if need_res else None]
         # Kernels write weight gradients in the dtype in which they read the weights, bias gradients in gate's.
@@ -364,8 +368,8 @@ def _define(
     torch.library.register_autograd(
         f"{name}_backward", _second_order, setup_context=_second_order_setup
     )
-    torch.library.register_vmap(name, _loop_vmap(registered))
-    torch.library.register_vmap(f"{name}_backward", _loop_vmap(registered_backward))
+    torch.library.register_vmap(name, loop_vmap(registered))
+    torch.library.register_vmap(f"{name}_backward", loop_vmap(registered_backward))
 
     class SqueezeExcite(torch.autograd.Function):
         @staticmethod
@@ -376,8 +380,8 @@ def _define(
 
         @staticmethod
         def backward(ctx, dy, dgate, _dsaved, _dmask):
-            watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(dy, dgate)
-            return rule(ctx, registered_backward if watched else backward, dy, dgate)
+            seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or watched(dy, dgate)
+            return rule(ctx, registered_backward if seen else backward, dy, dgate)
 
     return Operator(registered, SqueezeExcite.apply, infer)
 
@@ -459,7 +463,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 # ---------------------------------------------------------------------------------------------------- vmap
 
 
-def _loop_vmap(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
+def loop_vmap(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
     """One call per element of the mapped dimension, stacked."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -32,8 +32,11 @@ PYTHON = {
     "recognition": {"activations", "functional", "ops", "reference"},
     "conversion": {"recognition"},
     "modules": {"activations", "conversion", "functional", "reference", "select"},
-    "fusion": {"functional", "modules", "recognition", "select"},
-    "senet_fused": {"_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select"},
+    "tails": {"activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select"},
+    "fusion": {"functional", "modules", "recognition", "select", "tails"},
+    "senet_fused": {
+        "_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
+    },  # fmt: skip
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tune"},
     "bench": {"senet_fused", "backends", "machine", "modules"},
@@ -45,7 +48,7 @@ PYTHON = {
 }
 CORE = (
     "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
-    "conversion", "modules", "fusion", "senet_fused",
+    "conversion", "modules", "tails", "fusion", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {"triton", "matplotlib", "rich", "sklearn", "onnx", "pandas", "PIL", "pytest"}
@@ -54,12 +57,18 @@ OF_TRITON = {f"backends/triton/{name}.py" for name in ("elementwise", "excite", 
 
 # Files of csrc/ -> the local headers they may include. library -> host file -> {check, plan, kernel}.
 CPP = {
-    "library.cpp": {"cpu/squeeze_excite.h"},
+    "library.cpp": {"cpu/host.h", "cpu/squeeze_excite.h", "cpu/tail.h"},
     "check.h": {"plan/plan.h"},
     "plan/*": {"plan/plan.h", "plan/cuda_plan.h"},
     "cpu/squeeze_excite.h": set(),
-    "cpu/squeeze_excite.cpp": {"cpu/squeeze_excite.h", "check.h", "cpu/schedule.h", "plan/plan.h"},
-    "cpu/schedule.h": {"cpu/kernels.h", "plan/plan.h"},
+    "cpu/squeeze_excite.cpp": {"cpu/squeeze_excite.h", "cpu/host.h", "cpu/schedule.h"},
+    "cpu/tail.h": set(),
+    "cpu/tail.cpp": {"cpu/tail.h", "cpu/host.h", "cpu/tail_schedule.h"},
+    "cpu/host.h": {"check.h", "cpu/layer.h"},
+    "cpu/host.cpp": {"cpu/host.h"},
+    "cpu/schedule.h": {"cpu/layer.h"},
+    "cpu/tail_schedule.h": {"cpu/layer.h"},
+    "cpu/layer.h": {"cpu/kernels.h", "plan/plan.h"},
     "cpu/kernels.h": {"plan/plan.h"},
     "cpu/kernels.cpp": {"cpu/kernels.h", "cpu/kernel/*"},
     "cpu/kernel/*": {"cpu/kernels.h", "cpu/vec.h", "cpu/kernel/*"},
@@ -76,7 +85,8 @@ CPP = {
     "cuda/prim/*": {"cuda/prim/*", "plan/plan.h"},
 }
 TORCH_HEADERS_IN = {
-    "library.cpp", "check.h", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp", "cuda/library.cpp",
+    "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp",
+    "cpu/tail.h", "cpu/tail.cpp", "cuda/library.cpp",
     "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp",
 }  # fmt: skip
 CUDA_HEADERS_IN = {"cuda/launch.cuh", "cuda/prim/port.cuh"}
@@ -223,7 +233,8 @@ print(*sorted(set(sys.modules) - before))
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
         *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
-        *(f"senet_fused.fusion.{name}" for name in ("layer", "report")),
+        *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
+        *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core
 

@@ -44,6 +44,45 @@ struct ApplyArgs {  // (B6) for one sample
   bool stream;
 };
 
+template <class A>
+struct TailArgs {  // (T3) for one sample
+  const void* x;
+  const A* mean;         // [c]
+  const A* scale;        // [c]
+  const A* shift;        // [c]
+  const void* residual;  // or null
+  void* y;
+  uint8_t* mask;  // of this sample, or null
+  int64_t rows, columns;
+  bool relu, stream;
+};
+
+template <class A>
+struct TailSumsArgs {  // (T4) for one sample
+  const void* dy;
+  const void* x;
+  const uint8_t* mask;  // or null
+  const A* mean;        // [c]
+  A* sum;               // [c] of g
+  A* centred;           // [c] of g * (x - mean)
+  int64_t rows, columns;
+};
+
+template <class A>
+struct TailBackwardArgs {  // (T7) for one sample
+  const void* dy;
+  const uint8_t* mask;  // or null
+  const void* x;
+  const A* mean;   // [c]
+  const A* scale;  // [c] of g
+  const A* slope;  // [c] of x - mean, or null
+  const A* shift;  // [c]
+  void* dx;
+  void* dresidual;  // where g goes, or null; with a mask
+  int64_t rows, columns;
+  bool stream;
+};
+
 // Kernels of one element type of x.
 template <class A>
 struct TensorKernels {
@@ -61,6 +100,16 @@ struct TensorKernels {
   void (*scale_pixels)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
   void (*apply_planes)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
   void (*apply_pixels)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
+  // block tails; the scratch of the pixel forms holds 2 c values
+  void (*moments_planes)(const void* x, int64_t m, int64_t c0, int64_t c1, A* mean, A* squares);
+  void (*moments_pixels)(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, A* mean, A* squares,
+                         double* scratch);
+  void (*tail_planes)(const TailArgs<A>& args, int64_t r0, int64_t r1);
+  void (*tail_pixels)(const TailArgs<A>& args, int64_t r0, int64_t r1);
+  void (*tail_sums_planes)(const TailSumsArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
+  void (*tail_sums_pixels)(const TailSumsArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
+  void (*tail_backward_planes)(const TailBackwardArgs<A>& args, int64_t r0, int64_t r1);
+  void (*tail_backward_pixels)(const TailBackwardArgs<A>& args, int64_t r0, int64_t r1);
 };
 
 // Small matrix products with weights of one type; every vector operand has a row stride of its own.

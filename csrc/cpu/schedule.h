@@ -1,98 +1,8 @@
-// The order of the stages over samples and threads, for one plan. No torch: threads come in as a function.
+// The order of an SE layer's stages over samples and threads, for one plan.
 #pragma once
-#include <algorithm>
-#include <cstddef>
-#include <memory>
-
-#include "../plan/plan.h"
-#include "kernels.h"
+#include "layer.h"
 
 namespace senet {
-
-// Calls body(begin, end, context) on disjoint ranges that cover [0, count), on several threads.
-using ParallelFor = void (*)(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
-
-template <class F>
-void parallel_over(ParallelFor parallel_for, int64_t count, const F& f) {
-  parallel_for(
-      count, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<F*>(&f));
-}
-
-template <class A>
-struct Scratch {
-  std::unique_ptr<A[]> data;
-  explicit Scratch(int64_t count) : data(new A[static_cast<size_t>(count)]) {}
-  A* get() const { return data.get(); }
-};
-
-struct Options {
-  Function act;
-  double act_p0;
-  Function gate;
-  double gate_p0, gate_p1;
-  Squeeze squeeze;
-  bool relu;  // post_act
-};
-
-// What forward and backward have in common: sizes, kernels, the columns of `saved`.
-template <class A>
-struct Layer {
-  Problem problem;
-  Options options;
-  CpuPlan plan;
-  ParallelFor parallel_for;
-  const TensorKernels<A>* tensor;
-  const WeightKernels<A>* weight;
-  const FunctionKernels<A>* function;
-
-  bool has_peak() const { return options.squeeze != Squeeze::avg; }
-  int64_t saved_stride() const { return problem.c + problem.r + (has_peak() ? 2 * problem.c : 0); }
-  int64_t rows() const { return problem.channels_last ? problem.m : problem.c; }
-  int64_t columns() const { return problem.channels_last ? problem.c : problem.m; }
-  int64_t mask_bytes() const { return rows() * ((columns() + 7) / 8); }
-  int64_t bytes(int64_t elements) const { return elements * problem.element_size; }
-
-  // f(sample, begin, end) for parts of [0, size) of every sample; parts begin at multiples of `step`.
-  template <class F>
-  void over_pieces(int64_t size, int64_t step, const F& f) const {
-    const int64_t pieces = plan.pieces_per_sample;
-    const int64_t piece = ((size + pieces - 1) / pieces + step - 1) / step * step;
-    parallel_over(parallel_for, problem.n * pieces, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t from = i % pieces * piece, to = std::min(size, from + piece);
-        if (from < to) f(i / pieces, from, to);
-      }
-    });
-  }
-
-  // f(begin, end) for ranges of [0, size) that begin at multiples of 16.
-  template <class F>
-  void over_blocks(int64_t size, const F& f) const {
-    constexpr int64_t kBlock = 16;
-    parallel_over(parallel_for, (size + kBlock - 1) / kBlock,
-                  [&](int64_t begin, int64_t end) { f(begin * kBlock, std::min(size, end * kBlock)); });
-  }
-
-  // Every stage for a range of samples on one thread: `first` a sample, `middle` a range of samples, `last` a sample.
-  // The last sweep goes backwards, because the sample that was read last is the nearest.
-  template <class First, class Middle, class Last>
-  void over_samples(const First& first, const Middle& middle, const Last& last) const {
-    const auto run = [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch(2 * problem.c);
-      for (int64_t n0 = begin; n0 < end; n0 += plan.samples_at_a_time) {
-        const int64_t n1 = std::min(end, n0 + plan.samples_at_a_time);
-        for (int64_t n = n0; n < n1; ++n) first(n, scratch.get());
-        middle(n0, n1);
-        for (int64_t n = n1; n-- > n0;) last(n);
-      }
-    };
-    if (plan.strategy == CpuStrategy::serial)
-      run(0, problem.n);
-    else
-      parallel_over(parallel_for, problem.n, run);
-  }
-};
 
 // ------------------------------------------------------------------------------------------------ forward
 
@@ -100,9 +10,7 @@ template <class A>
 struct Forward : Layer<A> {
   const char* x;
   int64_t x_stride;
-  const void* w1;
   const A* b1;
-  const void* w2;
   const A* b2;
   const char* residual;
   int64_t residual_stride;
@@ -141,20 +49,12 @@ struct Forward : Layer<A> {
   }
 
   void reduce(int64_t n0, int64_t n1, int64_t r0, int64_t r1, A* hidden) const {  // (E2)
-    const Problem& p = this->problem;
-    this->weight->rows_dot(w1, b1, pooled(n0), this->saved_stride(), preact(n0), this->saved_stride(), n1 - n0, r0, r1,
-                           p.c);
-    for (int64_t n = n0; n < n1; ++n)
-      this->function->apply(this->options.act, this->options.act_p0, 0, preact(n) + r0, hidden + n * p.r + r0, r1 - r0);
+    const int64_t stride = this->saved_stride();
+    Layer<A>::reduce(b1, pooled(0), stride, preact(0), stride, hidden, n0, n1, r0, r1);
   }
 
   void expand(int64_t n0, int64_t n1, int64_t c0, int64_t c1, const A* hidden) const {  // (E3)
-    const Problem& p = this->problem;
-    this->weight->rows_dot(w2, b2, hidden + n0 * p.r, p.r, gate + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
-    for (int64_t n = n0; n < n1; ++n) {
-      A* g = gate + n * p.c + c0;
-      this->function->apply(this->options.gate, this->options.gate_p0, this->options.gate_p1, g, g, c1 - c0);
-    }
+    Layer<A>::expand(b2, hidden, gate, n0, n1, c0, c1);
   }
 
   void scale(int64_t n, int64_t r0, int64_t r1) const {  // (E4)
@@ -202,8 +102,6 @@ struct Backward : Layer<A> {
   const A* dgate;  // what reaches the returned gate, or null
   const char* x;
   int64_t x_stride;
-  const void* w1;
-  const void* w2;
   const A* gate;
   const A* saved;
   const uint8_t* mask;
@@ -240,18 +138,13 @@ struct Backward : Layer<A> {
   }
 
   void expand(int64_t n0, int64_t n1, int64_t r0, int64_t r1, const A* dlogit, A* dpreact) const {  // (B4)
-    const Problem& p = this->problem;
-    this->weight->columns_dot(w2, p.r, dlogit + n0 * p.c, p.c, dpreact + n0 * p.r, p.r, n1 - n0, r0, r1, p.c);
-    for (int64_t n = n0; n < n1; ++n) {
-      A* d = dpreact + n * p.r + r0;
-      this->function->backward(this->options.act, this->options.act_p0, 0, preact(n) + r0, d, d, r1 - r0);
-    }
+    this->expand_backward(dlogit, preact(0), this->saved_stride(), dpreact, n0, n1, r0, r1);
   }
 
   // (B5), and what each position of a channel gets from it: `at_peak` where the maximum is attained, else `shift`.
   void reduce(int64_t n0, int64_t n1, int64_t c0, int64_t c1, const A* dpreact, A* shift, A* at_peak) const {
     const Problem& p = this->problem;
-    this->weight->columns_dot(w1, p.c, dpreact + n0 * p.r, p.r, shift + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
+    this->reduce_backward(dpreact, shift, n0, n1, c0, c1);
     const Squeeze kind = this->options.squeeze;
     const A part = kind == Squeeze::avgmax ? A(0.5) : A(1), mean = part / static_cast<A>(p.m);
     for (int64_t n = n0; n < n1; ++n) {
@@ -288,34 +181,8 @@ struct Backward : Layer<A> {
   }
 
   void weights(const A* dlogit, const A* dpreact) const {  // (B7)
-    const Problem& p = this->problem;
-    const Scratch<A> hidden(p.n * p.r);
-    for (int64_t n = 0; n < p.n; ++n)
-      this->function->apply(this->options.act, this->options.act_p0, 0, preact(n), hidden.get() + n * p.r, p.r);
-    const auto sum_over_samples = [&p](const A* d, int64_t stride, A* out) {
-      std::fill(out, out + stride, A(0));
-      for (int64_t n = 0; n < p.n; ++n)
-        for (int64_t i = 0; i < stride; ++i) out[i] += d[n * stride + i];
-    };
-    if (db1 != nullptr) sum_over_samples(dpreact, p.r, db1);
-    if (db2 != nullptr) sum_over_samples(dlogit, p.c, db2);
-    const auto rows1 = [&](int64_t r0, int64_t r1) {
-      this->weight->outer_sum(dpreact, p.r, saved, this->saved_stride(), dw1, p.n, r0, r1, p.c);
-    };
-    const auto rows2 = [&](int64_t c0, int64_t c1) {
-      this->weight->outer_sum(dlogit, p.c, hidden.get(), p.r, dw2, p.n, c0, c1, p.r);
-    };
-    if (this->plan.strategy == CpuStrategy::serial) {
-      rows1(0, p.r);
-      rows2(0, p.c);
-      return;
-    }
-    // Both halves cost n * c * r: part i of kParts is a share of the rows of each.
-    constexpr int64_t kParts = 64;
-    parallel_over(this->parallel_for, kParts, [&](int64_t begin, int64_t end) {
-      rows1(p.r * begin / kParts, p.r * end / kParts);
-      rows2(p.c * begin / kParts, p.c * end / kParts);
-    });
+    const int64_t stride = this->saved_stride();
+    this->weight_gradients(dlogit, dpreact, pooled(0), stride, preact(0), stride, dw1, db1, dw2, db2);
   }
 
   void run() const {

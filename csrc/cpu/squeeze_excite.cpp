@@ -1,105 +1,10 @@
 #include "squeeze_excite.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <cstdlib>
-#include <cstring>
-#include <fstream>
-#include <string>
-
-#include "../check.h"
+#include "host.h"
 #include "schedule.h"
 
 namespace senet {
 namespace {
-
-// The fastest table that this CPU can run; SENET_FUSED_ISA names a slower one.
-const Kernels& choose_kernels() {
-  const char* wanted = std::getenv("SENET_FUSED_ISA");
-  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
-  const auto is = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
-#if defined(SENET_X86_DISPATCH)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and so F16C
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // Rounding to bfloat16 is then one instruction instead of six: half of the second sweep's time.
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && is("avx512_bf16")) return avx512_bf16::kernels();
-  if (avx512 && is("avx512")) return avx512::kernels();
-  if (avx2 && is("avx2")) return avx2::kernels();
-  constexpr const char* kKnown = "baseline, avx2, avx512 or avx512_bf16, as far as this CPU has it";
-#else
-  constexpr const char* kKnown = "baseline (this build has no other)";
-#endif
-  STD_TORCH_CHECK(is("baseline"), "senet_fused: SENET_FUSED_ISA must be ", kKnown, "; got ", wanted);
-  return baseline::kernels();
-}
-const Kernels& kernels() {
-  static const Kernels& table = choose_kernels();
-  return table;
-}
-
-// Of the largest data cache of a level, from the kernel. (sysconf is no help: on some AMD machines it gives the L3 of
-// all sockets' worth of cores, ten times too much.)
-int64_t cache_bytes(int level, int64_t otherwise) {
-  int64_t largest = 0;
-  for (int index = 0; index < 8; ++index) {
-    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
-    int its_level = 0;
-    int64_t size = 0;
-    char unit = 0;
-    std::ifstream(folder + "level") >> its_level;
-    std::ifstream(folder + "size") >> size >> unit;
-    if (its_level == level) largest = std::max(largest, unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : size);
-  }
-  return largest > 0 ? largest : otherwise;
-}
-CpuFacts facts() {
-  static const int64_t l2 = cache_bytes(2, 1 << 20), l3 = cache_bytes(3, 16 << 20);
-  return {torch::stable::get_num_threads(), l2, l3};
-}
-
-void parallel_for(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-// The kernels of one accumulation type.
-template <class A>
-struct Tables;
-template <>
-struct Tables<float> {
-  static constexpr ScalarType kType = ScalarType::Float;
-  static const TensorKernels<float>* tensor(ScalarType t) {
-    const Kernels& k = kernels();
-    return t == ScalarType::Float ? &k.float32 : t == ScalarType::BFloat16 ? &k.bfloat16 : &k.float16;
-  }
-  static const WeightKernels<float>* weight(ScalarType t) {
-    const Kernels& k = kernels();
-    if (t == ScalarType::Float) return &k.weight_float32;
-    if (t == ScalarType::BFloat16) return &k.weight_bfloat16;
-    return t == ScalarType::Half ? &k.weight_float16 : nullptr;
-  }
-  static const FunctionKernels<float>* function() { return &kernels().function_float; }
-};
-template <>
-struct Tables<double> {
-  static constexpr ScalarType kType = ScalarType::Double;
-  static const TensorKernels<double>* tensor(ScalarType) { return &kernels().float64; }
-  static const WeightKernels<double>* weight(ScalarType t) {
-    return t == ScalarType::Double ? &kernels().weight_float64 : nullptr;
-  }
-  static const FunctionKernels<double>* function() { return &kernels().function_double; }
-};
-
-bool is_supported(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
-}
-
-Options options(int64_t act, double act_p0, int64_t gate, double gate_p0, double gate_p1, int64_t squeeze,
-                int64_t relu) {
-  check_codes(act, gate, squeeze, relu);
-  return {static_cast<Function>(act),    act_p0,   static_cast<Function>(gate), gate_p0, gate_p1,
-          static_cast<Squeeze>(squeeze), relu == 1};
-}
 
 Problem problem(const Tensor& x, const Tensor& w1, bool channels_last, bool backward) {
   STD_TORCH_CHECK(x.is_cpu(), "senet_fused: x must be on the CPU");
@@ -116,18 +21,12 @@ void fill_layer(Layer<A>& layer, const Problem& p, const Options& o, const Tenso
   layer.options = o;
   layer.plan = plan_cpu(p, facts());
   layer.parallel_for = parallel_for;
+  layer.w1 = w1.const_data_ptr();
+  layer.w2 = w2.const_data_ptr();
   layer.tensor = Tables<A>::tensor(x.scalar_type());
   layer.weight = Tables<A>::weight(w1.scalar_type());
   layer.function = Tables<A>::function();
   STD_TORCH_CHECK(layer.weight != nullptr, "senet_fused: no kernel for weights of this dtype beside x's dtype");
-}
-
-template <class A>
-const A* optional_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes,
-                         const Tensor& x) {
-  if (!t.has_value()) return nullptr;
-  check_dense(*t, name, sizes, Tables<A>::kType, x);
-  return static_cast<const A*>(t->const_data_ptr());
 }
 
 template <class A>
@@ -138,8 +37,6 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
   fill_layer<A>(call, p, o, x, w1, w2);
   call.x_stride = check_samples(x, "x", p.channels_last);
   call.x = static_cast<const char*>(x.const_data_ptr());
-  call.w1 = w1.const_data_ptr();
-  call.w2 = w2.const_data_ptr();
   call.b1 = optional_vector<A>(b1, "b1", {p.r}, x);
   call.b2 = optional_vector<A>(b2, "b2", {p.c}, x);
   if (residual.has_value()) {
@@ -181,8 +78,6 @@ void backward(const Problem& p, const Options& o, const Tensor& dy, const std::o
   call.dy_stride = check_samples(dy, "dy", p.channels_last);
   call.dy = static_cast<const char*>(dy.const_data_ptr());
   call.dgate = optional_vector<A>(dgate, "dgate", {p.n, p.c}, x);
-  call.w1 = w1.const_data_ptr();
-  call.w2 = w2.const_data_ptr();
   check_dense(gate, "gate", {p.n, p.c}, Tables<A>::kType, x);
   call.gate = static_cast<const A*>(gate.const_data_ptr());
   check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType, x);
@@ -236,7 +131,5 @@ void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor 
   (wide ? backward<double> : backward<float>)(p, o, dy, dgate, x, w1, w2, gate, saved, mask, dx, dw1, db1, dw2, db2,
                                               dresidual);
 }
-
-std::string cpu_instruction_set() { return kernels().name; }
 
 }  // namespace senet

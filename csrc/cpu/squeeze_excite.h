@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 
 namespace senet {
 
@@ -22,8 +21,5 @@ void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor 
                                  double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
                                  std::optional<Tensor> dx, std::optional<Tensor> dw1, std::optional<Tensor> db1,
                                  std::optional<Tensor> dw2, std::optional<Tensor> db2, std::optional<Tensor> dresidual);
-
-// "avx512_bf16", "avx512", "avx2" or "baseline".
-std::string cpu_instruction_set();
 
 }  // namespace senet

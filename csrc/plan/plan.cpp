@@ -22,6 +22,12 @@ constexpr int64_t kFreshPages = 32 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The next layer would not find much of a large output in the L3; reading it before it is written, and pushing x out of
+// the cache for it, costs more.
+bool is_streamed(int64_t output, const CpuFacts& facts) {
+  return kLargeOutput * output > facts.l3_bytes && output < kFreshPages;
+}
+
 }  // namespace
 
 CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
@@ -34,9 +40,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
   CpuPlan plan{};
   plan.samples_at_a_time = 1;
   plan.pieces_per_sample = 1;
-  // The next layer would not find much of a large output in the L3; reading it before it is written, and pushing x out
-  // of the cache for it, costs more.
-  plan.stream_stores = kLargeOutput * p.n * tensor > facts.l3_bytes && p.n * tensor < kFreshPages;
+  plan.stream_stores = is_streamed(p.n * tensor, facts);
 
   // As few samples at a time as make reading the weights cheap beside them, and no more than stay near.
   const int64_t per_thread = std::max<int64_t>(1, ceil_div(p.n, threads));
@@ -62,6 +66,24 @@ CpuPlan plan_cpu(const Problem& p, const CpuFacts& facts) {
   }
   plan.strategy = CpuStrategy::samples;
   plan.reason = "each thread keeps its samples in its caches between the two sweeps";
+  return plan;
+}
+
+CpuPlan plan_cpu_tail(const Problem& p, const CpuFacts& facts) {
+  const int64_t threads = std::max<int64_t>(1, facts.threads);
+  const int64_t tensor = p.n * p.c * p.m * p.element_size;
+  CpuPlan plan{};
+  plan.samples_at_a_time = 1;
+  plan.pieces_per_sample = 1;
+  plan.stream_stores = is_streamed(tensor, facts);
+  if (threads == 1 || tensor * (p.backward ? 2 : 1) <= kSerialBytes) {
+    plan.strategy = CpuStrategy::serial;
+    plan.reason = threads == 1 ? "one thread" : "too little work to wake a second thread";
+    return plan;
+  }
+  plan.strategy = CpuStrategy::phases;
+  if (p.n < threads) plan.pieces_per_sample = ceil_div(threads, p.n);
+  plan.reason = "statistics of the batch stand between the two sweeps";
   return plan;
 }
 

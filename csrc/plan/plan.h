@@ -55,6 +55,8 @@ struct CpuPlan {
 };
 
 CpuPlan plan_cpu(const Problem& problem, const CpuFacts& facts);
+// Of a block tail, whose r is 0 without a gate: serial or phases.
+CpuPlan plan_cpu_tail(const Problem& problem, const CpuFacts& facts);
 const char* name(CpuStrategy strategy);
 
 }  // namespace senet

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .codes import codes_of
 
-__all__ = ["backward", "forward", "instruction_set", "problem"]
+__all__ = [
+    "backward", "forward", "instruction_set", "problem", "tail_forward", "tail_gradient", "tail_moments", "tail_sums",
+]  # fmt: skip
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
@@ -92,4 +94,79 @@ def backward(
     """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
     torch.ops.senet_fused._cpu_backward.default(
         dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs
+    )
+
+
+def tail_moments(x: Tensor, eps: float, channels_last: bool, saved: Tensor | None, statistics: Tensor | None) -> None:
+    """(T1) of a block tail: fills xbar, the first C columns of saved, and statistics (``senet_fused.tails.ops``)."""
+    torch.ops.senet_fused._cpu_tail_moments.default(x, eps, channels_last, saved, statistics)
+
+
+def tail_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    factor: Tensor | None,
+    act: str,
+    gate_fn: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """(T2), (T3) of a block tail: fills y, gate, preact (the rest of saved) and mask."""
+    torch.ops.senet_fused._cpu_tail_forward.default(
+        x, weight, bias, statistics, w1, b1, w2, b2, residual, factor,
+        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
+    )  # fmt: skip
+
+
+def tail_sums(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    factor: Tensor | None,
+    gate: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    gate_fn: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """(T4) to (T6) of a block tail: fills dweight, dbias, dpooled, dw1, db1, dw2, db2."""
+    torch.ops.senet_fused._cpu_tail_sums.default(
+        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
+        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
+    )  # fmt: skip
+
+
+def tail_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    statistics: Tensor,
+    factor: Tensor | None,
+    gate: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    dpooled: Tensor | None,
+    count: float,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """(T7) of a block tail: fills dx and dresidual. count is m, 0 where the statistics were given."""
+    torch.ops.senet_fused._cpu_tail_gradient.default(
+        dy, x, mask, weight, statistics, factor, gate, dweight, dbias, dpooled, count, channels_last, *outputs
     )

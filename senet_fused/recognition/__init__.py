@@ -2,9 +2,9 @@
 
 from .families import Unsuited, family_of, has_weights_of_one, looks_like_one, may_be_one, not_covered
 from .proof import examine
-from .recipe import OWN_ATTRIBUTES, Recipe
+from .recipe import OWN_ATTRIBUTES, Recipe, parts_of
 
 __all__ = [
     "OWN_ATTRIBUTES", "Recipe", "Unsuited", "examine", "family_of", "has_weights_of_one", "looks_like_one",
-    "may_be_one", "not_covered",
+    "may_be_one", "not_covered", "parts_of",
 ]  # fmt: skip

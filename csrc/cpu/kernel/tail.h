@@ -1,0 +1,337 @@
+// Block tails, senet_fused/tails/reference.py: first sweeps (T1), (T4), second sweeps (T3), (T7).
+//
+// Sums run in a fixed order that depends on the sizes of one sample alone: blocks of kBlock elements along a plane, of
+// pixels_of_block pixels in channels_last; within a block in A, over blocks in double.
+#pragma once
+#include "../kernels.h"
+#include "../vec.h"
+#include "scale.h"
+#include "squeeze.h"
+
+namespace senet {
+namespace SENET_ISA {
+
+// Pixels that are summed together: what they read stays near while the channels are gone through, sixteen at a time,
+// and the next block is on its way from memory.
+SENET_INLINE int64_t pixels_of_block(int64_t row_bytes) {
+  const int64_t fitting = 65536 / row_bytes;
+  return fitting < 4 ? 4 : fitting > 64 ? 64 : fitting;
+}
+
+// ------------------------------------------------------------------------------------------------ moments (T1)
+
+// Adds a block of `count` values with this mean and sum of squared deviations to the `before` values of *mean, *squares
+// (Chan, Golub & LeVeque 1983).
+SENET_INLINE void merge_moments(double before, double count, double mean, double squares, double* total_mean,
+                                double* total_squares) {
+  const double delta = mean - *total_mean, share = count / (before + count);
+  *total_mean += delta * share;
+  *total_squares += squares + delta * delta * before * share;
+}
+
+// Deviations are taken from the mean of the first values of a block: close enough that their squares do not cancel.
+constexpr int64_t kProbe = 4;
+
+template <class T>
+void moments_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* mean, Acc<T>* squares) {
+  using A = Acc<T>;
+  for (int64_t c = c0; c < c1; ++c) {
+    const T* plane = static_cast<const T*>(x) + c * m;
+    double total_mean = 0, total_squares = 0;
+    for (int64_t begin = 0; begin < m; begin += kBlock) {
+      const int64_t end = begin + kBlock < m ? begin + kBlock : m;
+      const int64_t probe_end = begin + kProbe * kGroup < end ? begin + kProbe * kGroup : end;
+      Group<A> first = splat<A>(0);
+      for (int64_t i = begin; i < probe_end; i += kGroup)
+        first = first + load_upto(plane + i, probe_end - i < kGroup ? int(probe_end - i) : kGroup);
+      const A near = sum_of_lanes(first) / A(probe_end - begin);
+      const Group<A> shift = splat<A>(near);
+      Group<A> d0 = splat<A>(0), d1 = d0, q0 = d0, q1 = d0;
+      int64_t i = begin;
+      for (; i + 2 * kGroup <= end; i += 2 * kGroup) {
+        const Group<A> a = load(plane + i) - shift, b = load(plane + i + kGroup) - shift;
+        d0 = d0 + a;
+        d1 = d1 + b;
+        q0 = fma(a, a, q0);
+        q1 = fma(b, b, q1);
+      }
+      for (; i < end; i += kGroup) {
+        const int count = end - i < kGroup ? int(end - i) : kGroup;
+        // The lanes behind the end hold zero: they are to deviate by nothing.
+        const Group<A> a = keep_lanes(load_upto(plane + i, count) - shift, uint16_t((1u << count) - 1));
+        d0 = d0 + a;
+        q0 = fma(a, a, q0);
+      }
+      const double count = double(end - begin), d = sum_of_lanes(d0 + d1), q = sum_of_lanes(q0 + q1);
+      merge_moments(double(begin), count, near + d / count, q - d * d / count, &total_mean, &total_squares);
+    }
+    mean[c] = A(total_mean);
+    squares[c] = A(total_squares > 0 || total_squares != total_squares ? total_squares : 0);
+  }
+}
+
+// scratch: 2 c doubles.
+template <class T>
+void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, Acc<T>* mean, Acc<T>* squares,
+                    double* scratch) {
+  using A = Acc<T>;
+  const T* base = static_cast<const T*>(x);
+  const int64_t pixels = pixels_of_block(c * int64_t(sizeof(T)));
+  double *total_mean = scratch, *total_squares = scratch + c;
+  for (int64_t i = c0; i < c1; ++i) total_mean[i] = total_squares[i] = 0;
+  for (int64_t begin = 0; begin < m; begin += pixels) {
+    const int64_t end = begin + pixels < m ? begin + pixels : m;
+    const int64_t probe_end = begin + kProbe < end ? begin + kProbe : end;
+    const double before = double(begin), block = double(end - begin), share = block / (before + block);
+    const bool more = end + pixels <= m;
+    for (int64_t i = c0; i < c1; i += kGroup) {
+      const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
+      const T* column = base + i;
+      Group<A> first = splat<A>(0);
+      for (int64_t p = begin; p < probe_end; ++p) first = first + load_upto(column + p * c, count);
+      const Group<A> shift = first * splat<A>(A(1) / A(probe_end - begin));
+      Group<A> d0 = splat<A>(0), d1 = d0, q0 = d0, q1 = d0;
+      int64_t p = begin;
+      for (; p + 2 <= end; p += 2) {
+        const Group<A> a = load_upto(column + p * c, count) - shift;
+        const Group<A> b = load_upto(column + (p + 1) * c, count) - shift;
+        if (more) {
+          prefetch(column + (p + pixels) * c);
+          prefetch(column + (p + 1 + pixels) * c);
+        }
+        d0 = d0 + a;
+        d1 = d1 + b;
+        q0 = fma(a, a, q0);
+        q1 = fma(b, b, q1);
+      }
+      if (p < end) {
+        const Group<A> a = load_upto(column + p * c, count) - shift;
+        d0 = d0 + a;
+        q0 = fma(a, a, q0);
+      }
+      A near[kGroup], d[kGroup], q[kGroup];
+      store(near, shift);
+      store(d, d0 + d1);
+      store(q, q0 + q1);
+      for (int k = 0; k < count; ++k) {
+        const double inner = d[k] / block, delta = near[k] + inner - total_mean[i + k];
+        total_mean[i + k] += delta * share;
+        total_squares[i + k] += (q[k] - d[k] * inner) + delta * delta * before * share;
+      }
+    }
+  }
+  for (int64_t i = c0; i < c1; ++i) {
+    mean[i] = A(total_mean[i]);
+    squares[i] = A(total_squares[i] > 0 || total_squares[i] != total_squares[i] ? total_squares[i] : 0);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ gradient sums (T4)
+
+template <class T, bool kMask>
+void tail_sums_planes_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1) {
+  using A = Acc<T>;
+  const int64_t m = args.columns, mask_stride = (m + 7) / 8;
+  for (int64_t c = c0; c < c1; ++c) {
+    const T* x = static_cast<const T*>(args.x) + c * m;
+    const T* dy = static_cast<const T*>(args.dy) + c * m;
+    const uint8_t* mask = kMask ? args.mask + c * mask_stride : nullptr;
+    const Group<A> mean = splat<A>(args.mean[c]);
+    double total0 = 0, total1 = 0;
+    for (int64_t begin = 0; begin < m; begin += kBlock) {
+      const int64_t end = begin + kBlock < m ? begin + kBlock : m;
+      Group<A> s0 = splat<A>(0), s1 = s0, t0 = s0, t1 = s0;
+      const auto add = [&](int64_t i, int count, Group<A>& s, Group<A>& t) __attribute__((always_inline)) {
+        const Group<A> g = masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
+        s = s + g;
+        t = fma(g, load_upto(x + i, count) - mean, t);  // g is zero behind the end
+      };
+      int64_t i = begin;
+      for (; i + 2 * kGroup <= end; i += 2 * kGroup) {
+        add(i, kGroup, s0, t0);
+        add(i + kGroup, kGroup, s1, t1);
+      }
+      for (; i < end; i += kGroup) add(i, end - i < kGroup ? int(end - i) : kGroup, s0, t0);
+      total0 += sum_of_lanes(s0 + s1);
+      total1 += sum_of_lanes(t0 + t1);
+    }
+    args.sum[c] = A(total0);
+    args.centred[c] = A(total1);
+  }
+}
+template <class T>
+void tail_sums_planes(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double*) {
+  if (args.mask != nullptr)
+    tail_sums_planes_impl<T, true>(args, c0, c1);
+  else
+    tail_sums_planes_impl<T, false>(args, c0, c1);
+}
+
+template <class T, bool kMask>
+void tail_sums_pixels_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
+  using A = Acc<T>;
+  const int64_t c = args.columns, m = args.rows, mask_stride = (c + 7) / 8;
+  const int64_t pixels = pixels_of_block(c * int64_t(sizeof(T)));
+  const T* x = static_cast<const T*>(args.x);
+  const T* dy = static_cast<const T*>(args.dy);
+  double *total0 = scratch, *total1 = scratch + c;
+  for (int64_t i = c0; i < c1; ++i) total0[i] = total1[i] = 0;
+  for (int64_t begin = 0; begin < m; begin += pixels) {
+    const int64_t end = begin + pixels < m ? begin + pixels : m;
+    const bool more = end + pixels <= m;
+    for (int64_t i = c0; i < c1; i += kGroup) {
+      const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
+      const Group<A> mean = load_upto(args.mean + i, count);
+      Group<A> s0 = splat<A>(0), s1 = s0, t0 = s0, t1 = s0;
+      const auto add = [&](int64_t p, Group<A>& s, Group<A>& t) __attribute__((always_inline)) {
+        const int64_t at = p * c + i;
+        const Group<A> g =
+            masked_gradient<T, kMask>(dy + at, kMask ? args.mask + p * mask_stride + i / 8 : nullptr, nullptr, count);
+        if (more) {
+          prefetch(dy + at + pixels * c);
+          prefetch(x + at + pixels * c);
+        }
+        s = s + g;
+        t = fma(g, load_upto(x + at, count) - mean, t);
+      };
+      int64_t p = begin;
+      for (; p + 2 <= end; p += 2) {
+        add(p, s0, t0);
+        add(p + 1, s1, t1);
+      }
+      if (p < end) add(p, s0, t0);
+      A s[kGroup], t[kGroup];
+      store(s, s0 + s1);
+      store(t, t0 + t1);
+      for (int k = 0; k < count; ++k) {
+        total0[i + k] += s[k];
+        total1[i + k] += t[k];
+      }
+    }
+  }
+  for (int64_t i = c0; i < c1; ++i) {
+    args.sum[i] = A(total0[i]);
+    args.centred[i] = A(total1[i]);
+  }
+}
+template <class T>
+void tail_sums_pixels(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
+  if (args.mask != nullptr)
+    tail_sums_pixels_impl<T, true>(args, c0, c1, scratch);
+  else
+    tail_sums_pixels_impl<T, false>(args, c0, c1, scratch);
+}
+
+// ------------------------------------------------------------------------------------------------ second sweeps
+
+template <class T, bool kPixelRows, bool kResidual, bool kRelu, bool kStream>
+void tail_rows(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  using A = Acc<T>;
+  const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
+  for (int64_t r = r0; r < r1; ++r) {
+    const T* x = static_cast<const T*>(args.x) + r * columns;
+    const T* residual = kResidual ? static_cast<const T*>(args.residual) + r * columns : nullptr;
+    T* y = static_cast<T*>(args.y) + r * columns;
+    uint8_t* mask = kRelu && args.mask != nullptr ? args.mask + r * mask_stride : nullptr;
+    const PerChannel<A, kPixelRows> mean(args.mean, r), scale(args.scale, r), shift(args.shift, r);
+    const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
+      const Group<A> centred = load_upto(x + i, count) - mean.at(i, count);
+      Group<A> v = fma(scale.at(i, count), centred, shift.at(i, count));
+      if (kResidual) v = v + load_upto(residual + i, count);
+      if (kRelu) {
+        if (mask != nullptr) {
+          const uint16_t bits = positive_lanes(v);
+          mask[i / 8] = uint8_t(bits);
+          if (count > 8) mask[i / 8 + 1] = uint8_t(bits >> 8);
+        }
+        v = relu(v);
+      }
+      put<kStream>(y + i, v, count);
+    };
+    int64_t i = 0;
+    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
+    if (i < columns) group(i, int(columns - i));
+  }
+  if (kStream) end_of_stream();
+}
+
+template <class T, bool kPixelRows, bool kResidual, bool kRelu>
+void tail_choose_store(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  if (args.stream && can_stream<T>(args.y, args.columns))
+    tail_rows<T, kPixelRows, kResidual, kRelu, true>(args, r0, r1);
+  else
+    tail_rows<T, kPixelRows, kResidual, kRelu, false>(args, r0, r1);
+}
+
+template <class T, bool kPixelRows>
+void tail(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  if (args.residual != nullptr) {
+    if (args.relu)
+      tail_choose_store<T, kPixelRows, true, true>(args, r0, r1);
+    else
+      tail_choose_store<T, kPixelRows, true, false>(args, r0, r1);
+  } else {
+    if (args.relu)
+      tail_choose_store<T, kPixelRows, false, true>(args, r0, r1);
+    else
+      tail_choose_store<T, kPixelRows, false, false>(args, r0, r1);
+  }
+}
+
+// kSlope: BatchNorm's statistics are x's own; x is not read otherwise.
+template <class T, bool kPixelRows, bool kMask, bool kResidual, bool kSlope, bool kStream>
+void tail_backward_rows(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  using A = Acc<T>;
+  const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
+  for (int64_t r = r0; r < r1; ++r) {
+    const T* dy = static_cast<const T*>(args.dy) + r * columns;
+    const T* x = kSlope ? static_cast<const T*>(args.x) + r * columns : nullptr;
+    T* dx = static_cast<T*>(args.dx) + r * columns;
+    T* dresidual = kResidual ? static_cast<T*>(args.dresidual) + r * columns : nullptr;
+    const uint8_t* mask = kMask ? args.mask + r * mask_stride : nullptr;
+    const PerChannel<A, kPixelRows> scale(args.scale, r), shift(args.shift, r);
+    const PerChannel<A, kPixelRows> mean(kSlope ? args.mean : nullptr, r), slope(kSlope ? args.slope : nullptr, r);
+    const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
+      const Group<A> g = masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
+      if (kResidual) put<kStream>(dresidual + i, g, count);
+      Group<A> rest = shift.at(i, count);
+      if (kSlope) rest = fma(slope.at(i, count), load_upto(x + i, count) - mean.at(i, count), rest);
+      put<kStream>(dx + i, fma(scale.at(i, count), g, rest), count);
+    };
+    int64_t i = 0;
+    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
+    if (i < columns) group(i, int(columns - i));
+  }
+  if (kStream) end_of_stream();
+}
+
+template <class T, bool kPixelRows, bool kMask, bool kResidual, bool kSlope>
+void tail_backward_choose_store(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  const bool aligned =
+      can_stream<T>(args.dx, args.columns) && (!kResidual || can_stream<T>(args.dresidual, args.columns));
+  if (args.stream && aligned)
+    tail_backward_rows<T, kPixelRows, kMask, kResidual, kSlope, true>(args, r0, r1);
+  else
+    tail_backward_rows<T, kPixelRows, kMask, kResidual, kSlope, false>(args, r0, r1);
+}
+
+template <class T, bool kPixelRows, bool kSlope>
+void tail_backward_choose(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  if (args.dresidual != nullptr)
+    tail_backward_choose_store<T, kPixelRows, true, true, kSlope>(args, r0, r1);
+  else if (args.mask != nullptr)
+    tail_backward_choose_store<T, kPixelRows, true, false, kSlope>(args, r0, r1);
+  else
+    tail_backward_choose_store<T, kPixelRows, false, false, kSlope>(args, r0, r1);
+}
+
+template <class T, bool kPixelRows>
+void tail_backward(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  if (args.slope != nullptr)
+    tail_backward_choose<T, kPixelRows, true>(args, r0, r1);
+  else
+    tail_backward_choose<T, kPixelRows, false>(args, r0, r1);
+}
+
+}  // namespace SENET_ISA
+}  // namespace senet

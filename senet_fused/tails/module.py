@@ -1,0 +1,225 @@
+"""FusedSETail, and how modules that belong to somebody else's block are run as one block tail."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import select
+from ..modules import FusedSE, RecordsGates
+from ..recognition import Recipe, Unsuited, examine, parts_of
+from .functional import block_tail, route
+
+__all__ = ["FusedSETail", "Tail", "has_hooks", "norm_problem", "se_recipe"]
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class FusedSETail(nn.Module):
+    """BatchNorm -> SE -> + residual -> ReLU as one operator, from modules that exist (see :func:`block_tail`).
+
+    Equivalent to::
+
+        z = se(norm(x))                                  # norm(x) without se
+        y = act(z * factor[:, None, None, None] + residual)    # what there is of factor, residual and act
+
+    The modules' parameters, buffers and modes are used where they are: running statistics are updated in ``norm``, and
+    its mode decides which statistics are used. Instead of the operator the modules themselves are called where they
+    could tell the difference: one has hooks or another class, its weights are no plain tensors, gates are being
+    captured; and where "auto" finds no kernels.
+
+    Args:
+        norm: nn.BatchNorm1d, 2d, 3d, or nn.SyncBatchNorm, whose process group then shares the statistics, on CPUs too.
+        se: FusedSE, or any layer that :func:`senet_fused.fuse` knows and that returns its scaled input; None for none.
+        act: nn.ReLU, applied last, or None.
+        share: the modules belong to another module, which registers them; here they are held, and no part of the state
+            dict. (A copy of this module alone would copy them.)
+        backend: as in :func:`block_tail`.
+
+    Raises:
+        TypeError: norm or act is of another class.
+        ValueError: se is not understood, or does not fit in a tail; the message says why.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        se: nn.Module | None = None,
+        act: nn.Module | None = None,
+        *,
+        share: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if (problem := norm_problem(norm)) is not None:
+            raise TypeError(f"FusedSETail: norm must be a BatchNorm, got one that cannot be fused: {problem}")
+        if act is not None and type(act) is not nn.ReLU:
+            raise TypeError(f"FusedSETail: act must be nn.ReLU or None, got {type(act).__name__}; call it yourself")
+        select.check_name(backend, "FusedSETail")
+        recipe = None
+        if se is not None:
+            try:
+                recipe = se_recipe(se)
+            except Unsuited as error:
+                raise ValueError(f"FusedSETail: se ({type(se).__name__}) cannot be part of a tail: {error}") from error
+            if recipe.channels != norm.num_features:
+                raise ValueError(f"FusedSETail: norm is for {norm.num_features} channels, se for {recipe.channels}")
+        self.backend = backend
+        self._recipe = recipe
+        self._shared = (norm, se, act) if share else None
+        if not share:
+            self.norm, self.se, self.act = norm, se, act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """y; x and residual [N, C, *spatial], factor [N], dtypes and errors as in :func:`block_tail`."""
+        norm, se, act = self._shared or (self.norm, self.se, self.act)
+        return Tail(norm, se, self._recipe, act, self.backend)(x, residual, factor)
+
+    def extra_repr(self) -> str:
+        parts = [f"backend={self.backend}"] if self.backend is not None else []
+        return ", ".join((["shared"] if self._shared else []) + parts)
+
+
+class Tail(NamedTuple):
+    """Modules to be run as one tail, and what is known of the SE layer."""
+
+    norm: nn.Module
+    se: nn.Module | None = None
+    recipe: Recipe | None = None
+    act: nn.Module | None = None
+    backend: str | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        if self.problem() is None and self.norm_takes(x):
+            weights = (None,) * 4 if self.recipe is None else self.recipe.weights(self.se)
+            if isinstance(weights, tuple) and not self._prefers_modules(x):
+                return self._fused(x, residual, factor, weights)
+        return self.stock(x, residual, factor)
+
+    def stock(self, x: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
+        """The same by the modules themselves."""
+        y = self.norm(x)
+        if self.se is not None:
+            y = self.se(y)
+        if factor is not None:
+            y = y * factor.to(y.dtype).reshape(-1, *(1,) * (y.dim() - 1))
+        if residual is not None:
+            y = y + residual
+        return y if self.act is None else self.act(y)
+
+    def problem(self) -> str | None:
+        """Why the modules have to be called one by one at present; None if they need not be."""
+        if nn.modules.module._has_any_global_hook():
+            return "hooks for all modules are registered, and they are to see its children"
+        if (problem := norm_problem(self.norm)) is not None:
+            return problem
+        if self.act is not None and (type(self.act) is not nn.ReLU or has_hooks(self.act)):
+            return "its activation is no nn.ReLU any more, or has hooks"
+        se = self.se
+        if se is None:
+            return None
+        if has_hooks(se) or "forward" in vars(se):
+            return "its SE layer has hooks or another forward, which only run if it is called"
+        if isinstance(se, RecordsGates) and se._senet_captured is not None:
+            return "its gates are being captured"
+        return self.recipe.alteration(se)
+
+    def norm_takes(self, x: Tensor) -> bool:
+        if not isinstance(x, Tensor) or type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+            return False
+        if not 3 <= x.dim() <= 5 or x.numel() == 0:
+            return False
+        self.norm._check_input_dim(x)
+        return True
+
+    def _prefers_modules(self, x: Tensor) -> bool:
+        """Whether "auto" has no kernels for x, or something is to see PyTorch's own operators."""
+        return route(x, self.backend) == "reference" and select.requested(self.backend)[0] != "reference"
+
+    def _fused(
+        self, x: Tensor, residual: Tensor | None, factor: Tensor | None, weights: tuple[Tensor | None, ...]
+    ) -> Tensor:
+        norm, recipe = self.norm, self.recipe
+        # As _BatchNorm.forward of torch.nn: momentum None is the cumulative average.
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        training = norm.training or norm.running_mean is None
+        tracked = not norm.training or norm.track_running_stats
+        w1, w2, b1, b2 = weights
+        return block_tail(
+            x,
+            norm.running_mean if tracked else None,
+            norm.running_var if tracked else None,
+            norm.weight,
+            norm.bias,
+            w1=w1,
+            w2=w2,
+            b1=b1,
+            b2=b2,
+            training=training,
+            momentum=momentum,
+            eps=norm.eps,
+            act="relu" if recipe is None else recipe.act,
+            gate="sigmoid" if recipe is None else recipe.gate,
+            residual=residual,
+            post_act=None if self.act is None else "relu",
+            factor=factor,
+            group=_group_of(norm) if training else None,
+            backend=self.backend,
+        )
+
+
+def norm_problem(norm: nn.Module) -> str | None:
+    """Why a module cannot be the BatchNorm of a tail at present; None if it can."""
+    if type(norm) not in NORMS:
+        return f"it is a {type(norm).__name__}"
+    if has_hooks(norm) or "forward" in vars(norm):
+        return "it has hooks or another forward, which only run if it is called"
+    for t in (*norm._parameters.values(), *norm._buffers.values()):
+        if t is not None and type(t) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+            return f"one of its tensors is a {type(t).__name__}, not a plain tensor"
+    return None
+
+
+def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
+    """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
+    if isinstance(se, FusedSE):
+        if se.post_act is not None:
+            raise Unsuited(f"its post_act={se.post_act!r} belongs behind the addition: leave it out")
+        recipe = Recipe(
+            kind="FusedSE", first=("fc1",), second=("fc2",), act=se.act, gate=se.gate, squeeze=se.squeeze, form="scale",
+            channels=se.channels, rd_channels=se.rd_channels, channels_last=False, dimensions=(1, 2, 3), argument="x",
+            parts=parts_of(se),
+        )  # fmt: skip
+    else:
+        known = getattr(se, "_senet_fused", None)
+        recipe = examine(se, verify=verify) if known is None else known.recipe
+    if recipe.form != "scale" or recipe.channels_last:
+        raise Unsuited("it does not return x * gate for x [N, C, *spatial]")
+    if recipe.squeeze != "avg":
+        raise Unsuited(f"its squeeze is {recipe.squeeze!r}; a maximum does not follow from BatchNorm's sums")
+    return recipe
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would run more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _group_of(norm: nn.Module) -> object | None:
+    """The processes that share a nn.SyncBatchNorm's statistics; None where there is one."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
