@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,19 @@ def test_an_optimiser_made_before_goes_on():
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     assert senet_fused.call_counts().get("cpu.backward", 0) == (3 if BACKEND == "cpu" else 0)
+
+
+def test_the_proof_frees_what_it_computes():
+    made = []
+
+    class Watched(TorchvisionSE):
+        def forward(self, x):
+            gate = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
+            made.append(weakref.ref(gate))  # a sigmoid's backward keeps its output
+            return gate * x
+
+    fuse(Watched(8, 2))
+    assert made and not any(gate() is not None for gate in made)
 
 
 def test_modes_and_hooks_of_the_layer_stay():

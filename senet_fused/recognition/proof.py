@@ -173,7 +173,8 @@ def _nothing_around() -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        # Detached: an operator's output that its own backward holds on to would never be freed.
+        torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda t: t),
         torch.utils._python_dispatch._disable_current_modes(),
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
