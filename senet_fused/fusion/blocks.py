@@ -40,7 +40,7 @@ class FusedBlock(Exchanged):
         original, proven = self._senet_original
         if fusion is None or len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy):
             return super().forward(*args, **kwargs)
-        if original.forward is not proven or torch._C._is_tracing():
+        if original.forward is not proven:
             return super().forward(*args, **kwargs)
         return FORMS[fusion.kind].forward(self, args[0], Tails(fusion.recipe, fusion.backend))
 
