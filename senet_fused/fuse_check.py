@@ -20,16 +20,18 @@ _EPILOG = """\
 NAME is timm's network of that name, else torchvision's (timm:NAME and torchvision:NAME are explicit), or
 FILE.py:FACTORY, what a function without arguments in a file returns. Weights are random; nothing is downloaded.
 
-The first table has every SE layer, and what looks like one: fused or left, and why. The second has inference and a
-training step before and after, with the largest differences of the output and of a parameter's gradient;
+The first table has every SE layer, and what looks like one: fused or left, and why; with --tails another one has the
+blocks around them. Then inference and a training step before and after: time, memory in training, and the largest
+differences of the output and of a parameter's gradient;
 `senet-fused bench model` measures the same more thoroughly, and beside torch.compile.
 
 examples:
-  senet-fused fuse-check seresnet50
+  senet-fused fuse-check seresnet50 --tails
   senet-fused fuse-check torchvision:mobilenet_v3_large --batch 1 16 --layout contiguous channels_last
   senet-fused fuse-check my_net.py:make --size 1,28,28
 
-exit status: 0 something is fused and computes the same, 1 it does not, or nothing is fused, 2 the request cannot be met
+exit status: 0 something is fused (with --tails: a block) and computes the same, 1 it does not, or nothing is, 2 the
+request cannot be met
 """
 
 
@@ -39,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("model", metavar="NAME", help="a network, as below")
     parser.add_argument("--backend", metavar="NAME", help="as fuse takes it: auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument("--no-time", action="store_true", help="the first table only")
+    parser.add_argument(
+        "--tails", action="store_true", help="fuse(tails=True): BatchNorm -> SE -> + shortcut -> ReLU as one operator"
+    )
+    parser.add_argument("--no-time", action="store_true", help="what is fused, and no more")
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="default: both")
     parser.add_argument("--batch", nargs="+", type=positive(int), default=[4], metavar="N", help="default 4")
     parser.add_argument(
@@ -59,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints both tables and returns the exit status.
+    """Prints the tables and returns the exit status.
 
     Raises:
         RequestError: the request cannot be met.
@@ -78,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of nothing to fuse: the report says it
-        fuse(fused, backend=args.backend)
+        fuse(fused, backend=args.backend, tails=args.tails)
     seconds = time.perf_counter() - start
-    report = fuse_report(fused)
+    report = fuse_report(fused, tails=args.tails)
     print(report)
-    if not report.count("fused"):
+    if not any(one.fused for one in (report.blocks if args.tails else report.layers)):
         return 1
     print(f"found, proven and converted in {seconds:.2f} s; keys of the state dict: ", end="")
     print("unchanged" if list(fused.state_dict()) == list(model.state_dict()) else "CHANGED")
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     args.amp = False
     options = model_run.Options(
-        variants=("stock", "fused"),
+        variants=("stock", "tails" if args.tails else "fused"),
         backend=args.backend,
         device=args.device,
         settings=timing.Settings(budget_s=args.budget),

@@ -14,7 +14,7 @@ from torch import nn
 
 import senet_fused
 from senet_fused import cli
-from senet_fused.bench import model, model_case, model_run, problems, report, timing, variants, zoo
+from senet_fused.bench import model, model_case, model_memory, model_run, problems, report, timing, variants, zoo
 from senet_fused.bench.problems import RequestError
 
 FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
@@ -64,6 +64,50 @@ class Outputs(nn.Module):
     def forward(self, x):
         y = self.net(x)
         return {"logits": [y, 2 * y], "argmax": y.argmax(1), "none": None}
+
+
+class SEModule(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+        self.relu, self.sigmoid = nn.ReLU(inplace=True), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(self.fc2(self.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inner, channels, widens=False):
+        super().__init__()
+        ends = inner if widens else channels
+        self.conv1, self.bn1 = nn.Conv2d(ends, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.relu, self.se_module, self.downsample = nn.ReLU(inplace=True), SEModule(channels), None
+        if widens:
+            self.downsample = nn.Sequential(nn.Conv2d(ends, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.se_module(self.bn3(self.conv3(y))) + shortcut)
+
+
+class RectifiesFirst(Bottleneck):
+    def forward(self, x):
+        y = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.se_module(self.relu(self.bn3(self.conv3(y)))) + x)
+
+
+def bottlenecks(last=Bottleneck):
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), Bottleneck(8, 16, widens=True), last(8, 16), *head)
+
+
+def half_covered():
+    return bottlenecks(RectifiesFirst)
 
 
 def small(middle=None):
@@ -158,7 +202,7 @@ def test_a_file_may_import_what_lies_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{file}:smal", "has no function 'smal'.*it has SELayer, GateOnly, Gated, Outputs, small"),
+        ("{file}:smal", "has no function 'smal'.*it has SELayer, GateOnly, Gated, Outputs, .*, small, "),
         ("{file}:needs_no_brackets", "has no function 'needs_no_brackets'"),
         ("{file}:number", "networks.py:number made a int; a torch.nn.Module is expected"),
         ("{file}:broken", "networks.py:broken failed: OSError: no weights here"),
@@ -363,6 +407,131 @@ def test_variants_begin_with_the_same_weights_in_every_case(file, monkeypatch):
                 assert torch.equal(value, seen[0][1][key])
 
 
+# ------------------------------------------------------------------------------------------------------- tails
+
+
+HAS_KERNELS = senet_fused.explain(torch.empty(0)).backend != "reference"
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="without compiled code no block runs with tails")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "contiguous"), ("bfloat16", "channels_last")])
+def test_blocks_run_with_tails_and_are_compared(file, dtype, layout):
+    names = ("stock", "fused", "tails", "no-se")
+    bound = 1e-4 if dtype == "float32" else 0.1
+    for mode in model.MODES:
+        rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), names, modes=[mode], dtype=dtype, layout=layout))
+        tails = rows["tails"]
+        assert (tails["error"], tails["note"], tails["backend"]) == (None, None, "cpu") and tails["median_s"] > 0
+        assert [tails[key] for key in ("se_layers", "se_fused", "se_blocks", "se_tails")] == [2, 2, 2, 2]
+        assert [rows["fused"][key] for key in ("se_fused", "se_blocks", "se_tails")] == [2, None, 0]
+        assert tails["output_error"] < bound and (tails["gradient_error"] or 0.0) < 3 * bound
+        assert (tails["statistics_error"] is None) == (mode == "inference")
+        assert (tails["statistics_error"] or 0.0) < bound
+        assert tails["price_of_se"] == pytest.approx(tails["median_s"] / rows["no-se"]["median_s"])
+
+
+@needs_kernels
+def test_a_block_that_is_left_is_named(file):
+    row = by_provider(measure(zoo.load(f"{file}:half_covered"), ("stock", "tails"), modes=["inference"]))["tails"]
+    assert (row["se_blocks"], row["se_tails"], row["error"]) == (2, 1, None) and row["median_s"] > 0
+    assert re.match(r"1 of 2 blocks run with tails; 4 does not: .* differs from the known forward's", row["note"])
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("small", "no tails: 0 of 1 blocks run with tails; the network does not: its forward is not one that is known"),
+        ("plain", "nothing to fuse: the network has no SE layer"),
+        ("the layer", "no tails: there is no block around an SE layer"),
+    ],
+)
+def test_where_no_block_runs_with_tails_a_note_says_why(file, name, note):
+    network = senet_fused.FusedSE(3, 1) if name == "the layer" else zoo.load(f"{file}:{name}")
+    row = by_provider(measure(network, ("stock", "tails"), modes=["inference"]))["tails"]
+    assert row["note"].startswith(note)
+    assert (row["error"], row["median_s"], row["se_tails"]) == (None, None, 0)
+
+
+def test_tails_that_have_no_kernels_are_a_note(file, monkeypatch):
+    from senet_fused import fusion
+
+    monkeypatch.setattr(fusion, "tail_choice", lambda *arguments: ("reference", "there are none for this device"))
+    network = zoo.load(f"{file}:bottlenecks")
+    row = by_provider(measure(network, ("stock", "tails"), modes=["inference"], backend="auto"))["tails"]
+    assert row["error"] is None and "3 does not: no kernels: there are none for this device" in row["note"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", ["output", "statistics"])
+def test_tails_that_compute_something_else_are_an_error(file, monkeypatch, what):
+    monkeypatch.setattr(variants, "fuse", off_by(what))
+    rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), ("stock", "tails"), modes=["training"]))
+    assert re.match(r"ValueError: wrong (output|running statistics): off by .*, allowed 1e-03", rows["tails"]["error"])
+    assert rows["tails"]["median_s"] is rows["tails"]["saved_bytes"] is None and rows["stock"]["median_s"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def test_saved_storages_count_once_and_without_the_networks_own():
+    x, w = torch.randn(4, 5), torch.randn(4, 5, requires_grad=True)
+    saved = model_memory.Saved((x, w))
+    with saved:
+        y = (x * w).exp()  # of x and w nothing is counted; exp saves what it returns
+        z = y * y[:2].sum()  # that again, and the sum
+        z.t().sigmoid().sum().backward()  # and what sigmoid returns
+    assert saved.bytes == (20 + 1 + 20) * 4
+    assert torch.allclose(w.grad, torch.autograd.grad(_again(x, w), w)[0])
+
+
+def _again(x, w):
+    y = (x * w).exp()
+    return (y * y[:2].sum()).sigmoid().sum()
+
+
+def test_the_peak_is_what_is_held_at_once():
+    held = torch.zeros(1000)
+
+    def step():
+        one = torch.zeros(500)
+        del one
+        two, three = torch.zeros(300), torch.zeros(400)
+        return two, three, held
+
+    assert model_memory.peak_bytes(step, "cpu") == 700 * 4
+
+
+@needs_kernels
+def test_tails_save_the_batchnorm_outputs_in_front_of_se_less(file):
+    names = ("stock", "fused", "tails")
+    rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), names, modes=["training"]))
+    n, c, inner, m, blocks = 2, 16, 8, SIZE[1] * SIZE[2], 2
+    output = n * c * m * 4
+    # ReLU saves its output, a tail a bit per element; all outputs but the last are the next convolution's input, too.
+    masks = blocks * n * (inner + inner + c) * (m // 8)
+    # Three statistics of a channel instead of two. Of the gate both save the same.
+    statistics = (blocks * (inner + inner + c) + c) * 4
+    expected = rows["stock"]["saved_bytes"] - blocks * output - output + masks + statistics
+    assert rows["tails"]["saved_bytes"] == expected
+    fused = rows["fused"]["saved_bytes"]
+    assert rows["tails"]["saved_bytes"] < fused - 0.9 * blocks * output
+    assert rows["stock"]["saved_vs_stock"] == rows["stock"]["peak_vs_stock"] == 1.0
+    assert rows["tails"]["saved_vs_stock"] == rows["tails"]["saved_bytes"] / rows["stock"]["saved_bytes"] < 1
+    assert rows["tails"]["peak_bytes"] < rows["stock"]["peak_bytes"]
+    assert rows["stock"]["peak_bytes"] >= rows["stock"]["saved_bytes"]
+
+
+def test_a_memory_that_cannot_be_measured_is_a_note(file, monkeypatch):
+    def peak_bytes(step, device):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(model_case, "peak_bytes", peak_bytes)
+    row = by_provider(measure(zoo.load(f"{file}:small"), modes=["training"]))["stock"]
+    assert row["note"] == "its memory could not be measured: RuntimeError: no profiler" and row["median_s"] > 0
+    assert row["peak_bytes"] is row["saved_bytes"] is row["error"] is None
+
+
 # -------------------------------------------------------------------------------------------------- the check
 
 
@@ -396,13 +565,16 @@ def test_rows_hold_what_was_measured(file, layout, dtype, amp):
 
 
 def off_by(what):
-    """fuse, but the network's output, or only its gradients, are a little off."""
+    """fuse, but the network's output, or only its gradients or running statistics, are a little off."""
 
     def change(network, inputs, y):
+        if what == "statistics":
+            network[1].running_var = network[1].running_var * (1.01 if network.training else 1.0)
+            return y
         return y * 1.01 if what == "output" else y + 0.01 * (y - y.detach())
 
-    def fuse(network, backend=None):
-        network = senet_fused.fuse(network, backend=backend)
+    def fuse(network, **options):
+        network = senet_fused.fuse(network, **options)
         network.register_forward_hook(change)
         return network
 
@@ -439,8 +611,16 @@ def test_a_wrong_gradient_is_told(file, monkeypatch):
     assert row["gradient_error"] == pytest.approx(0.01, rel=0.1)
 
 
+def test_wrong_running_statistics_are_an_error_in_training(file, monkeypatch):
+    monkeypatch.setattr(variants, "fuse", off_by("statistics"))
+    inference, training = (row for row in measure(zoo.load(f"{file}:small")) if row["provider"] == "fused")
+    assert (inference["error"], inference["statistics_error"]) == (None, None)
+    assert training["error"].startswith("ValueError: wrong running statistics: off by ")
+    assert training["output_error"] < 1e-5 < 1e-3 < training["statistics_error"] < 0.01
+
+
 def test_what_fails_is_a_row_and_the_others_go_on(file, monkeypatch):
-    def fuse(network, backend=None):
+    def fuse(network, **options):
         raise OSError("no library\nand more")
 
     monkeypatch.setattr(variants, "fuse", fuse)
@@ -483,8 +663,8 @@ def test_infinities_are_told(file, monkeypatch, what, note):
         if y.requires_grad:
             y.register_hook(lambda dy: dy * float("inf"))
 
-    def fuse(network, backend=None):
-        senet_fused.fuse(network, backend=backend).register_forward_hook(change)
+    def fuse(network, **options):
+        senet_fused.fuse(network, **options).register_forward_hook(change)
         return network
 
     monkeypatch.setattr(variants, "fuse", fuse)
@@ -503,10 +683,17 @@ def quick_compile(monkeypatch):
 
 
 def test_every_variant_can_be_measured(file, quick_compile):
-    rows = measure(zoo.load(f"{file}:small"), model.VARIANTS)
+    rows = measure(zoo.load(f"{file}:bottlenecks"), model.VARIANTS)
     assert [(row["provider"], row["error"]) for row in rows] == [(name, None) for name in model.VARIANTS] * 2
+    assert all(row["median_s"] > 0 and row["price_of_se"] > 0 for row in rows)
     compared = {row["provider"] for row in rows if row["output_error"] is not None}
-    assert compared == {"compile", "fused", "fused+compile", "no-se+compile"}
+    assert compared == {"compile", "fused", "fused+compile", "tails", "tails+compile", "no-se+compile"}
+    for row in rows:  # all against the one twin that is not compiled
+        without = by_provider(r for r in rows if r["mode"] == row["mode"])["no-se"]
+        assert row["price_of_se"] == pytest.approx(row["median_s"] / without["median_s"])
+        assert (row["saved_bytes"] is None) == (row["peak_bytes"] is None) == (row["mode"] == "inference")
+        if row["mode"] == "training":
+            assert 0 < row["saved_bytes"] < row["peak_bytes"]
     auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
     ran = {row["provider"]: row["backend"] for row in rows}
     assert (ran["stock"], ran["compile"], ran["fused"], ran["no-se+compile"]) == ("aten", "inductor", auto, "inductor")
@@ -555,7 +742,11 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     assert cli.main([*argv, "--json", str(out)]) == 0
     output = capsys.readouterr()
     assert f"{file}:small: inference, float32, 2 x 3x12x10, channels_last\n" in output.out
-    assert re.search(r"variant +ran on +median +IQR +vs stock +price of SE +output +gradients\n", output.out)
+    memory = "price of SE +saved MB +peak MB +output +gradients"
+    assert re.search(rf"^variant +ran on +median +IQR +vs stock +{memory}$", output.out, re.MULTILINE)
+    assert re.search(r"price of SE +output\n", output.out)  # in inference
+    assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +-$", output.out, re.MULTILINE)
+    assert re.search(r"^no-se .*  \d[\d.]* \(-\d+%\)  ", output.out, re.MULTILINE)
     assert "no-se: no twin: 3.se" in output.out and "Geometric means over models" in output.out
     assert f"[4/4] {file}:gated 2 x 3x12x10 float32 channels_last training" in output.err
     data = json.loads(out.read_text())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-VARIANTS = ("stock", "compile", "fused", "fused+compile", "no-se", "no-se+compile")
+VARIANTS = ("stock", "compile", "fused", "fused+compile", "tails", "tails+compile", "no-se", "no-se+compile")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
 _BUDGET_S = 10.0
@@ -31,18 +31,29 @@ Weights of timm's and torchvision's are random, nothing is downloaded, and all v
 variants:
   stock              the network as it is
   fused              a copy after senet_fused.fuse
+  tails              a copy after senet_fused.fuse(tails=True): BatchNorm, SE, + shortcut and ReLU are one operator
   no-se              the twin: a copy with nn.Identity for every SE layer, where each returns its scaled input
-  compile, fused+compile, no-se+compile    these three under torch.compile (default options, static shapes)
-The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without.
+  compile, fused+compile, tails+compile, no-se+compile
+                     these four under torch.compile (default options, static shapes)
+The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without. All
+are held against the same one, the twin of stock that is not compiled.
 
 inference is evaluation mode under torch.inference_mode. training is a step in training mode: forward, cross-entropy
 with random labels (the mean of squares of everything where the output is no [N, classes] tensor), backward, SGD with
 momentum, gradients set to None; float16 without loss scaling. The variants take turns; times are of the wall clock.
 
+One more step in training, not timed, tells the memory, and in per cent what that is more or less than stock's:
+  saved MB           what autograd saves during the forward, each storage once; without weights, buffers and the input
+  peak MB            the most that the tensors allocated by the step (activations, gradients, workspaces) take at once,
+                     beyond what is there before it (weights, momentum, the input): on a GPU as
+                     torch.cuda.max_memory_allocated tells, on a CPU the running sum of all allocations and releases of
+                     tensors that PyTorch's profiler records; what libraries allocate for themselves is not in it
+
 Before the timing every variant is compared with stock in the same dtype (no-se+compile with no-se): output, max
-|difference| / max |stock|, and in training the largest gradient error, in norm, of any parameter. In float32 a variant
-whose output is off by more than 1e-3 gets an error instead of a time, unless the last bit of the input moves that of
-stock by a tenth as much (normalisations over a few values do that; take a larger batch); otherwise judge for yourself.
+|difference| / max |stock|, and in training the largest gradient error, in norm, of any parameter, and the running
+statistics after the step, like the output. In float32 a variant whose output or statistics are off by more than 1e-3
+gets an error instead of a time, unless the last bit of the input moves stock's output by a tenth as much
+(normalisations over a few values do that; take a larger batch); otherwise judge for yourself.
 In other dtypes the figures of stock and no-se say how far they are from themselves in float32: what that dtype's
 rounding does to the network. A ReLU whose input is next to zero flips with the last bit: gradients of deep networks
 may differ by percents, in float32 too.
@@ -84,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--backend",
         metavar="NAME",
-        help="of fused and fused+compile: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+        help="of fused and tails, compiled or not: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     who.add_argument(
@@ -130,9 +141,13 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
         "inference": "evaluation mode, torch.inference_mode",
         "training": "forward, cross-entropy with random labels, backward, SGD with momentum 0.9, zero_grad",
         "price of SE": "median / median of no-se, the same network with nn.Identity for every SE layer",
+        "memory": "of one more training step: saved, storages that autograd saves in the forward, without weights and "
+        "input; peak, the most that tensors of the step take at once, "
+        + ("torch.cuda.max_memory_allocated" if args.device == "cuda" else "allocations by PyTorch's profiler")
+        + " beyond what is there before",
         "check": "against stock in the same dtype: output, max |difference| / max |stock|; gradients, the largest "
-        "|difference| / |stock| in norm of a parameter; no-se+compile against no-se; stock and no-se themselves, "
-        "unless in float32, against float32",
+        "|difference| / |stock| in norm of a parameter; running statistics as the output; no-se+compile against "
+        "no-se; stock and no-se themselves, unless in float32, against float32",
     }
 
 

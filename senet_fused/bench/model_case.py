@@ -1,4 +1,4 @@
-"""One case of a whole network: its input and loss, the check of variants against stock, and the call that is timed."""
+"""One case of a whole network: input and loss, the check of variants against stock, the timed call, its memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import senet_fused
 
+from .model_memory import Saved, peak_bytes
 from .oracle import relative_error
 from .variants import ModelCase, Network, Variant
 
@@ -26,10 +27,12 @@ _MAGNIFIED = 10  # times what the last bit of the input does; a variant rounds a
 
 
 class Results(NamedTuple):
-    """What a variant is judged by: its floating outputs, and in training every parameter's gradient."""
+    """What a variant is judged by: its floating outputs; in training every parameter's gradient, and of every
+    normalisation the running mean and standard deviation, one behind the other."""
 
     outputs: list[Tensor]
     gradients: list[Tensor | None]
+    statistics: list[Tensor]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -48,11 +51,19 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(output, field.name))
 
 
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    """Mean and standard deviation in one tensor: an error of either counts by the larger of the two."""
+    for module in model.modules():
+        mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+        if mean is not None and var is not None:
+            yield torch.cat((mean.double(), var.double().sqrt()))
+
+
 def _all_finite(tensors: Sequence[Tensor | None]) -> bool:
     return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _output_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _largest_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     pairs = zip(found, wanted, strict=True)
     return max((relative_error(ours, stock.double()) for ours, stock in pairs), default=0.0)
 
@@ -95,15 +106,17 @@ class Cell:
                     self.loss = _loss(output, self.seed + 3)
                 loss = self.loss(output)
         gradients: list[Tensor | None] = []
+        statistics: list[Tensor] = []
         if self.case.training:
             loss.backward()
             gradients = [parameter.grad for parameter in variant.model.parameters()]
             variant.model.zero_grad(set_to_none=True)
+            statistics = list(_statistics(variant.model))
         outputs = [tensor.detach() for tensor in _tensors(output)]
         variant.require_a_graph()
         ran = {key.rpartition(".")[0] for key, n in (Counter(senet_fused.call_counts()) - before).items() if n}
         variant.backend = "+".join(sorted(ran)) or ("inductor" if variant.compiled else "aten")
-        return Results(outputs, gradients)
+        return Results(outputs, gradients, statistics)
 
     def is_stochastic(self, stock: Variant, found: Results) -> bool:
         """Whether another random state gives stock another output, as dropout does."""
@@ -129,19 +142,21 @@ class Cell:
         torch.manual_seed(self.seed + 2)
         with torch.no_grad(), self._modes():
             moved = list(_tensors(stock.call(self.x + self.x * noise * torch.finfo(self.dtype).eps)))
-        return _output_error(moved, found.outputs)
+        return _largest_error(moved, found.outputs)
 
     def judge(self, variant: Variant, stock: Variant, wanted: Results) -> None:
-        """Raises ValueError if the variant's output is wrong, which float32 can tell; notes if the network is to blame.
+        """Raises ValueError if the variant's output or running statistics are wrong, which float32 can tell; notes if
+        the network is to blame.
 
         A network may magnify rounding beyond any limit, as normalisations over two values do.
         """
-        error = variant.output_error
+        errors = {"output": variant.output_error, "running statistics": variant.statistics_error}
+        what, error = max(errors.items(), key=lambda item: item[1] or 0.0)
         if self.case.dtype != "float32" or error is None or error <= _FLOAT32_LIMIT:
             return
         moved = self.moved_by_rounding(stock, wanted)
         if not error <= _MAGNIFIED * moved:
-            raise ValueError(f"wrong output: off by {error:.1e}, allowed {_FLOAT32_LIMIT:.0e}")
+            raise ValueError(f"wrong {what}: off by {error:.1e}, allowed {_FLOAT32_LIMIT:.0e}")
         variant.remark(f"the network magnifies rounding: the last bit of its input moves stock's output by {moved:.0e}")
 
     def compare(self, variant: Variant, found: Results, wanted: Results) -> None:
@@ -152,7 +167,9 @@ class Cell:
         if not _all_finite(wanted.outputs):
             variant.remark("not compared: the output that it is held against has infinities or NaN")
             return
-        variant.output_error = _output_error(found.outputs, wanted.outputs)
+        variant.output_error = _largest_error(found.outputs, wanted.outputs)
+        if self.case.training:
+            variant.statistics_error = _largest_error(found.statistics, wanted.statistics)
         if not math.isfinite(variant.output_error):
             variant.remark("its output has infinities or NaN")
         elif not _all_finite(found.gradients + wanted.gradients):
@@ -176,8 +193,11 @@ class Cell:
             worst = max(worst, off / max(norm, least) if off else 0.0)
         return worst
 
-    def timed(self, variant: Variant) -> Callable[[int], object]:
-        """The call that is timed. Its argument, a buffer's number, means nothing here: there is one input."""
+    def timed(self, variant: Variant) -> Callable[..., object]:
+        """The call that is timed. Its argument, a buffer's number, means nothing here: there is one input.
+
+        In training it takes a context for its forward as well.
+        """
         if not self.case.training:
 
             def forward(number: int) -> object:
@@ -186,12 +206,19 @@ class Cell:
 
             return forward
         optimizer = torch.optim.SGD(variant.model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
+        plain = contextlib.nullcontext()
 
-        def step(number: int) -> None:
-            with self._modes():
+        def step(number: int, around: contextlib.AbstractContextManager = plain) -> None:
+            with self._modes(), around:
                 loss = self.loss(variant.call(self.x))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return step
+
+    def measure_memory(self, variant: Variant, step: Callable[..., object]) -> None:
+        """Notes the memory of one more step, the timed call in training. The optimizer has its own already."""
+        saved = Saved((self.x, *variant.model.parameters(), *variant.model.buffers()))
+        variant.peak_bytes = peak_bytes(lambda: step(0, saved), self.device)
+        variant.saved_bytes = saved.bytes

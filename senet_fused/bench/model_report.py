@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from .report import geometric_mean
-from .tables import Table, error_label, ratio_label, show, show_header, time_label
+from .tables import Table, error_label, megabytes_label, ratio_label, show, show_header, time_label
 
 __all__ = ["dtype_label", "input_label", "render", "summarise"]
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "weights", "inference", "training", "price of SE",
-           "check", "interrupted")  # fmt: skip
+           "memory", "check", "interrupted")  # fmt: skip
 
 
 def input_label(row: Row) -> str:
@@ -62,11 +62,21 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 "IQR": time_label(row["iqr_s"]),
                 "vs stock": ratio_label(row["speedup_vs_stock"]),
                 "price of SE": ratio_label(row["price_of_se"]),
+                **(_memory_cells(row) if row["mode"] == "training" else {}),
                 "output": error_label(row["output_error"]),
             }
             | ({"gradients": error_label(row["gradient_error"])} if row["mode"] == "training" else {})
         )
     return list(tables.values())
+
+
+def _memory_cells(row: Row) -> dict[str, str]:
+    # A run that was saved earlier may have none.
+    change = ("saved", "peak") if row["provider"] != "stock" else ()
+    return {
+        f"{what} MB": megabytes_label(row.get(f"{what}_bytes"), row.get(f"{what}_vs_stock") if what in change else None)
+        for what in ("saved", "peak")
+    }
 
 
 def _summary_table(summary: Sequence[Row]) -> Table:

@@ -86,20 +86,30 @@ def _measure(network: Network, case: ModelCase, options: Options, progress: Prog
     cell = Cell(case, options.device, options.seed)
     variants = _check(network, cell, options, progress)
     running = {variant.name: variant for variant in variants if variant.model is not None}
+    calls = {name: cell.timed(variant) for name, variant in running.items()}
     progress.stage(f"timing {', '.join(running)}")
     outcomes = interleave(
-        {name: cell.timed(variant) for name, variant in running.items()},
+        calls,
         Rotation(1),
         options.settings,
         synchronize=torch.cuda.synchronize if options.device == "cuda" else None,
         tick=progress.tick,
     )
+    if case.training:
+        progress.stage("measuring memory")
+        for name, variant in running.items():
+            if outcomes[name].statistics:
+                try:
+                    cell.measure_memory(variant, calls[name])
+                except Exception as error:  # its time stays
+                    variant.remark(f"its memory could not be measured: {describe(error)}")
     return _rows(case, network, variants, outcomes)
 
 
 def _rows(
     case: ModelCase, network: Network | None, variants: Sequence[Variant], outcomes: Mapping[str, Outcome]
 ) -> list[Row]:
+    stock = next((variant for variant in variants if variant.name == "stock"), Variant("stock"))
     medians = {name: outcome.statistics.median_s for name, outcome in outcomes.items() if outcome.statistics}
     rows = []
     for variant in variants:
@@ -123,23 +133,33 @@ def _rows(
             "price_of_se": None,
             "output_error": variant.output_error if _finite(variant.output_error) else None,
             "gradient_error": variant.gradient_error if _finite(variant.gradient_error) else None,
+            "statistics_error": variant.statistics_error if _finite(variant.statistics_error) else None,
+            "saved_bytes": variant.saved_bytes,
+            "saved_vs_stock": _ratio(variant.saved_bytes, stock.saved_bytes),
+            "peak_bytes": variant.peak_bytes,
+            "peak_vs_stock": _ratio(variant.peak_bytes, stock.peak_bytes),
             "se_layers": network and network.layers,
             "se_fused": variant.fused,
+            "se_blocks": variant.blocks,
+            "se_tails": variant.tails,
             "note": variant.note,
             "error": error,
         }
         if timing is not None:
-            stock, without = (medians.get(name) for name in ("stock", "no-se"))
             row |= {
                 "median_s": timing.median_s,
                 "iqr_s": timing.iqr_s,
                 "samples": timing.samples,
                 "calls_per_sample": timing.inner,
-                "speedup_vs_stock": stock and stock / timing.median_s,
-                "price_of_se": without and timing.median_s / without,
+                "speedup_vs_stock": _ratio(medians.get("stock"), timing.median_s),
+                "price_of_se": _ratio(timing.median_s, medians.get("no-se")),
             }
         rows.append(row)
     return rows
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
 
 
 def _finite(value: float | None) -> bool:

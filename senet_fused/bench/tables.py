@@ -8,14 +8,16 @@ from typing import Any, TextIO
 
 from .problems import GPU_BACKENDS
 
-__all__ = ["Table", "error_label", "ratio_label", "share_label", "show", "show_header", "time_label"]
+__all__ = ["Table", "error_label", "megabytes_label", "ratio_label", "share_label", "show", "show_header",
+           "time_label"]  # fmt: skip
 
 _TEXT_COLUMNS = {"N x C/R @ plane", "layout", "cache", "provider", "ran on", "problem", "dtype", "direction",
                  "slowest cell", "variant", "model", "mode", "verdict"}  # fmt: skip
 # What a narrow terminal can do without, first to go first.
-_DISPENSABLE = ("GB/s", "IQR", "ran on", "behind", "max error", "of copy", "gradients", "output")
+_DISPENSABLE = ("GB/s", "IQR", "ran on", "behind", "max error", "of copy", "peak MB", "saved MB", "gradients",
+                "output")  # fmt: skip
 # Who stands out: this package's own.
-_OURS = ("fused", *GPU_BACKENDS)
+_OURS = ("fused", "tails", *GPU_BACKENDS)
 
 
 def time_label(seconds: float | None) -> str:
@@ -36,6 +38,14 @@ def ratio_label(value: float | None) -> str:
 
 def share_label(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}" if value >= 0.095 else f"{value:.1%}"
+
+
+def megabytes_label(size: int | None, of_stock: float | None) -> str:
+    """Bytes in MB, and what they are more or less than stock's: ``25.7 (-21%)``."""
+    if size is None:
+        return "-"
+    text = f"{size / 1e6:.3g}" if size < 1e9 else f"{size / 1e6:.0f}"
+    return text if of_stock is None else f"{text} ({of_stock - 1:+.0%})"
 
 
 def error_label(value: float | None) -> str:

@@ -1,10 +1,11 @@
-"""The variants of a network: stock, its twin without SE, and fused, each as it is and under torch.compile."""
+"""The variants of a network: stock, its twin without SE, fused, and tails, each as it is and under torch.compile."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class NoVariant(Exception):
 class Variant:
     """One variant on its way through one case: built, checked, timed. What is called is the model, compiled if need be.
 
-    reference: whom it is compared with.
+    reference: whom it is compared with. fused: how many SE layers are. blocks, tails: the blocks around SE layers, and
+    how many of them run with tails.
     """
 
     name: str
@@ -61,9 +63,14 @@ class Variant:
     call: Callable[[Tensor], Any] | None = None
     require_a_graph: Callable[[], None] = lambda: None
     fused: int = 0
+    blocks: int | None = None
+    tails: int = 0
     backend: str | None = None
     output_error: float | None = None
     gradient_error: float | None = None
+    statistics_error: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
     note: str | None = None
     error: str | None = None
 
@@ -104,18 +111,20 @@ def twin(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fused(model: nn.Module, backend: str | None) -> nn.Module:
+def _fused(model: nn.Module, backend: str | None, tails: bool = False) -> nn.Module:
     """A copy after fuse. Raises NoVariant where no layer is one that fuse is for."""
     layers = fuse_report(model).layers
     if not layers:
         raise NoVariant("nothing to fuse: the network has no SE layer")
     if all(layer.form is None for layer in layers):
         raise NoVariant(f"nothing to fuse: {layers[0].name or 'the network'} ({layers[0].kind}): {layers[0].reason}")
-    return fuse(copy.deepcopy(model), backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of nothing fused: the variant has a note, or an error
+        return fuse(copy.deepcopy(model), backend=backend, tails=tails)
 
 
 class Network:
-    """One network on its device, and what its variants are copies of: stock, no-se and fused."""
+    """One network on its device, and what its variants are copies of: stock, no-se, fused and tails."""
 
     def __init__(self, stock: nn.Module, size: tuple[int, ...], device: str, backend: str | None, seed: int) -> None:
         self.layers = len(fuse_report(stock).layers)
@@ -127,21 +136,26 @@ class Network:
             self._prototypes["no-se"] = error
         self._prototypes["stock"] = stock.to(device)
         settle(stock, size, seed)
-        try:
-            self._prototypes["fused"] = _fused(stock, backend)
-        except Exception as error:
-            self._prototypes["fused"] = error
+        self._backend = backend
+
+    def _prototype(self, name: str) -> nn.Module | Exception:
+        if name not in self._prototypes:  # proofs take seconds: made for those who ask
+            try:
+                self._prototypes[name] = _fused(self._prototypes["stock"], self._backend, tails=name == "tails")
+            except Exception as error:
+                self._prototypes[name] = error
+        return self._prototypes[name]
 
     def build(self, variant: Variant, case: ModelCase) -> None:
         """Gives the variant a fresh copy for one case. Raises NoVariant, or why it cannot be made."""
-        found = self._prototypes[variant.prototype]
+        found = self._prototype(variant.prototype)
         if isinstance(found, Exception):
             raise found
         model = copy.deepcopy(found)
         if not case.amp:
             model.to(getattr(torch, case.dtype))
         model.to(memory_format=case.memory_format).train(case.training)
-        if variant.prototype == "fused":
+        if variant.prototype in ("fused", "tails"):
             _count_fused(variant, model)
         variant.model = variant.call = model
         if variant.compiled:
@@ -150,13 +164,32 @@ class Network:
 
 
 def _count_fused(variant: Variant, model: nn.Module) -> None:
-    """Notes how many layers are fused, and if not all are why. Raises RuntimeError if none is."""
-    layers = fuse_report(model).layers
-    left = [layer for layer in layers if not layer.fused]
-    variant.fused = len(layers) - len(left)
-    if left:
-        first = f"{left[0].name or 'the network'} is not: {left[0].reason}"
-        text = f"{variant.fused} of {len(layers)} SE layers fused; {first}"
-        if not variant.fused:
-            raise RuntimeError(text)
+    """Notes how many layers are fused and how many blocks run with tails, and if not all why.
+
+    Raises NoVariant if no block of tails does, RuntimeError if no layer is fused.
+    """
+    tails = variant.prototype == "tails"
+    report = fuse_report(model, tails=tails)
+    about_blocks = None
+    if tails:
+        if not report.blocks:
+            raise NoVariant("no tails: there is no block around an SE layer")
+        variant.blocks = len(report.blocks)
+        variant.tails, about_blocks = _counted(report.blocks, "blocks run with tails", "does")
+        if not variant.tails:
+            raise NoVariant(f"no tails: {about_blocks}")
+    variant.fused, about_layers = _counted(report.layers, "SE layers fused", "is")
+    if not variant.fused:
+        raise RuntimeError(about_layers)
+    for text in filter(None, (about_layers, about_blocks)):
         variant.remark(text)
+
+
+def _counted(found: Sequence[Any], what: str, verb: str) -> tuple[int, str | None]:
+    """How many rows of a report are fused; unless all are, that as text, with why the first of the others is not."""
+    left = [one for one in found if not one.fused]
+    count = len(found) - len(left)
+    if not left:
+        return count, None
+    first = f"{left[0].name or 'the network'} {verb} not: {left[0].reason}"
+    return count, f"{count} of {len(found)} {what}; {first}"
