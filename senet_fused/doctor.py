@@ -287,7 +287,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     """Prints the backends and their self-tests; returns why each cannot run, and the kernels' ISA."""
     import torch
 
-    from . import backends, explain, select, use_backend
+    from . import backends, explain, select, tails, use_backend
 
     report.section("backends")
     available: dict[str, str | None] = {}
@@ -324,6 +324,9 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
             choices.setdefault(select.choose("auto", "cuda", dtype), []).append(str(dtype).removeprefix("torch."))
         for choice, dtypes in choices.items():
             report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
+    served = [name for name in tails.OPERATORS if available.get(name, "") is None]
+    known = f"kernels in {', '.join(served)}; elsewhere" if served else "no kernels here:"
+    report.fact("block tails", f"{known} auto calls the block's own modules")
     if automatic == "reference" and "cpu" in available:
         report.note(
             "nothing is fused on this installation, all calls run in plain PyTorch; "

@@ -159,6 +159,22 @@ def test_verify_false_says_so():
     assert "not verified" in fuse_report(model).blocks[0].reason
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_synchronised_norms(before):
+    """In one process they are BatchNorms, on CPUs, where PyTorch's own do not run in training."""
+    stock, _, x = pair("legacy")
+    synchronised = copy.deepcopy(stock)
+    if before:
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(synchronised)
+    synchronised = fuse(synchronised, tails=True)
+    if not before:
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(synchronised)
+    assert type(synchronised[0].bn3) is nn.SyncBatchNorm
+    ours = step(synchronised, x)
+    counts(forward=4, backward=4)
+    assert_same(ours, step(stock, x))
+
+
 def test_meta_blocks_are_proven():
     with torch.device("meta"):
         model = fuse(network(LegacyBottleneck()), tails=True)

@@ -38,7 +38,7 @@ PYTHON = {
         "_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
     },  # fmt: skip
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tune"},
+    "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tails", "tune"},
     "bench": {"senet_fused", "backends", "machine", "modules"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
     "fuse_check": {"senet_fused", "bench"},

@@ -299,6 +299,10 @@ def _prove(block: nn.Module, kind: str, recipe: Recipe) -> None:
         dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(first))
         if dimensions is None:
             raise Unsuited(f"its {FORMS[kind].input} is a {type(first).__name__}, no plain convolution")
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
+        for module in (*theirs.modules(), *ours.modules()):
+            if type(module) is nn.SyncBatchNorm:  # whose own forward is for GPUs alone
+                module.__class__ = plain
         shape = (4, first.in_channels, *(8, 6, 4)[:dimensions])  # even: a shortcut may pool
         for training in (True, False):
             results = []

@@ -208,6 +208,8 @@ def random_copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 scale = math.prod(parameter.shape[1:]) ** -0.5
                 memo[id(parameter)] = nn.Parameter(values * scale)
+        if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
+            memo[id(module.process_group)] = None  # processes cannot be copied, and the proof runs in one
         for buffer in module._buffers.values():
             if buffer is None:
                 continue
