@@ -39,7 +39,7 @@ PYTHON = {
     },  # fmt: skip
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tails", "tune"},
-    "bench": {"senet_fused", "backends", "machine", "modules"},
+    "bench": {"senet_fused", "backends", "machine", "modules", "tails"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
     "fuse_check": {"senet_fused", "bench"},
     "train": {"senet_fused", "machine", "select"},

@@ -1,6 +1,7 @@
 """Measurement: problems, what is compared, how it is timed, and the report.
 
-    problems     the SE layers of known networks, and the case that one measurement is (no torch)
+    problems     the SE layers of known networks, and the case that one measurement is: such a layer, or the block tail
+                 around it (no torch)
     providers    eager, compile, max-autotune, fused, cuda, triton and fused+compile behind one interface, and the copy,
                  their ceiling
     oracle       float64 results and the error bound: a provider whose output is wrong is not timed

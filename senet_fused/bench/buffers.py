@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .oracle import InputSet, Weights, oracle_gate
+from .oracle import InputSet, Weights, in_double, norm_dtype, oracle_branch
 from .problems import Case
 
 __all__ = ["BufferPool", "check_inputs", "make_weights", "torch_dtype"]
@@ -87,7 +87,44 @@ def make_weights(case: Case, device: torch.device, seed: int = 0) -> Weights:
 
     w1, b1 = uniform(r, c, fan_in=c), uniform(r, fan_in=c)
     w2, b2 = uniform(c, r, fan_in=r), uniform(c, fan_in=r)
-    return Weights(w1, b1 if case.bias else None, w2, b2 if case.bias else None)
+    weights = Weights(w1, b1 if case.bias else None, w2, b2 if case.bias else None)
+    if case.op == "se":
+        return weights
+    # Such that BatchNorm's output has the judged planes' means, and values of variance 1 around them.
+    means, mean, var = _before_norm(case, weights)
+    sign = torch.randint(0, 2, (c,), generator=generator).mul(2).sub(1)
+    weight, bias = sign * (means.var(0, correction=0) + 1).sqrt(), means.mean(0)
+    if case.training:  # statistics that an update moves
+        mean = torch.randn(c, generator=generator, dtype=torch.float64)
+        var = torch.rand(c, generator=generator, dtype=torch.float64) + 0.5
+    return weights._replace(
+        **{
+            name: values.to(device, norm_dtype(case))
+            for name, values in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var))
+        }
+    )
+
+
+def _plane_means(case: Case, weights: Weights, generator: torch.Generator) -> Tensor:
+    """[N, C] in float64: the smallest that put every hidden unit between 0.5 and 1.5 or between -1.5 and -0.5."""
+    n, r = case.batch, case.shape.rd_channels
+    target = torch.rand(n, r, dtype=torch.float64, generator=generator) + 0.5
+    target *= torch.randint(0, 2, (n, r), generator=generator).mul(2).sub(1)
+    w1 = weights.w1.cpu().double()
+    if weights.b1 is not None:
+        target -= weights.b1.cpu().double()
+    gram = w1 @ w1.T
+    gram += torch.eye(r, dtype=torch.float64) * (1e-9 * gram.diagonal().mean())
+    return torch.linalg.solve(gram, target.T).T @ w1  # means @ w1.T == target
+
+
+def _before_norm(case: Case, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tail's judged inputs: the means [N, C] of the planes behind BatchNorm; mean, variance [C] in front of it."""
+    generator = torch.Generator().manual_seed(0)
+    means = _plane_means(case, weights, generator)
+    double = {"dtype": torch.float64, "generator": generator}
+    channels = case.shape.channels
+    return means, torch.randn(channels, **double), (torch.rand(channels, **double) + 0.5).square()
 
 
 def check_inputs(case: Case, weights: Weights, device: torch.device, draw: int = 0) -> InputSet:
@@ -97,26 +134,26 @@ def check_inputs(case: Case, weights: Weights, device: torch.device, draw: int =
     the squeeze, and a hidden unit or an output next to a ReLU's kink flips with the last bit, which says
     nothing about correctness. So every plane gets a mean such that each hidden unit is clearly on or off
     (|preact| between 0.5 and 1.5), and a residual is pushed away from the point where the outer ReLU
-    switches.
+    switches. A tail's x is such that this holds for BatchNorm's output.
     """
     generator = torch.Generator().manual_seed(1 + draw)
     n, c, *spatial = case.size
-    r = case.shape.rd_channels
     dtype = torch_dtype(case)
     double = {"dtype": torch.float64, "generator": generator}
 
     x = torch.randn(n, c, *spatial, **double)
-    target = (torch.rand(n, r, **double) + 0.5) * torch.randint(0, 2, (n, r), generator=generator).mul(2).sub(
-        1
-    )
-    w1 = weights.w1.cpu().double()
-    if weights.b1 is not None:
-        target -= weights.b1.cpu().double()
-    gram = w1 @ w1.T
-    gram += torch.eye(r, dtype=torch.float64) * (1e-9 * gram.diagonal().mean())
-    means = torch.linalg.solve(gram, target.T).T @ w1  # the smallest [N, C] with means @ w1.T == target
     plane_dims = tuple(range(2, x.dim()))
-    x += means.view(n, c, *[1] * len(spatial)) - x.mean(plane_dims, keepdim=True)
+    ones = [1] * len(spatial)
+    if case.op == "tail":
+        means, mean, var = _before_norm(case, weights)
+        x -= x.mean(plane_dims, keepdim=True)
+        x /= x.square().mean((0, *plane_dims), keepdim=True).sqrt().clamp_min(1e-6)
+    else:
+        means = _plane_means(case, weights, generator)
+    x += means.view(n, c, *ones) - x.mean(plane_dims, keepdim=True)
+    if case.op == "tail":
+        slope, bias = var.sqrt() / weights.weight.cpu().double(), weights.bias.cpu().double()
+        x = slope.view(c, *ones) * (x - bias.view(c, *ones)) + mean.view(c, *ones)
 
     def finish(values: Tensor) -> Tensor:
         return values.to(device, dtype).contiguous(memory_format=_memory_format(case))
@@ -127,7 +164,7 @@ def check_inputs(case: Case, weights: Weights, device: torch.device, draw: int =
     if case.residual:
         residual = torch.randn(n, c, *spatial, **double)
         if case.post_act == "relu":
-            total = oracle_gate(case, x.detach(), weights).cpu() * x.detach().cpu().double() + residual
+            total = oracle_branch(case, x.detach(), in_double(weights)).cpu() + residual
             residual += torch.where(
                 total.abs() < 0.25, torch.copysign(torch.full_like(total, 0.25), total), 0.0
             )

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from .. import machine
 from .problems import (
     ACTS,
-    DIRECTIONS,
     DTYPES,
     GATES,
     GPU_BACKENDS,
     LAYOUTS,
+    OPS,
     POST_ACTS,
+    TAIL_DIRECTIONS,
     RequestError,
     cases,
     problems,
@@ -39,12 +40,23 @@ _FORMS = {
     "faster": "nn.Linear or 1x1 convolutions, whichever a short trial finds faster in the case",
 }
 
+_EAGER = {
+    "se": "x.mean, two layers ({}), gate, x * gate",
+    "tail": "F.batch_norm, mean, two layers ({}), gate, z * gate, + residual and relu in place",
+}
+_PASSES = {
+    "se": "the tensor-sized reads and writes that the case needs at least",
+    "tail": "the tensor-sized reads and writes of two sweeps over x each way: forward 4 (x twice, residual, y), "
+    "backward 6 (dy and x twice, dx, dresidual), where eager makes 11 and 18, torch.compile 6.5 to 7.5 and 8.5 to 9.5; "
+    "eval-forward needs 3",
+}
+
 _EPILOG = """\
-Every run is checked before it is timed: outputs, and with forward+backward every gradient for a random dy,
-against a float64 oracle in plain PyTorch. The providers fused, cuda and triton may be off by twice stock PyTorch's
-own error in the same dtype plus one unit in the last place, the others by 16 times and 16 units; one that is off by
-more gets an error instead of a time. fused+compile is held to the first rule where this package's operator runs in
-the graph, to the second where the layer was compiled as plain PyTorch.
+Every run is checked before it is timed: outputs, with forward+backward every gradient for a random dy, and with
+--op tail BatchNorm's running statistics, against a float64 oracle in plain PyTorch. The providers fused, cuda and
+triton may be off by twice stock PyTorch's own error in the same dtype plus one unit in the last place, the others by
+16 times and 16 units; one that is off by more gets an error instead of a time. fused+compile is held to the first
+rule where this package's operator runs in the graph, to the second where the layer was compiled as plain PyTorch.
 
 examples:
   senet-fused bench --problem senet154 --quick
@@ -52,6 +64,7 @@ examples:
       --direction forward forward+backward --json out.json --plot out.png
   senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
   senet-fused bench --device cuda --batch 64 --dtype bfloat16 --providers eager compile cuda triton
+  senet-fused bench --op tail --direction forward forward+backward eval-forward --dtype bfloat16
   senet-fused bench --from out.json --plot out.png --roofline roofline.png
 
 whole networks, and two runs side by side:
@@ -105,6 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what is computed")
     what.add_argument("--list", action="store_true", help="print the problems and their shapes, and stop")
+    what.add_argument(
+        "--op",
+        default="se",
+        choices=OPS,
+        help="se: the SE layer (default); tail: the end of a residual block around it, BatchNorm (its parameters and "
+        "statistics in float32) -> SE -> + residual -> ReLU, as eager modules, compiled, and by block_tail",
+    )
     add_layers(what)
     what.add_argument(
         "--batch",
@@ -120,8 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--direction",
         nargs="+",
         default=["forward"],
-        choices=DIRECTIONS,
-        help="forward is timed under no_grad (default)",
+        choices=TAIL_DIRECTIONS,
+        help="forward is timed under no_grad (default); a tail's BatchNorm is in training, with statistics updated, "
+        "but for eval-forward, which only --op tail has",
     )
     what.add_argument(
         "--bias",
@@ -129,8 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="fully connected layers with bias, as in SENet-154 (default) or without",
     )
-    what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer")
-    what.add_argument("--post-act", default="none", choices=POST_ACTS, help="take an activation at the end")
+    what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer (a tail has one)")
+    what.add_argument(
+        "--post-act", default="none", choices=POST_ACTS, help="take an activation at the end (a tail has relu)"
+    )
     what.add_argument("--act", choices=ACTS, help="instead of the problem's activation")
     what.add_argument("--gate", choices=GATES, help="instead of the problem's gate function")
 
@@ -277,27 +300,48 @@ def check_device(args: argparse.Namespace) -> None:
             raise RequestError(f"backend {args.backend!r} cannot run here: {known[args.backend].reason}")
 
 
-def _providers(args: argparse.Namespace) -> tuple[str, ...]:
-    """Who is measured. Raises RequestError for a backend that is asked for as a provider and cannot run."""
+def _no_tails(op: str, backend: str) -> str | None:
+    """Why the backend cannot serve the op; None if it can."""
+    from .. import tails
+
+    if op == "se" or backend in (None, "auto", "reference", *tails.OPERATORS):
+        return None
+    return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
+
+
+def _refusal(args: argparse.Namespace, name: str, dtypes: Sequence[str]) -> str | None:
+    """Why this backend cannot be a provider in the run; None if it can."""
     import torch
 
     from .. import backends
 
+    refusals = (backends.refusal(name, args.device, getattr(torch, dtype)) for dtype in dtypes)
+    return next(filter(None, refusals), None) or _no_tails(args.op, name)
+
+
+def _providers(args: argparse.Namespace) -> tuple[str, ...]:
+    """Who is measured. Raises RequestError for a backend that is asked for and cannot run."""
+    refusal = _no_tails(args.op, args.backend)
+    if refusal is not None:
+        raise RequestError(f"backend {args.backend!r} cannot run with --op {args.op}: {refusal}")
     if args.providers is None:
-        serving = [
-            name
-            for name in GPU_BACKENDS
-            if args.device == "cuda"
-            and all(backends.refusal(name, "cuda", getattr(torch, dtype)) is None for dtype in args.dtype)
-        ]
+        candidates = GPU_BACKENDS if args.device == "cuda" else ()
+        serving = [name for name in candidates if _refusal(args, name, args.dtype) is None]
         return tuple(name for name in PROVIDERS if name in (*_BY_DEFAULT, *serving))
     for name in GPU_BACKENDS:
-        refusal = backends.refusal(name, args.device, torch.float32)
+        refusal = _refusal(args, name, ("float32",))
         if name in args.providers and refusal is not None:
             raise RequestError(
                 f"provider {name!r} cannot run with --device {args.device}: {refusal}; leave it out of --providers"
             )
     return tuple(name for name in PROVIDERS if name in args.providers)
+
+
+def _left_out(args: argparse.Namespace, providers: Sequence[str]) -> str | None:
+    """Backends that a tail is not measured with although nobody chose the providers, and why."""
+    if args.op == "se" or args.device != "cuda" or args.providers is not None:
+        return None
+    return "; ".join(f"{name}: {_refusal(args, name, args.dtype)}" for name in GPU_BACKENDS if name not in providers)
 
 
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
@@ -315,15 +359,16 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
             f"twice the last-level cache of {size}"
         )
     texts = {"cold": f"cold: {cold}", "warm": "warm: one input buffer, again and again"}
+    left_out = _left_out(args, options.providers)
     return {
         **stamp("senet-fused bench", command, args.device, options.settings),
+        **({"left_out": left_out} if left_out else {}),
         "cache": "; ".join(texts[cache] for cache in options.caches),
         "cache_bytes": options.cache_bytes,
-        "byte_model": "passes = the tensor-sized reads and writes that the case needs at least; "
-        "GB/s = passes x bytes / median",
+        "byte_model": f"passes = {_PASSES[args.op]}; GB/s = passes x bytes / median",
         "copy": "x.clone() under the same rotation: 2 passes; copies = median / copy's median; "
         "of copy = GB/s / copy's GB/s",
-        "baseline": f"eager: x.mean, two layers ({_FORMS[args.eager_form]}), gate, x * gate; "
+        "baseline": f"eager: {_EAGER[args.op].format(_FORMS[args.eager_form])}; "
         "torch.compile gets the same module, max-autotune too, without CUDA graphs of its own",
     }
 
@@ -389,6 +434,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
         post_act=args.post_act,
         act=args.act,
         gate=args.gate,
+        op=args.op,
     )
     _check_outputs(args)
     check_device(args)

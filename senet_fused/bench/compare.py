@@ -13,15 +13,15 @@ from typing import Any
 from .command import positive, require_writable
 from .model_report import dtype_label, input_label
 from .problems import RequestError
-from .report import COMMANDS, geometric_mean, kind_of, read_json, shape_label, write_json
+from .report import COMMANDS, geometric_mean, kind_of, read_json, shape_label, task_label, write_json
 from .tables import Table, ratio_label, show, time_label
 
 __all__ = ["add_arguments", "compare", "differences", "run", "summarise", "verdict"]
 
 Row = dict[str, Any]
-# What makes two rows the same measurement.
+# What makes two rows the same measurement. Rows of the SE layer have no op.
 _IDENTITY = {
-    "layers": ("problem", "shape", "dtype", "layout", "direction", "cache", "provider"),
+    "layers": ("op", "problem", "shape", "dtype", "layout", "direction", "cache", "provider"),
     "model": ("model", "batch", "size", "dtype", "amp", "layout", "mode", "provider"),
 }
 _DIRECTION = {"layers": "direction", "model": "mode"}
@@ -75,12 +75,16 @@ def verdict(a: Row, b: Row) -> tuple[float, float, str]:
     return ratio, spread, "slower" if ratio - spread > 1 else "faster" if ratio + spread < 1 else "same"
 
 
+def _identity(kind: str, row: Row) -> Row:
+    return {name: row[name] for name in _IDENTITY[kind] if name in row}
+
+
 def _by_identity(kind: str, rows: Sequence[Row]) -> dict[tuple, Row]:
     """Rows by what identifies them, and by their turn where several are the same measurement."""
     turns: Counter[tuple] = Counter()
     found = {}
     for row in rows:
-        key = tuple(row[name] for name in _IDENTITY[kind])
+        key = tuple(_identity(kind, row).items())
         found[(*key, turns[key])] = row
         turns[key] += 1
     return found
@@ -95,7 +99,7 @@ def compare(kind: str, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row
     compared = []
     for key in dict.fromkeys([*a, *b]):
         pair = {"a": a.get(key), "b": b.get(key)}
-        row: Row = dict(zip(_IDENTITY[kind], key[:-1], strict=True))
+        row: Row = dict(key[:-1])
         row["in"] = "both" if pair["a"] and pair["b"] else "a" if pair["a"] else "b"
         for name, found in pair.items():
             for value in ("median_s", "iqr_s", "backend", "error"):
@@ -107,18 +111,18 @@ def compare(kind: str, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[Row
 
 
 def summarise(kind: str, compared: Sequence[Row]) -> list[Row]:
-    """One entry per direction (or mode) and provider: the ratios' geometric mean, and how many of each verdict."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """One entry per op, direction (or mode) and provider: the ratios' geometric mean, and how many of each verdict."""
+    groups: dict[tuple, list[Row]] = {}
     for row in compared:
-        groups.setdefault((row[_DIRECTION[kind]], row["provider"]), []).append(row)
+        key = {name: row[name] for name in ("op", _DIRECTION[kind], "provider") if name in row}
+        groups.setdefault(tuple(key.items()), []).append(row)
     summary = []
-    for (direction, provider), members in groups.items():
+    for key, members in groups.items():
         ratios = [row["ratio"] for row in members if row["ratio"] is not None]
         verdicts = Counter(row["verdict"] for row in members)
         summary.append(
             {
-                _DIRECTION[kind]: direction,
-                "provider": provider,
+                **dict(key),
                 "ratio": geometric_mean(ratios),
                 **{name: verdicts[name] for name in _VERDICTS},
                 "compared": len(ratios),
@@ -143,7 +147,7 @@ def differences(a: Row, b: Row) -> list[str]:
 
 def _title(kind: str, row: Row) -> str:
     if kind == "layers":
-        return f"{row['problem']}: {row['direction']}, {row['dtype']}"
+        return f"{row['problem']}: {task_label(row)}, {row['dtype']}"
     return f"{row['model']}: {row['mode']}, {dtype_label(row)}"
 
 
@@ -173,7 +177,7 @@ def _tables(kind: str, compared: Sequence[Row], summary: Sequence[Row]) -> list[
     tables = [Table(title, lines) for title, lines in groups.items()]
     lines = [
         {
-            "direction": entry[_DIRECTION[kind]],
+            "direction": task_label(entry) if kind == "layers" else entry["mode"],
             "provider": entry["provider"],
             "b / a": ratio_label(entry["ratio"]),
             **{name: str(entry[name]) for name in _VERDICTS},
@@ -199,7 +203,7 @@ def _render(
         if alone:
             print(f"\nonly in {path}:")
         for row in alone:
-            print("  " + ", ".join(f"{key} {row[key]}" for key in _IDENTITY[kind]))
+            print("  " + ", ".join(f"{key} {value}" for key, value in _identity(kind, row).items()))
 
 
 def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:

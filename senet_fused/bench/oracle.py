@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from .problems import Case
 
-__all__ = ["InputSet", "Verdict", "Weights", "judge", "oracle", "oracle_gate", "relative_error", "yardstick"]
+__all__ = [
+    "InputSet", "Verdict", "Weights", "in_double", "judge", "norm_dtype", "oracle", "oracle_branch", "oracle_gate",
+    "relative_error", "yardstick",
+]  # fmt: skip
 
 
 class InputSet(NamedTuple):
@@ -24,12 +27,19 @@ class InputSet(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """w1 [R, C], b1 [R] or None, w2 [C, R], b2 [C] or None, in the dtype of the case."""
+    """w1 [R, C], b1 [R] or None, w2 [C, R], b2 [C] or None, in the dtype of the case.
+
+    weight, bias: a tail's BatchNorm's, mean, var: its running statistics; all [C], in :func:`norm_dtype`.
+    """
 
     w1: Tensor
     b1: Tensor | None
     w2: Tensor
     b2: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
 
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,24 +60,50 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _STOCK_LIMIT = {"float64": 1e-9, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
+# What is in norm_dtype instead of the case's dtype.
+_OF_NORM = ("dweight", "dbias", "running_mean", "running_var")
+
+
+def norm_dtype(case: Case) -> torch.dtype:
+    """Of BatchNorm's parameters and statistics: float32, as networks keep them, float64 for that."""
+    return torch.float64 if case.dtype == "float64" else torch.float32
+
+
+def in_double(weights: Weights) -> Weights:
+    """Copies in float64."""
+    return Weights(*(None if w is None else w.detach().to(torch.float64, copy=True) for w in weights))
+
+
 def oracle_gate(case: Case, x: Tensor, weights: Weights) -> Tensor:
     """The gate in float64, as [N, C, 1, ...]; differentiable with respect to x and the weights."""
-    w1, b1, w2, b2 = (None if w is None else w.double() for w in weights)
+    w1, b1, w2, b2 = (None if w is None else w.double() for w in weights[:4])
     pooled = x.double().mean(tuple(range(2, x.dim())))
     hidden = _FUNCTIONS[case.act](F.linear(pooled, w1, b1))
     gate = _FUNCTIONS[case.gate](F.linear(hidden, w2, b2))
     return gate.reshape(*gate.shape, *[1] * (x.dim() - 2))
 
 
+def oracle_branch(case: Case, x: Tensor, weights: Weights) -> Tensor:
+    """What the residual is added to, in float64. A tail's training updates weights.mean and var, as BatchNorm does."""
+    x = x.double()
+    if case.op == "tail":
+        x = F.batch_norm(x, weights.mean, weights.var, weights.weight, weights.bias, case.training)
+    return oracle_gate(case, x, weights) * x
+
+
 def oracle(case: Case, inputs: InputSet, weights: Weights) -> dict[str, Tensor]:
     """y and every gradient in float64 by autograd through plain PyTorch, from the values in the case's dtype.
 
-    Keys: y, dx, dresidual (with a residual), dw1, db1, dw2, db2 (biases if there are any).
+    Keys: y, dx, dresidual (with a residual), dw1, db1, dw2, db2 (biases if there are any); of a tail dweight, dbias,
+    and what the running statistics are afterwards, running_mean and running_var.
     """
     x = inputs.x.detach().double().requires_grad_()
     residual = None if inputs.residual is None else inputs.residual.detach().double().requires_grad_()
-    double = Weights(*(None if w is None else w.detach().double().requires_grad_() for w in weights))
-    y = oracle_gate(case, x, double) * x
+    double = in_double(weights)
+    for w in double[:6]:
+        if w is not None:
+            w.requires_grad_()
+    y = oracle_branch(case, x, double)
     if residual is not None:
         y = y + residual
     if case.post_act == "relu":
@@ -79,10 +115,13 @@ def oracle(case: Case, inputs: InputSet, weights: Weights) -> dict[str, Tensor]:
         "db1": double.b1,
         "dw2": double.w2,
         "db2": double.b2,
+        "dweight": double.weight,
+        "dbias": double.bias,
     }
     wanted = {name: tensor for name, tensor in wanted.items() if tensor is not None}
     gradients = torch.autograd.grad(y, list(wanted.values()), inputs.dy.double())
-    return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+    exact = {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+    return exact if case.op == "se" else exact | {"running_mean": double.mean, "running_var": double.var}
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -128,7 +167,7 @@ def judge(
     """Compares a provider's tensors with the oracle's.
 
     Args:
-        results: y, or y and every gradient, by the oracle's names.
+        results: y and running statistics, or those and every gradient, by the oracle's names.
         stock_errors: what :func:`yardstick` gave.
         ours: whether this package's own rule holds: twice stock PyTorch's error in the same dtype plus one
             unit in the last place. Others are not held to it (torch.compile sums channels_last planes less
@@ -137,12 +176,14 @@ def judge(
 
     In float64 the oracle itself is stock PyTorch and rounds as everybody does: there it is 64 units.
     """
-    dtype = getattr(torch, case.dtype)
     factor, units = (2, 1) if ours else (16, 16)
-    if dtype == torch.float64:
+    if case.dtype == "float64":
         units = 64
     worst, complaints = 0.0, []
-    for name in exact if case.backward else ("y",):
+    for name in exact:
+        if name.startswith("d") and not case.backward:
+            continue
+        dtype = norm_dtype(case) if name in _OF_NORM else getattr(torch, case.dtype)
         if name not in results:
             return Verdict(math.inf, f"wrong output: {name} is missing")
         found, wanted = results[name], exact[name]

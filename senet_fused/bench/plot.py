@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import geometric_mean, size_label, tensor_bytes
+from .report import geometric_mean, group_of, op_of, size_label, tensor_bytes
 
 __all__ = ["draw", "draw_roofline"]
 
@@ -38,6 +38,7 @@ _MARKERS = {
     "triton": "X",
     "fused+compile": "D",
 }
+_OPS = {"se": "Squeeze-and-Excitation layers", "tail": "Block tails (BatchNorm, SE, + residual, ReLU)"}
 _RIVALS = ("eager", "compile", "max-autotune")  # drawn behind what is ours
 _LINES = {"contiguous": "-", "channels_last": (0, (3, 2))}
 _MANY = 10  # cells from which on a panel's labels are turned and its figures small
@@ -133,8 +134,8 @@ def _means(rows: Sequence[Row], value: str, providers: Sequence[str]) -> str:
     )
 
 
-def _group(row: Row) -> tuple[str, str, str]:
-    return row["problem"], row["direction"], row["dtype"]
+def _ops(rows: Sequence[Row]) -> str:
+    return " and ".join(dict.fromkeys(_OPS[op_of(row)] for row in rows))
 
 
 def _cold(rows: Sequence[Row]) -> tuple[str, list[Row]]:
@@ -185,7 +186,7 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
     from matplotlib.patches import Patch
 
     cache, rows = _cold(rows)
-    groups = list(dict.fromkeys(map(_group, rows)))
+    groups = list(dict.fromkeys(map(group_of, rows)))
     providers = [name for name in _COLOURS if any(row["provider"] == name for row in rows)]
     against_eager = [name for name in providers if name != "eager"] if "eager" in providers else []
     columns = [
@@ -196,7 +197,7 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
         )
         if column[1]
     ]
-    most = max(len(_cells([row for row in rows if _group(row) == group])) for group in groups)
+    most = max(len(_cells([row for row in rows if group_of(row) == group])) for group in groups)
     # Wide enough for a panel's two titles, and together for the line of the legend.
     roomy = 6.0 if len(providers) <= 3 else 8.4 if len(providers) <= 5 else 9.6
     width = max(max(roomy, min(0.85 * most, 12)) * len(columns), 1.8 * (len(providers) + 1))
@@ -204,7 +205,7 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
     figure, grid, height = _figure(width, 2.7 if most <= _MANY else 3.4, len(groups), len(columns), head)
     several = len({problem for problem, _, _ in groups}) > 1
     for line, group in zip(grid, groups, strict=True):
-        members = [row for row in rows if _group(row) == group]
+        members = [row for row in rows if group_of(row) == group]
         title = ", ".join(group if several else group[1:])
         for axes, (value, names, label) in zip(line, columns, strict=True):
             _panel(axes, members, value, names)
@@ -225,7 +226,7 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
         )[0]
     )
     problems = ", ".join(dict.fromkeys(row["problem"] for row in rows))
-    _heading(figure, height, f"Squeeze-and-Excitation layers: {problems}", header, cache, [handles])
+    _heading(figure, height, f"{_ops(rows)}: {problems}", header, cache, [handles])
     figure.savefig(path)
 
 
@@ -291,16 +292,14 @@ def draw_roofline(header: Row, rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["provider"] != "copy"]
     providers = [name for name in _COLOURS if any(row["provider"] == name for row in rows)]
     layouts = [name for name in _LAYOUTS if any(row["layout"] == name for row in rows)]
-    problems, dtypes, directions = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("problem", "dtype", "direction")
-    )
+    problems, directions, dtypes = (list(dict.fromkeys(values)) for values in zip(*map(group_of, rows), strict=True))
     lines = [(problem, direction) for problem in problems for direction in directions]
     top = 1.08 * max([1.0, *(row["fraction_of_copy"] for row in rows if row["fraction_of_copy"])])
     width = max(9.5, 1.6 * len(providers), 5.4 * len(dtypes))
     figure, grid, height = _figure(width, 3.0, len(lines), len(dtypes), 1.12)
     for line, (problem, direction) in zip(grid, lines, strict=True):
         for axes, dtype in zip(line, dtypes, strict=True):
-            members = [row for row in rows if _group(row) == (problem, direction, dtype)]
+            members = [row for row in rows if group_of(row) == (problem, direction, dtype)]
             if not members:
                 axes.set_axis_off()
                 continue
@@ -324,6 +323,6 @@ def draw_roofline(header: Row, rows: Sequence[Row], path: Path) -> None:
         for name in layouts
     ]  # fmt: skip
     batches = ", ".join(dict.fromkeys(row["shape"].split(",")[0] for row in rows))
-    title = f"Squeeze-and-Excitation layers against a copy: {', '.join(problems)}, batch {batches}"
+    title = f"{_ops(rows)} against a copy: {', '.join(problems)}, batch {batches}"
     _heading(figure, height, title, header, cache, [who, how])
     figure.savefig(path)

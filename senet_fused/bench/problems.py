@@ -1,21 +1,27 @@
-"""What can be measured: the SE layers of known networks (problems.json) and single shapes. No torch here."""
+"""What can be measured: the SE layers of known networks (problems.json), the block tails around them, and single
+shapes. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import resources
 
 __all__ = [
-    "ACTS", "DIRECTIONS", "DTYPES", "GATES", "GPU_BACKENDS", "LAYOUTS", "POST_ACTS",
+    "ACTS", "DIRECTIONS", "DTYPES", "GATES", "GPU_BACKENDS", "LAYOUTS", "OPS", "POST_ACTS", "TAIL_DIRECTIONS",
     "Case", "Problem", "RequestError", "Shape", "cases", "problem", "problems", "shape_of",
 ]  # fmt: skip
 
+# The SE layer; the end of a residual block: BatchNorm -> SE -> + residual -> ReLU.
+OPS = ("se", "tail")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = ("forward", "forward+backward")
+# BatchNorm normalises by the batch's statistics in the first two and by the running ones in the last.
+TAIL_DIRECTIONS = (*DIRECTIONS, "eval-forward")
 POST_ACTS = ("none", "relu")
 ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish", "tanh", "sigmoid")
 GATES = ("sigmoid", "hardsigmoid", "tanh", "relu", "identity")
@@ -63,6 +69,7 @@ class Case:
     bias: bool = True
     residual: bool = False
     post_act: str = "none"
+    op: str = "se"
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -80,13 +87,23 @@ class Case:
         return self.direction == "forward+backward"
 
     @property
+    def training(self) -> bool:
+        """Whether a tail's BatchNorm normalises by the statistics of x, and updates the running ones."""
+        return self.direction != "eval-forward"
+
+    @property
     def passes(self) -> int:
         """The least tensor-sized reads and writes that this case needs (the byte model).
 
         Forward: read x, write y, read residual if there is one. Backward: read dy and x, write dx; dresidual
             is dy itself unless post_act masks it, then it is one more write. The small tensors and the ReLU's
             bit mask (1/16 pass or less) are left out.
+
+        A tail in training needs the statistics of the whole batch in the middle of either direction, so it sweeps
+        twice over what it reads for them. Forward: x twice, residual, y. Backward: dy and x twice, dx, dresidual.
         """
+        if self.op == "tail":
+            return 3 if not self.training else 10 if self.backward else 4
         forward = 2 + self.residual
         return forward + (3 + (self.residual and self.post_act == "relu") if self.backward else 0)
 
@@ -144,6 +161,7 @@ def cases(
     post_act: str = "none",
     act: str | None = None,
     gate: str | None = None,
+    op: str = "se",
 ) -> list[Case]:
     """Every combination, ordered so that cases that share an oracle follow each other.
 
@@ -152,21 +170,25 @@ def cases(
         shapes: texts for :func:`shape_of`; these bring their own batch size and stand under the problem
             "shape".
         batches: the batch sizes for the problems.
+        op: one of OPS. A tail always has the residual and the ReLU behind it.
 
     Raises:
-        RequestError: an unknown name or dtype, a shape that cannot be read, or channels_last without a 2-D or
-            3-D plane to lay out.
+        RequestError: an unknown name or dtype, a shape that cannot be read, channels_last without a 2-D or 3-D plane
+            to lay out, or a tail in training with a single value per channel.
     """
     for values, known, what in (
         (dtypes, DTYPES, "dtype"),
         (layouts, LAYOUTS, "layout"),
-        (directions, DIRECTIONS, "direction"),
+        ((op,), OPS, "op"),
+        (directions, TAIL_DIRECTIONS if op == "tail" else DIRECTIONS, "direction"),
         ((post_act,), POST_ACTS, "post_act"),
     ):
         # fmt: skip
         for value in values:
             if value not in known:
                 raise RequestError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    if op == "tail":
+        residual, post_act = True, "relu"
     if any(batch < 1 for batch in batches):
         raise RequestError(f"a batch size must be at least 1, got {min(batches)}")
 
@@ -184,10 +206,14 @@ def cases(
                 "channels_last needs two or three spatial dimensions; a 1-D shape is contiguous only"
             )
 
-    return [
-        Case(name, batch, shape, act_, gate_, dtype, layout, direction, bias, residual, post_act)
+    found = [
+        Case(name, batch, shape, act_, gate_, dtype, layout, direction, bias, residual, post_act, op)
         for dtype in dict.fromkeys(dtypes)
         for name, batch, shape, act_, gate_ in layers
         for direction in dict.fromkeys(directions)
         for layout in dict.fromkeys(layouts)
     ]
+    for case in found:
+        if op == "tail" and case.training and case.batch * math.prod(case.shape.spatial) == 1:
+            raise RequestError(f"{case.label}: BatchNorm in training needs more than one value per channel")
+    return found

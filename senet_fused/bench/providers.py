@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import senet_fused
 from senet_fused.modules import FusedSE
@@ -18,8 +19,8 @@ from .oracle import InputSet, Weights
 from .problems import GPU_BACKENDS, Case
 
 __all__ = [
-    "BUILDERS", "STOCK_FORMS", "Provider", "StockSE", "copy_ceiling", "eager", "forget_compiled", "is_ours", "results",
-    "step", "under_compile",
+    "BUILDERS", "STOCK_FORMS", "FusedTail", "Provider", "StockSE", "StockTail", "copy_ceiling", "eager",
+    "forget_compiled", "is_ours", "results", "step", "under_compile",
 ]  # fmt: skip
 
 STOCK_FORMS = ("linear", "conv")
@@ -69,14 +70,51 @@ class StockSE(nn.Module):
         return y.relu_() if self.post_relu else y
 
 
+class _Norm(nn.Module):
+    """What BatchNorm keeps; its training flag is the case's."""
+
+    def __init__(self, case: Case, weights: Weights) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weights.weight.clone()), nn.Parameter(weights.bias.clone())
+        self.register_buffer("mean", weights.mean.clone())
+        self.register_buffer("var", weights.var.clone())
+        self.train(case.training)
+
+
+class _Tail(nn.Module):
+    def __init__(self, case: Case, weights: Weights, se: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.se = _Norm(case, weights), se
+
+
+class StockTail(_Tail):
+    """BatchNorm, and behind it the stock SE layer with its shortcut and ReLU."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        n = self.norm
+        return self.se(F.batch_norm(x, n.mean, n.var, n.weight, n.bias, n.training), residual)
+
+
+class FusedTail(_Tail):
+    """The same by block_tail."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        n, se = self.norm, self.se
+        return senet_fused.block_tail(
+            x, n.mean, n.var, n.weight, n.bias, w1=se.fc1.weight, b1=se.fc1.bias, w2=se.fc2.weight, b2=se.fc2.bias,
+            training=n.training, act=se.act, gate=se.gate, residual=residual, post_act=se.post_act, backend=se.backend,
+        )  # fmt: skip
+
+
 @dataclasses.dataclass
 class Provider:
     """One contender in one case.
 
-    forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, in any
-    shape that flattens to the oracle's. path() says what ran since the provider was built, and is asked before another
-    provider runs: the counters it reads are the process's. form is the stock layer's form, backend the one that the
-    fused layer was built with, None for the default.
+    forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, then a tail's
+    weight and bias, in any shape that flattens to the oracle's. path() says what ran since the provider was built, and
+    is asked before another provider runs: the counters it reads are the process's. form is the stock layer's form,
+    backend the one that the fused layer was built with, None for the default. statistics are a tail's running mean and
+    variance.
     """
 
     name: str
@@ -85,6 +123,7 @@ class Provider:
     path: Callable[[], str]
     form: str | None = None
     backend: str | None = None
+    statistics: Sequence[Tensor] = ()
 
 
 # From case, weights, the stock layer's form and the fused layer's backend.
@@ -92,21 +131,34 @@ Builder = Callable[[Case, Weights, str, "str | None"], Provider]
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    found = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
+    se, norm = (module.se, (module.norm.weight, module.norm.bias)) if isinstance(module, _Tail) else (module, ())
+    found = (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *norm)
     return [parameter for parameter in found if parameter is not None]
+
+
+def _provider(
+    name: str, module: nn.Module, path: Callable[[], str], runs: nn.Module | None = None, **how: str | None
+) -> Provider:
+    """The provider of a module, which runs as it is or as what torch.compile made of it."""
+    statistics = (module.norm.mean, module.norm.var) if isinstance(module, _Tail) else ()
+    return Provider(name, module if runs is None else runs, _parameters(module), path, statistics=statistics, **how)
 
 
 @torch.no_grad()
 def _load(module: nn.Module, weights: Weights) -> None:
-    given = [weight for weight in weights if weight is not None]
+    given = [weight for weight in weights[:4] if weight is not None]
     for parameter, weight in zip(_parameters(module), given, strict=True):
         parameter.copy_(weight.view_as(parameter))
 
 
 def eager(case: Case, weights: Weights, form: str) -> Provider:
     """Stock PyTorch, in one of STOCK_FORMS."""
-    module = StockSE(case, weights, form)
-    return Provider("eager", module, _parameters(module), lambda: "aten", form)
+    return _provider("eager", _stock_module(case, weights, form), lambda: "aten", form=form)
+
+
+def _stock_module(case: Case, weights: Weights, form: str) -> nn.Module:
+    se = StockSE(case, weights, form)
+    return StockTail(case, weights, se) if case.op == "tail" else se
 
 
 def _eager(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
@@ -139,19 +191,19 @@ def under_compile(
 
 def _compile_as(name: str, mode: str | None) -> Builder:
     def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-        module = StockSE(case, weights, form)
+        module = _stock_module(case, weights, form)
         compiled, require_a_graph = under_compile(module, mode)
 
         def path() -> str:
             require_a_graph()
             return "inductor"
 
-        return Provider(name, compiled, _parameters(module), path, form)
+        return _provider(name, module, path, compiled, form=form)
 
     return build
 
 
-def _fused_module(case: Case, weights: Weights, backend: str | None) -> FusedSE:
+def _fused_module(case: Case, weights: Weights, backend: str | None) -> nn.Module:
     module = FusedSE(
         case.shape.channels,
         rd_channels=case.shape.rd_channels,
@@ -164,7 +216,7 @@ def _fused_module(case: Case, weights: Weights, backend: str | None) -> FusedSE:
         dtype=torch_dtype(case),
     )
     _load(module, weights)
-    return module
+    return FusedTail(case, weights, module) if case.op == "tail" else module
 
 
 def _counted(before: Counter[str], case: Case) -> str:
@@ -174,9 +226,10 @@ def _counted(before: Counter[str], case: Case) -> str:
     """
     ran = {key for key, calls in (Counter(senet_fused.call_counts()) - before).items() if calls}
     names = sorted({key.rpartition(".")[0] for key in ran})
+    prefix = "tail_" if case.op == "tail" else ""
     for name in names:
         for direction in ("forward", "backward") if case.backward and name != "reference" else ("forward",):
-            if f"{name}.{direction}" not in ran:
+            if f"{name}.{prefix}{direction}" not in ran:
                 raise RuntimeError(f"the backend {name!r} counted no {direction} call")
     return "+".join(names)
 
@@ -195,7 +248,7 @@ def _fused_as(name: str, always: str | None = None) -> Builder:
                 raise RuntimeError("no backend counted a call")
             return names
 
-        return Provider(name, module, _parameters(module), path, backend=backend)
+        return _provider(name, module, path, backend=backend)
 
     return build
 
@@ -210,7 +263,7 @@ def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None)
         require_a_graph()
         return _counted(before, case) or "inductor"
 
-    return Provider("fused+compile", compiled, _parameters(module), path, backend=backend)
+    return _provider("fused+compile", module, path, compiled, backend=backend)
 
 
 def is_ours(provider: Provider) -> bool:
@@ -246,12 +299,13 @@ def step(provider: Provider, inputs: InputSet) -> tuple[Tensor, Sequence[Tensor]
 
 
 def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tensor]:
-    """One call of the provider, its tensors named as the oracle's: y, with a backward every gradient too."""
+    """One call of the provider, its tensors named as the oracle's: y, with a backward every gradient too, and the
+    running statistics after it."""
     if not case.backward:
         with torch.no_grad():
             # Detached as the timed inputs are: torch.compile would compile once more for those.
             x, residual = (None if t is None else t.detach() for t in (inputs.x, inputs.residual))
-            return {"y": provider.forward(x, residual)}
+            return {"y": provider.forward(x, residual), **_statistics(provider)}
     y, gradients = step(provider, inputs)
     r, c = case.shape.rd_channels, case.shape.channels
     shapes: dict[str, tuple[int, ...]] = {"dx": case.size}
@@ -262,8 +316,15 @@ def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tenso
         if case.bias
         else {"dw1": (r, c), "dw2": (c, r)}
     )
+    if case.op == "tail":
+        shapes |= {"dweight": (c,), "dbias": (c,)}
     named = dict(zip(shapes, gradients, strict=True))
     for name in named.keys() - {"dx", "dresidual"}:
         if named[name].numel() == torch.Size(shapes[name]).numel():
             named[name] = named[name].reshape(shapes[name])
-    return {"y": y.detach(), **named}
+    return {"y": y.detach(), **named, **_statistics(provider)}
+
+
+def _statistics(provider: Provider) -> dict[str, Tensor]:
+    values = (tensor.clone() for tensor in provider.statistics)
+    return dict(zip(("running_mean", "running_var"), values, strict=False))

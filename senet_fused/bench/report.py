@@ -8,17 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .problems import DIRECTIONS, RequestError
+from .problems import OPS, TAIL_DIRECTIONS, RequestError
 from .tables import Table, ratio_label, share_label, show, show_header, time_label
 
 __all__ = [
-    "COMMANDS", "geometric_mean", "kind_of", "read_json", "render", "shape_label", "size_label", "summarise",
-    "tensor_bytes", "write_json",
+    "COMMANDS", "geometric_mean", "group_of", "kind_of", "op_of", "read_json", "render", "shape_label", "size_label",
+    "summarise", "task_label", "tensor_bytes", "write_json",
 ]  # fmt: skip
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "cache", "byte_model", "copy", "baseline",
-           "interrupted")  # fmt: skip
+           "left_out", "interrupted")  # fmt: skip
 # What a row has to have for tables and pictures, by the kind of run that the header names; without a name it is layers.
 _NEEDED = {
     "layers": (
@@ -33,6 +33,21 @@ _NEEDED = {
 # Who measures which kind.
 COMMANDS = {"layers": "`senet-fused bench`", "model": "`senet-fused bench model`"}
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def op_of(row: Row) -> str:
+    """What was measured, one of OPS; a row that does not say so is of the SE layer."""
+    return row.get("op", "se")
+
+
+def task_label(row: Row) -> str:
+    """The direction, with the op in front if it is not the SE layer: ``tail forward``."""
+    return row["direction"] if op_of(row) == "se" else f"{op_of(row)} {row['direction']}"
+
+
+def group_of(row: Row) -> tuple[str, str, str]:
+    """What the rows of one table and of one panel have in common."""
+    return row["problem"], task_label(row), row["dtype"]
 
 
 def shape_label(row: Row) -> str:
@@ -60,7 +75,7 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One entry per (problem, dtype, direction, cache, provider), over shapes and layouts.
+    """One entry per (op, problem, dtype, direction, cache, provider), over shapes and layouts.
 
     speedup_vs_eager and copies are geometric means; slowest is the smallest speedup with the cell it belongs
     to; behind counts the cells slower than eager; measured of cells have a time. With several problems there
@@ -70,11 +85,14 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         for problem in [row["problem"]] if len(problems) == 1 else [row["problem"], "all"]:
-            key = (problem, row["dtype"], row["direction"], row["cache"], row["provider"])
+            key = (op_of(row), problem, row["dtype"], row["direction"], row["cache"], row["provider"])
             groups.setdefault(key, []).append(row)
 
     def rank(key: tuple[str, ...]) -> tuple[int, ...]:
-        return ([*problems, "all"].index(key[0]), dtypes.index(key[1]), DIRECTIONS.index(key[2]))
+        op, problem, dtype, direction, *_ = key
+        return (
+            OPS.index(op), [*problems, "all"].index(problem), dtypes.index(dtype), TAIL_DIRECTIONS.index(direction),
+        )  # fmt: skip
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     summary = []
@@ -83,7 +101,9 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
         compared = [row for row in members if row["speedup_vs_eager"]]
         slowest = min(compared, key=lambda row: row["speedup_vs_eager"], default=None)
         walls = [row["wall_speedup_vs_eager"] for row in members if row.get("wall_speedup_vs_eager")]
-        entry: Row = dict(zip(("problem", "dtype", "direction", "cache", "provider"), key, strict=True))
+        entry: Row = dict(zip(("op", "problem", "dtype", "direction", "cache", "provider"), key, strict=True))
+        if entry["op"] == "se":
+            del entry["op"]
         entry |= {
             "speedup_vs_eager": geometric_mean(row["speedup_vs_eager"] for row in compared),
             "copies": geometric_mean(row["copies"] for row in members if row["copies"]),
@@ -126,8 +146,8 @@ def _result_cells(row: Row) -> dict[str, str]:
 def _result_tables(rows: Sequence[Row]) -> list[Table]:
     tables = []
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    for group in dict.fromkeys((row["problem"], row["direction"], row["dtype"]) for row in rows):
-        members = [row for row in rows if (row["problem"], row["direction"], row["dtype"]) == group]
+    for group in dict.fromkeys(map(group_of, rows)):
+        members = [row for row in rows if group_of(row) == group]
         members.sort(key=lambda row: layouts.index(row["layout"]))
         lines, last = [], None
         for row in members:
@@ -146,7 +166,7 @@ def _summary_table(summary: Sequence[Row]) -> Table:
     for entry in summary:
         gpu = "wall_speedup_vs_eager" in entry
         rival = entry["provider"] not in ("eager", "copy") and entry["slowest"] is not None
-        cells = {head: entry[head] for head in ("problem", "dtype", "direction")}
+        cells = {"problem": entry["problem"], "dtype": entry["dtype"], "direction": task_label(entry)}
         if gpu:
             cells["cache"] = entry["cache"]
         cells |= {"provider": entry["provider"], "vs eager": ratio_label(entry["speedup_vs_eager"])}
@@ -167,10 +187,9 @@ def _roofline_tables(rows: Sequence[Row]) -> list[Table]:
     names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "copy"))
     caches = list(dict.fromkeys(row["cache"] for row in rows))
     tables = []
-    for group in dict.fromkeys((row["problem"], row["direction"], row["dtype"]) for row in rows):
+    for group in dict.fromkeys(map(group_of, rows)):
         for cache in caches:
-            members = [row for row in rows if (row["problem"], row["direction"], row["dtype"]) == group]
-            members = [row for row in members if row["cache"] == cache]
+            members = [row for row in rows if group_of(row) == group and row["cache"] == cache]
             lines = []
             for shape, layout in dict.fromkeys((row["shape"], row["layout"]) for row in members):
                 found = {row["provider"]: row for row in members if (row["shape"], row["layout"]) == (shape, layout)}
@@ -258,6 +277,6 @@ def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
                 raise RequestError(f"{path} and {paths[0]} differ in {key}: {found[key]} and {headers[0][key]}")
         rows += more
     several = {}
-    for key in ("command", "revision", "warning", "interrupted"):
+    for key in ("command", "revision", "warning", "interrupted", "byte_model", "baseline"):
         several[key] = "; ".join(dict.fromkeys(found[key] for found in headers if found.get(key))) or None
     return headers[0] | several, rows
