@@ -62,7 +62,7 @@ $(peers_installed): $(wildcard tests/peers/requirements*.txt)
 test-peers: build $(peers_installed) ## fuse against timm, torchvision, MONAI, transformers and others (5 GB)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest $(PYTEST_WORKERS) tests/peers $(ARGS)
 
-demo: build ## train a small SE-ResNet with the plain and the fused layer, side by side
+demo: build ## train a small SE-ResNet with the plain layer, the fused one and fused block tails, side by side
 	$(VENV)/bin/senet-fused demo $(ARGS)
 
 bench: build ## the microbenchmark (BENCH="..." says which)

@@ -1,11 +1,11 @@
-"""The demo's comparison: one SE-ResNet, trained with the tutorial SE layer and with FusedSE, and timed."""
+"""The demo's comparison: one SE-ResNet, trained with the tutorial SE layer, FusedSE and FusedSETail, and timed."""
 
 from __future__ import annotations
 
 import math
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import machine
+from senet_fused.tails import tail_choice
 
-from .network import SeparateTail, SEResNet, TutorialSE, inputs_of
+from .network import SeparateTail, SEResNet, TutorialSE
 from .side_by_side import Contender, accuracy, time_layers, train
 
 __all__ = [
@@ -27,14 +28,20 @@ __all__ = [
     "Options",
     "check_same_weights",
     "compare",
+    "counts_of",
     "load_images",
     "nudge",
 ]
 
-NAMES = {"stock": "tutorial SE", "fused": "FusedSE", "nudged": "tutorial SE on nudged pixels"}
+NAMES = {
+    "stock": "tutorial SE",
+    "fused": "FusedSE",
+    "tails": "FusedSETail",
+    "nudged": "tutorial SE on nudged pixels",
+}
 IMAGES = 1797
 HELD_OUT = 360
-SE_ROUNDS = 100
+LAYER_ROUNDS = 100
 # Of the first loss, and of a layer's output and gradients in relative norm: float32 sums in another order.
 LARGEST_ERROR = 1e-4
 # Where a ReLU follows, single elements within rounding of zero may flip, and their gradients with them.
@@ -42,7 +49,7 @@ LARGEST_TAIL_ERROR = 2e-3
 
 
 class DemoFailure(Exception):
-    """The two networks cannot be compared; the message says why."""
+    """The networks cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Options:
     seed: int = 0
     backend: str | None = None
     fuse_tail: bool = False
+    tails: bool = True
     channels_last: bool = True
     nudged: bool = True
     min_accuracy: float = 97.0
@@ -109,8 +117,10 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
     """
     images, targets, held_images, held_targets = load_images(options.image_size, options.seed)
     choice = senet_fused.explain(images, backend=options.backend)
-    contenders = _contenders(options, images)
-    stock, fused = contenders["stock"], contenders["fused"]
+    tails = _tails_backend(options, images)
+    contenders = _contenders(options, images, tails.backend)
+    compared = {key: contender for key, contender in contenders.items() if key != "nudged"}
+    stock = contenders["stock"]
     network = f"SE-ResNet-{stock.network.depth()}"
     batches = len(targets) // options.batch_size
     title = (
@@ -120,45 +130,46 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
     )
     say(f"{network} on {title}")
     say(f"Backend of FusedSE: {choice.backend} ({choice.reason})")
-    tensors = check_same_weights(stock.network, fused.network)
+    say(f"Backend of FusedSETail: {tails.backend or 'none'} ({tails.reason})")
+    for contender in compared.values():
+        tensors = check_same_weights(stock.network, contender.network)
     say(f"Initial weights: all {tensors} parameters and buffers are equal")
 
     before = senet_fused.call_counts()
     shares: dict[str, float] = {}
     for done in train(list(contenders.values()), targets, options.epochs, options.batch_size, options.seed):
-        if not abs(stock.losses[0] - fused.losses[0]) <= LARGEST_ERROR * stock.losses[0]:
-            raise DemoFailure(
-                f"equal weights and batch, but losses of {stock.losses[0]} and {fused.losses[0]}"
-            )
-        advance(f"loss {stock.losses[-1]:.4f}, {fused.losses[-1]:.4f}")
+        for contender in compared.values():
+            if not abs(stock.losses[0] - contender.losses[0]) <= LARGEST_ERROR * stock.losses[0]:
+                raise DemoFailure(
+                    f"equal weights and batch, but losses of {stock.losses[0]} and {contender.losses[0]} "
+                    f"({contender.name})"
+                )
+        advance("loss " + ", ".join(f"{c.losses[-1]:.4f}" for c in compared.values()))
         if done % batches == 0:
-            pair = {"stock": stock, "fused": fused}
-            shares = {key: accuracy(c.network, held_images, held_targets) for key, c in pair.items()}
-            means = {key: statistics.fmean(c.losses[-batches:]) for key, c in pair.items()}
-            say(
-                f"epoch {done // batches}: mean loss {means['stock']:.4f} and {means['fused']:.4f}, "
-                f"held-out accuracy {shares['stock']:.2%} and {shares['fused']:.2%}"
-            )
+            shares = {key: accuracy(c.network, held_images, held_targets) for key, c in compared.items()}
+            means = _listed(f"{statistics.fmean(c.losses[-batches:]):.4f}" for c in compared.values())
+            percentages = _listed(f"{share:.2%}" for share in shares.values())
+            say(f"epoch {done // batches}: mean loss {means}, held-out accuracy {percentages}")
     counts = {name: count - before.get(name, 0) for name, count in senet_fused.call_counts().items()}
     counts = {name: count for name, count in sorted(counts.items()) if count}
 
-    pass_s, layers = _time_se(options, stock.network, fused.network, images[: options.batch_size])
+    some = images[: options.batch_size]
     report = {
         "network": network,
         "title": title,
-        "names": NAMES,
-        "timed_layer": "SE + shortcut + ReLU" if options.fuse_tail else "SE layers",
+        "names": {key: NAMES[key] for key in contenders},
         "backend": choice.backend,
         "backend_reason": choice.reason,
+        "tails_backend": tails.backend or None,
+        "tails_backend_reason": tails.reason,
         "call_counts": counts,
         "accuracy": shares,
         "loss": {key: c.losses for key, c in contenders.items()},
         "distance": {
             key: _distance(stock.losses, c.losses) for key, c in contenders.items() if c is not stock
         },
-        "step_s": _times(stock.step_s, fused.step_s),
-        "se_s": _times(*pass_s),
-        "se_layers": layers,
+        "step_s": _times({key: c.step_s for key, c in compared.items()}),
+        **_time_layers(options, {key: c.network for key, c in compared.items()}, some, tails.backend),
         "options": asdict(options),
         "environment": {
             "senet_fused": senet_fused.__version__,
@@ -170,49 +181,106 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
             "threads": torch.get_num_threads(),
         },
     }
-    training_calls = options.epochs * batches * len(stock.network.tails())
+    steps = options.epochs * batches
+    training_calls = {"fused": steps * len(stock.network.se_layers())}
+    if tails.backend:
+        in_blocks = (module for block in stock.network.blocks() for module in block.modules())
+        training_calls["tails"] = steps * sum(isinstance(module, nn.BatchNorm2d) for module in in_blocks)
     return {**report, "problems": _problems(report, options, training_calls)}
 
 
-def _contenders(options: Options, images: Tensor) -> dict[str, Contender]:
-    def stock_tail(channels: int) -> nn.Module:
-        return SeparateTail(TutorialSE(channels))
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}"
 
-    def fused_tail(channels: int) -> nn.Module:
-        if options.fuse_tail:
-            return senet_fused.FusedSE(channels, post_act="relu", backend=options.backend)
-        return SeparateTail(senet_fused.FusedSE(channels, backend=options.backend))
 
-    def contender(key: str, make_tail: Callable[[int], nn.Module], images: Tensor) -> Contender:
+def _tails_backend(options: Options, images: Tensor) -> senet_fused.Choice:
+    """The backend of the third network and why; with an empty name, there is to be none."""
+    if not options.tails:
+        return senet_fused.Choice("", "not wanted")
+    try:
+        return tail_choice(images, options.backend)
+    except senet_fused.BackendUnavailableError as error:
+        return senet_fused.Choice("", str(error))
+
+
+def _contenders(options: Options, images: Tensor, tails_backend: str) -> dict[str, Contender]:
+    def fused_se(channels: int) -> nn.Module:
+        post_act = "relu" if options.fuse_tail else None
+        return senet_fused.FusedSE(channels, post_act=post_act, backend=options.backend)
+
+    def contender(key: str, make_se: Callable[[int], nn.Module], images: Tensor) -> Contender:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            network = SEResNet(make_tail)
+            network = SEResNet(make_se)
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         return Contender(NAMES[key], network.to(memory_format=layout), images)
 
-    made = {"stock": contender("stock", stock_tail, images), "fused": contender("fused", fused_tail, images)}
+    made = {"stock": contender("stock", TutorialSE, images), "fused": contender("fused", fused_se, images)}
+    if tails_backend:
+        made["tails"] = contender("tails", TutorialSE, images)
+        senet_fused.fuse(made["tails"].network, backend=tails_backend, tails=True)
     if options.nudged:
-        made["nudged"] = contender("nudged", stock_tail, nudge(images, options.seed))
+        made["nudged"] = contender("nudged", TutorialSE, nudge(images, options.seed))
     return made
 
 
-def _time_se(
-    options: Options, stock: SEResNet, fused: SEResNet, images: Tensor
-) -> tuple[tuple[list[float], list[float]], list[dict[str, Any]]]:
-    """Seconds of each pass through the stock and the fused SE layers on a batch's activations, and by layer.
+def _time_layers(
+    options: Options, networks: dict[str, SEResNet], images: Tensor, tails_backend: str
+) -> dict[str, Any]:
+    """What the SE layers and the tails of the blocks take on a batch's activations, in all and by layer.
 
-    Gives the fused layers the stock layers' weights, so that both compute the same.
+    Gives all networks the stock one's weights, so that they compute the same.
     """
-    first, second = (n.tails() if options.fuse_tail else n.se_layers() for n in (stock, fused))
+    stock = networks["stock"]
+    for network in networks.values():
+        for source, target in zip(stock.state_dict().values(), network.state_dict().values(), strict=True):
+            target.copy_(source)
     stock.eval()
+    tail_inputs = stock.tail_inputs(images)
     with torch.no_grad():
-        for a, b in zip(first, second, strict=True):
-            for source, target in zip(a.parameters(), b.parameters(), strict=True):
-                target.copy_(source)
-        inputs = inputs_of(first, stock, images)
-    *pass_s, layers = time_layers(first, second, inputs, SE_ROUNDS)
-    return tuple(pass_s), [
-        {"shape": list(t.shape), "stock": t.first_s, "fused": t.second_s, "error": t.error} for t in layers
+        se_inputs = [(block.bn3(x), shortcut) for block, (x, shortcut) in zip(stock.blocks(), tail_inputs, strict=True)]
+
+    def separate(network: SEResNet) -> list[nn.Module]:
+        return [SeparateTail(block.bn3, block.se_module, block.relu) for block in network.blocks()]
+
+    first, second = stock.se_layers(), networks["fused"].se_layers()
+    if options.fuse_tail:
+        first = [SeparateTail(nn.Identity(), block.se_module, block.relu) for block in stock.blocks()]
+    else:
+        se_inputs = [(x,) for x, _ in se_inputs]
+    se_s, se_layers = _times_of_chains({"stock": first, "fused": second}, se_inputs)
+
+    chains = {"stock": separate(stock), "fused": separate(networks["fused"])}
+    if "tails" in networks:
+        chains["tails"] = [
+            senet_fused.FusedSETail(block.bn3, block.se_module, block.relu, backend=tails_backend)
+            for block in networks["tails"].blocks()
+        ]
+    for chain in chains.values():
+        for tail in chain:
+            tail.train()
+    tail_s, tail_layers = _times_of_chains(chains, tail_inputs)
+    return {
+        "timed_layer": "SE + shortcut + ReLU" if options.fuse_tail else "SE layers",
+        "se_s": se_s,
+        "se_layers": se_layers,
+        "tail_s": tail_s,
+        "tail_layers": tail_layers,
+    }
+
+
+def _times_of_chains(
+    chains: dict[str, list[nn.Module]], inputs: list[tuple[Tensor, ...]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    pass_s, layers = time_layers(list(chains.values()), inputs, LAYER_ROUNDS)
+    return _times(dict(zip(chains, pass_s, strict=True))), [
+        {
+            "shape": list(layer.shape),
+            **dict(zip(chains, layer.seconds, strict=True)),
+            "error": dict(zip(chains, layer.errors, strict=True)),
+        }
+        for layer in layers
     ]
 
 
@@ -222,15 +290,13 @@ def _distance(first: list[float], second: list[float]) -> dict[str, Any]:
     return {"largest": max(apart), "step": apart.index(max(apart)) + 1, "mean": statistics.fmean(apart)}
 
 
-def _times(stock: list[float], fused: list[float]) -> dict[str, Any]:
-    """Medians in seconds, stock / fused, and the quartiles."""
-    medians = statistics.median(stock), statistics.median(fused)
+def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians in seconds, the stock one's share of each other, and the quartiles."""
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
     return {
-        "stock": medians[0],
-        "fused": medians[1],
-        "ratio": medians[0] / medians[1],
-        "stock_quartiles": _quartiles(stock),
-        "fused_quartiles": _quartiles(fused),
+        **medians,
+        "ratio": {key: medians["stock"] / median for key, median in medians.items() if key != "stock"},
+        "quartiles": {key: _quartiles(values) for key, values in seconds.items()},
     }
 
 
@@ -239,25 +305,39 @@ def _quartiles(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def _problems(report: dict[str, Any], options: Options, training_calls: int) -> list[str]:
-    """What was not shown; training_calls is how often training calls a FusedSE."""
+def _problems(report: dict[str, Any], options: Options, training_calls: dict[str, int]) -> list[str]:
+    """What was not shown; training_calls is how often training calls FusedSE layers and tails."""
     problems = []
-    backend, counts = report["backend"], report["call_counts"]
-    others = sorted({name.partition(".")[0] for name in counts} - {backend})
-    if others:
-        problems.append(f"backend {backend} was to serve FusedSE, but {' and '.join(others)} ran: {counts}")
-    # The reference's backward is PyTorch's own and is not counted.
-    for direction in ("forward",) if backend == "reference" else ("forward", "backward"):
-        name = f"{backend}.{direction}"
-        if counts.get(name, 0) < training_calls:
-            problems.append(
-                f"training calls {name} {training_calls} times, {counts.get(name, 0)} were counted"
-            )
-    tolerance = LARGEST_TAIL_ERROR if options.fuse_tail else LARGEST_ERROR
-    for layer in report["se_layers"]:
-        if not layer["error"] <= tolerance:
-            problems.append(f"FusedSE on {layer['shape']} is {layer['error']:.1e} off the tutorial layer")
+    for key, calls in training_calls.items():
+        backend, prefix = (report["backend"], "") if key == "fused" else (report["tails_backend"], "tail_")
+        # The reference's backward is PyTorch's own and is not counted.
+        directions = ("forward",) if backend == "reference" else ("forward", "backward")
+        counts = counts_of(report["call_counts"], key)
+        others = sorted({name.partition(".")[0] for name in counts} - {backend})
+        if others:
+            problems.append(f"backend {backend} was to serve {NAMES[key]}, but {' and '.join(others)} ran: {counts}")
+        for direction in directions:
+            name = f"{backend}.{prefix}{direction}"
+            if counts.get(name, 0) < calls:
+                problems.append(f"training calls {name} {calls} times, {counts.get(name, 0)} were counted")
+    se_tolerance = LARGEST_TAIL_ERROR if options.fuse_tail else LARGEST_ERROR
+    for what, tolerance in (("se_layers", se_tolerance), ("tail_layers", LARGEST_TAIL_ERROR)):
+        for layer in report[what]:
+            errors = layer["error"]
+            for key in sorted(errors.keys() - {"stock"}):
+                # Where PyTorch's own float32 is further off (its BatchNorm before a ReLU), that is the scale.
+                if not errors[key] <= max(tolerance, 2 * errors["stock"]):
+                    part = "an SE layer" if what == "se_layers" else "a tail"
+                    problems.append(
+                        f"{NAMES[key]}, {part} on {layer['shape']}: {errors[key]:.1e} off the tutorial network's in "
+                        f"float64, which is itself {errors['stock']:.1e} off in float32"
+                    )
     for key, share in report["accuracy"].items():
         if not 100 * share >= options.min_accuracy:
             problems.append(f"{NAMES[key]}: accuracy {share:.2%}, wanted {options.min_accuracy:g} % or more")
     return problems
+
+
+def counts_of(counts: dict[str, int], key: str) -> dict[str, int]:
+    """Of call counts, those of FusedSE layers ("fused") or of block tails ("tails")."""
+    return {name: count for name, count in counts.items() if (".tail_" in name) == (key == "tails")}

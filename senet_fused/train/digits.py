@@ -1,8 +1,8 @@
-"""``senet-fused demo``: one SE-ResNet on real images, with the tutorial SE layer and with FusedSE.
+"""``senet-fused demo``: one SE-ResNet on real images, with the tutorial SE layer, with FusedSE, and with FusedSETail.
 
 The images are the handwritten digits that come with scikit-learn (Alpaydin and Kaynak's "Optical Recognition
-of Handwritten Digits", 1797 images of 8 x 8 pixels), enlarged bilinearly. Both networks start from the same
-weights and see the same batches, so they should learn the same; a third run, the tutorial network with every
+of Handwritten Digits", 1797 images of 8 x 8 pixels), enlarged bilinearly. All networks start from the same
+weights and see the same batches, so they should learn the same; one more run, the tutorial network with every
 pixel moved by one unit in the last place, shows how far rounding alone drives two such runs apart.
 """
 
@@ -27,7 +27,7 @@ import senet_fused
 from senet_fused import select
 
 from . import picture
-from .comparison import HELD_OUT, IMAGES, NAMES, DemoFailure, Options, compare
+from .comparison import HELD_OUT, IMAGES, NAMES, DemoFailure, Options, compare, counts_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--seed", seed, default.seed, "of weights, held-out images and batches")
     add("--backend", "of FusedSE (default: $SENET_FUSED_BACKEND, else auto)", choices=select.BACKEND_CHOICES)
     add("--fuse-tail", "let FusedSE do each block's '+ shortcut' and ReLU too", action="store_true")
-    add("--channels-last", "memory layout of both networks", action=yes_or_no, default=default.channels_last)
+    about = "also train the tutorial network after fuse(network, tails=True), which runs FusedSETail's operator"
+    add("--tails", about, action=yes_or_no, default=default.tails)
+    add("--channels-last", "memory layout of the networks", action=yes_or_no, default=default.channels_last)
     about = "also train the tutorial network on pixels one ulp off, to show which distance is normal"
     add("--nudged", about, action=yes_or_no, default=default.nudged)
     about = "of the held-out images that each network must get right"
@@ -143,46 +145,58 @@ def _check_request(args: argparse.Namespace) -> None:
 
 
 def _text(report: dict[str, Any]) -> str:
-    def row(title: str, stock: str, fused: str, ratio: str = "") -> str:
-        return f"{title:<22}{stock:>18}{fused:>18}{ratio:>9}".rstrip()
+    keys = list(report["accuracy"])
+
+    def row(title: str, cells: dict[str, str]) -> str:
+        return f"{title:<22}{''.join(f'{cells.get(key, str()):>21}' for key in keys)}".rstrip()
 
     def times(title: str, entry: dict[str, Any]) -> list[str]:
-        stock, fused = entry["stock"], entry["fused"]
-        lines = [row(title, f"{stock * 1e3:.2f} ms", f"{fused * 1e3:.2f} ms", f"{stock / fused:.2f}x")]
-        if "stock_quartiles" in entry:
-            ends = [[f"{t * 1e3:.2f}" for t in entry[f"{key}_quartiles"]] for key in ("stock", "fused")]
-            lines.append(row("  quartiles", *(" .. ".join(pair) for pair in ends)))
+        cells = {key: f"{entry[key] * 1e3:.2f} ms" for key in keys if key in entry}
+        for key in [key for key in cells if key != "stock"]:
+            cells[key] += f" {entry['stock'] / entry[key]:5.2f}x"
+        lines = [row(title, cells)]
+        if "quartiles" in entry:
+            ends = {key: [f"{t * 1e3:.2f}" for t in pair] for key, pair in entry["quartiles"].items()}
+            lines.append(row("  quartiles", {key: " .. ".join(pair) for key, pair in ends.items()}))
         return lines
 
     def apart_by(key: str) -> str:
         apart = report["distance"][key]
         return f"at most {apart['largest']:.2g} (step {apart['step']}), {apart['mean']:.2g} on average"
 
-    shares = report["accuracy"]
     lines = [
         "",
-        row("", NAMES["stock"], NAMES["fused"], "ratio"),
-        row("held-out accuracy", f"{shares['stock']:.2%}", f"{shares['fused']:.2%}"),
+        row("", NAMES),
+        row("held-out accuracy", {key: f"{share:.2%}" for key, share in report["accuracy"].items()}),
         *times("training step", report["step_s"]),
-        *times(report["timed_layer"], report["se_s"]),
     ]
-    for layer in report["se_layers"]:
-        lines += times("  " + " x ".join(map(str, layer["shape"])), layer)
+    for title, total, layers in (
+        (report["timed_layer"], report["se_s"], report["se_layers"]),
+        ("block tails", report["tail_s"], report["tail_layers"]),
+    ):
+        lines += times(title, total)
+        for layer in layers:
+            lines += times("  " + " x ".join(map(str, layer["shape"])), layer)
     threads = report["environment"]["threads"]
     lines += [
         f"Medians, interleaved, {threads} CPU thread{'s' * (threads > 1)}. {report['timed_layer']}: "
-        "forward and backward alone, on one batch's activations.",
+        "forward and backward alone, on one batch's activations; block tails: the same, from BatchNorm to ReLU.",
         "",
-        f"Distance of the loss curves: {apart_by('fused')}.",
+        *(f"Distance of the loss curves, {NAMES[key]}: {apart_by(key)}." for key in keys[1:]),
     ]
     if "nudged" in report["distance"]:
         lines.append(
             f"For scale, the tutorial network from itself with every pixel one ulp off: {apart_by('nudged')}."
         )
-    error = max(layer["error"] for layer in report["se_layers"])
-    calls = ", ".join(f"{name} {count} times" for name, count in report["call_counts"].items())
-    lines.append(f"One layer's output and gradients: at most {error:.1e} apart in relative norm.")
-    lines.append(f"FusedSE was served by the {report['backend']} backend: {calls}.")
+    for title, layers in (("SE layer", report["se_layers"]), ("tail", report["tail_layers"])):
+        errors = {key: max(layer["error"][key] for layer in layers) for key in layers[0]["error"]}
+        words = ", ".join(f"{NAMES[key]} {error:.1e}" for key, error in errors.items())
+        lines.append(f"One {title}'s output and gradients, at most off float64 in relative norm: {words}.")
+    served = {"fused": report["backend"], "tails": report["tails_backend"]}
+    for key in keys[1:]:
+        counts = counts_of(report["call_counts"], key)
+        calls = ", ".join(f"{name} {count} times" for name, count in counts.items())
+        lines.append(f"{NAMES[key]} was served by the {served[key]} backend: {calls}.")
     return "\n".join(lines)
 
 

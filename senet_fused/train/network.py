@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WIDTHS", "SEResNet", "SeparateTail", "TutorialSE", "inputs_of"]
+__all__ = ["WIDTHS", "Bottleneck", "SEResNet", "SeparateTail", "TutorialSE"]
 
 # Widths of the 3x3 convolutions and blocks of each stage; the SE layers see four times as many channels.
 WIDTHS = (16, 32, 64)
@@ -39,55 +39,69 @@ class TutorialSE(nn.Module):
         return x * gate.view(n, c, 1, 1)
 
 
-class SeparateTail(nn.Module):
-    """What follows a block's last BatchNorm: an SE layer, then ``+ shortcut`` and ReLU, both in place."""
+def run_tail(norm: nn.Module, se: nn.Module, act: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """act(se(norm(x)) + shortcut), module by module; an SE layer with a post_act does what follows it, too."""
+    y = norm(x)
+    if getattr(se, "post_act", None) is not None:
+        return se(y, shortcut)
+    y = se(y)
+    y += shortcut
+    return act(y)
 
-    def __init__(self, se: nn.Module) -> None:
+
+class SeparateTail(nn.Module):
+    """The end of a block as a module of its own, called as FusedSETail is: ``tail(x, shortcut)``."""
+
+    def __init__(self, norm: nn.Module, se: nn.Module, act: nn.Module) -> None:
         super().__init__()
-        self.se = se
+        self.norm, self.se, self.act = norm, se, act
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        y = self.se(x)
-        y += shortcut
-        return y.relu_()
+        return run_tail(self.norm, self.se, self.act, x, shortcut)
 
 
 class Bottleneck(nn.Module):
-    """relu(SE(BN(conv 1x1(relu(BN(conv 3x3(relu(BN(conv 1x1(x))))))))) + shortcut(x)), as in SE-ResNet-50."""
+    """relu(SE(BN(conv 1x1(relu(BN(conv 3x3(relu(BN(conv 1x1(x))))))))) + shortcut(x)), as in SE-ResNet-50.
 
-    def __init__(self, inputs: int, width: int, stride: int, make_tail: Callable[[int], nn.Module]) -> None:
+    Its children are called what they are in the SENets that most repositories copy, a form of block that
+    ``senet_fused.fuse(network, tails=True)`` knows.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, make_se: Callable[[int], nn.Module]) -> None:
         super().__init__()
         outputs = EXPANSION * width
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = nn.Sequential()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
+            self.downsample = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        self.tail = make_tail(outputs)
+        self.se_module = make_se(outputs)
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the block's tail is called with: the last convolution's output, and the shortcut."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.conv3(y), x if self.downsample is None else self.downsample(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tail(self.body(x), self.shortcut(x))
+        return run_tail(self.bn3, self.se_module, self.relu, *self.branches(x))
 
 
 class SEResNet(nn.Module):
     """A bottleneck SE-ResNet for images [N, 1, H, W]; returns logits [N, 10].
 
-    ``make_tail(channels)`` makes the module that each block ends in; it is called as ``tail(x, shortcut)``:
-    ``SeparateTail(TutorialSE(channels))``, ``SeparateTail(FusedSE(channels))``, or ``FusedSE(channels,
+    ``make_se(channels)`` makes the SE layer of each block: ``TutorialSE``, ``FusedSE``, or ``FusedSE(channels,
     post_act="relu")``, which takes the shortcut and the ReLU into its own passes.
     """
 
-    def __init__(self, make_tail: Callable[[int], nn.Module]) -> None:
+    def __init__(self, make_se: Callable[[int], nn.Module]) -> None:
         super().__init__()
         channels = WIDTHS[0]
         layers: list[nn.Module] = [
@@ -98,7 +112,7 @@ class SEResNet(nn.Module):
         for stage, (width, blocks) in enumerate(zip(WIDTHS, BLOCKS, strict=True)):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(Bottleneck(channels, width, stride, make_tail))
+                layers.append(Bottleneck(channels, width, stride, make_se))
                 channels = EXPANSION * width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, CLASSES)
@@ -111,28 +125,22 @@ class SEResNet(nn.Module):
 
     def depth(self) -> int:
         """Convolutions and linear layers on the longest path, by which ResNets are named."""
-        return 2 + 3 * len(self.tails())
+        return 2 + 3 * len(self.blocks())
 
-    def tails(self) -> list[nn.Module]:
-        """The module each block ends in, first block first."""
-        return [block.tail for block in self.features if isinstance(block, Bottleneck)]
+    def blocks(self) -> list[Bottleneck]:
+        """First block first."""
+        return [block for block in self.features if isinstance(block, Bottleneck)]
 
     def se_layers(self) -> list[nn.Module]:
-        """The SE layer of each block, where it stands apart from the rest of the tail."""
-        return [tail.se for tail in self.tails() if isinstance(tail, SeparateTail)]
+        """The SE layer of each block."""
+        return [block.se_module for block in self.blocks()]
 
-
-def inputs_of(modules: list[nn.Module], network: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
-    """What each of the modules is called with when network(x) runs: copies with the same strides."""
-    seen: dict[nn.Module, tuple[Tensor, ...]] = {}
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[module] = tuple(arg.detach().clone(memory_format=torch.preserve_format) for arg in args)
-
-    hooks = [module.register_forward_pre_hook(keep) for module in modules]
-    try:
-        network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [seen[module] for module in modules]
+    def tail_inputs(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the tail of each block is called with when the network runs on x."""
+        found = []
+        with torch.no_grad():
+            for layer in self.features:
+                if isinstance(layer, Bottleneck):
+                    found.append(layer.branches(x))
+                x = layer(x)
+        return found

@@ -1,22 +1,26 @@
 """Training networks side by side, step by step, and timing their SE layers alone.
 
-A step of one network is followed by the same step of the other, and every round turns their order around,
-so that whatever else the machine does meets both alike.
+A step of one network is followed by the same step of the others, and every round another one goes first, so that
+whatever else the machine does meets all of them alike.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = ["Contender", "LayerTimes", "accuracy", "relative_error", "time_layers", "train"]
+
+T = TypeVar("T")
 
 PEAK_LEARNING_RATE = 0.3
 WARM_UP = 0.25
@@ -36,15 +40,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Median forward + backward seconds of one layer in two implementations, and how far they differ.
+    """Median forward + backward seconds of one layer in each implementation, and how far off each is.
 
-    ``error`` is ||second - first|| / ||first||, the largest over output and gradients of inputs and weights.
+    ``errors``: ||theirs - exact|| / ||exact||, the largest over output and gradients of inputs and weights, where exact
+    is what the first computes in float64.
     """
 
     shape: tuple[int, ...]
-    first_s: float
-    second_s: float
-    error: float
+    seconds: tuple[float, ...]
+    errors: tuple[float, ...]
 
 
 def _schedule(step: int, total: int) -> float:
@@ -55,13 +59,19 @@ def _schedule(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
+def _turn(items: list[T], number: int) -> list[T]:
+    """The items in the order of round ``number``: each of them is first, and last, equally often."""
+    first = number % len(items)
+    return items[first:] + items[:first]
+
+
 def train(
     contenders: list[Contender], targets: Tensor, epochs: int, batch_size: int, seed: int
 ) -> Iterator[int]:
     """Trains all contenders on the same batches; yields the number of steps done whenever all did one more.
 
-    SGD with Nesterov momentum on cross-entropy; an epoch drops the images that fill no batch. The first two
-    take turns in going first, any others follow them. Raises FloatingPointError if a loss is not finite.
+    SGD with Nesterov momentum on cross-entropy; an epoch drops the images that fill no batch. The contenders take
+    turns in going first. Raises FloatingPointError if a loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = len(targets) // batch_size
@@ -76,8 +86,7 @@ def train(
     for _ in range(epochs):
         order = torch.randperm(len(targets), generator=generator)
         for batch in order[: batches * batch_size].split(batch_size):
-            pair = runs[:2] if done % 2 == 0 else runs[1::-1]
-            for contender, optimizer, schedule in pair + runs[2:]:
+            for contender, optimizer, schedule in _turn(runs, done):
                 images, wanted = contender.images[batch], targets[batch]
                 contender.network.train()
                 start = time.perf_counter()
@@ -109,16 +118,23 @@ def relative_error(ours: Tensor, wanted: Tensor) -> float:
     return difference and difference / max(float(wanted.double().norm()), torch.finfo(torch.float64).tiny)
 
 
+def _in_float64(layer: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor) -> list[Tensor]:
+    """Output, and gradients of inputs and weights, of a copy in float64."""
+    layer, leaves = copy.deepcopy(layer).double(), [t.detach().double().requires_grad_() for t in inputs]
+    y = layer(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, (*leaves, *layer.parameters()), dy.double())]
+
+
 def time_layers(
-    first: list[nn.Module], second: list[nn.Module], inputs: list[tuple[Tensor, ...]], rounds: int
-) -> tuple[list[float], list[float], list[LayerTimes]]:
-    """Times forward + backward of two chains of layers that must compute the same, on given inputs.
+    chains: list[list[nn.Module]], inputs: list[tuple[Tensor, ...]], rounds: int
+) -> tuple[list[list[float]], list[LayerTimes]]:
+    """Times forward + backward of chains of layers that must compute the same, on given inputs.
 
     A pass runs each layer's forward, first to last, then each backward, last to first, as a training step
-    does; the gradients arriving are random. Both chains must hold the same weights.
+    does; the gradients arriving are random. All chains must hold the same weights, in the same order.
 
     Returns:
-        Seconds of each pass of the first chain and of the second (sums over layers), and layer by layer.
+        For each chain the seconds of each pass (sums over layers); and layer by layer.
     """
     generator = torch.Generator().manual_seed(0)
     leaves = [tuple(tensor.detach().requires_grad_() for tensor in some) for some in inputs]
@@ -140,23 +156,26 @@ def time_layers(
                 results[i] = [outputs[i].detach(), *gradients]
         return spent
 
-    wanted: dict[int, list[Tensor]] = {}
+    exact = [
+        _in_float64(layer, some, dy) for layer, some, dy in zip(chains[0], leaves, arriving, strict=True)
+    ]
     ours: dict[int, list[Tensor]] = {}
-    one_pass(first, wanted)
-    one_pass(second, ours)
-    errors = [max(map(relative_error, ours[i], wanted[i])) for i in range(len(inputs))]
-    wanted.clear()
+    errors = []
+    for chain in chains:
+        one_pass(chain, ours)
+        errors.append([max(map(relative_error, ours[i], exact[i])) for i in range(len(inputs))])
+    exact.clear()
     ours.clear()
 
-    spent: tuple[list[list[float]], list[list[float]]] = ([], [])
+    spent: list[list[list[float]]] = [[] for _ in chains]
     for number in range(UNTIMED_ROUNDS + rounds):
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            times = one_pass((first, second)[which])
+        for which in _turn(list(range(len(chains))), number):
+            times = one_pass(chains[which])
             if number >= UNTIMED_ROUNDS:
                 spent[which].append(times)
     medians = [[statistics.median(layer) for layer in zip(*passes, strict=True)] for passes in spent]
     layers = [
-        LayerTimes(tuple(some[0].shape), *figures)
-        for some, *figures in zip(inputs, *medians, errors, strict=True)
+        LayerTimes(tuple(some[0].shape), figures, off)
+        for some, figures, off in zip(inputs, zip(*medians, strict=True), zip(*errors, strict=True), strict=True)
     ]
-    return [sum(times) for times in spent[0]], [sum(times) for times in spent[1]], layers
+    return [[sum(times) for times in passes] for passes in spent], layers
