@@ -20,8 +20,11 @@ from ..recognition import (
     may_be_one,
     not_covered,
 )  # fmt: skip
+from ..tails import tail_choice
+from .blocks import FORMS, BlockFusion, FusedBlock, block_alteration, examine_block, form_of, main_se
 from .layer import (
     GATE_FORMS,
+    Exchanged,
     Fusion,
     alteration,
     attach,
@@ -31,12 +34,12 @@ from .layer import (
     is_fused,
     slower,
 )  # fmt: skip
-from .report import FuseReport, LayerReport
+from .report import BlockReport, FuseReport, LayerReport
 
-__all__ = ["FuseReport", "LayerReport", "fuse", "fuse_report", "unfuse"]
+__all__ = ["BlockReport", "FuseReport", "LayerReport", "fuse", "fuse_report", "unfuse"]
 
 
-def fuse(model: nn.Module, *, backend: str | None = None, verify: bool = True) -> nn.Module:
+def fuse(model: nn.Module, *, backend: str | None = None, tails: bool = False, verify: bool = True) -> nn.Module:
     """Makes the SE layers of a model run fused, in place, and returns the same model.
 
     Layers of torchvision, timm, Cadene, MONAI, transformers, OpenMMLab, NVIDIA's examples, segmentation_models.pytorch
@@ -48,8 +51,12 @@ def fuse(model: nn.Module, *, backend: str | None = None, verify: bool = True) -
     Args:
         model: any module. Its layers may be on any device, also meta, and in any floating dtype.
         backend: as in :func:`senet_fused.squeeze_excite`, for these layers. Calling fuse again changes it.
+        tails: also run BatchNorm -> SE -> + shortcut -> ReLU as one operator (:func:`senet_fused.block_tail`) in blocks
+            whose forward is known: the bottlenecks of timm, Cadene and MONAI and timm's basic block, with SE layers in
+            them. Their other BatchNorms and ReLUs run as tails without a gate.
         verify: run a copy of each layer, in float64 on the CPU with random weights, and compare outputs and all
-            gradients before it is converted; a layer that differs stays as it is. False trusts the layer's structure,
+            gradients before it is converted; a layer that differs stays as it is, and so does a block, whose running
+            statistics are compared, too. False trusts the layer's structure,
             and leaves layers of families that are not known.
 
     Raises:
@@ -70,15 +77,24 @@ def fuse(model: nn.Module, *, backend: str | None = None, verify: bool = True) -
             one.layer.__dict__["_senet_fused"] = one.layer._senet_fused._replace(backend=backend)
         elif isinstance(one.verdict, Recipe):
             attach(one.layer, Fusion(one.verdict, backend, verify))
+    blocks = _find_blocks(model, found, verify) if tails else []
+    for one in blocks:
+        if isinstance(one.block, FusedBlock):
+            one.block.__dict__["_senet_fused"] = one.block._senet_fused._replace(backend=backend)
+        elif isinstance(one.verdict, Recipe):
+            attach(one.block, BlockFusion(one.kind, one.verdict, backend, verify), FusedBlock)
     if not any(is_fused(one.layer) or isinstance(one.layer, FusedSE) for one in found):
         reasons = "".join(f"; {one.name or 'the model'}: {one.verdict}" for one in found[:_REASONS])
         more = ", ..." if len(found) > _REASONS else ""
         warnings.warn(f"fuse: nothing was fused. {_report(model, found).summary}{reasons}{more}", stacklevel=2)
+    elif tails and not any(isinstance(one.block, FusedBlock) for one in blocks):
+        reasons = "".join(f"; {one.name or 'the model'}: {one.verdict}" for one in blocks[:_REASONS])
+        warnings.warn(f"fuse: no block runs with tails{reasons or ': no block with an SE layer found'}", stacklevel=2)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Makes every layer that :func:`fuse` converted exactly what it was, and returns the same model.
+    """Makes every layer and block that :func:`fuse` converted exactly what it was, and returns the same model.
 
     Raises:
         TypeError: model is no module.
@@ -86,7 +102,7 @@ def unfuse(model: nn.Module) -> nn.Module:
             layer itself); nothing has been changed then.
     """
     _check_model(model, "unfuse")
-    layers = [layer for layer in model.modules() if is_fused(layer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Exchanged) and layer._senet_fused is not None]
     for layer in layers:
         check_detachable(layer)
     for layer in layers:
@@ -94,17 +110,22 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_report(model: nn.Module) -> FuseReport:
+def fuse_report(model: nn.Module, *, tails: bool = False) -> FuseReport:
     """Every SE layer of a model, and what looks like one: its name, kind and sizes, whether it is fused, and why (not).
 
     It tells the present state: a layer whose child has got a hook since is reported with "original runs", and in a
     model that fuse has not seen, layers "can be fused", which is found out as fuse would (copies run, nothing changes).
+    Blocks that run with tails are part of it; with ``tails=True`` all blocks around SE layers are.
 
     Raises:
         TypeError: model is no module.
     """
     _check_model(model, "fuse_report")
-    return _report(model, _find(model, True))
+    found = _find(model, True)
+    tails = tails or any(isinstance(module, FusedBlock) for module in model.modules())
+    blocks = _find_blocks(model, found, True) if tails else []
+    rows = tuple(_block_row(one) for one in blocks)
+    return FuseReport(type(model).__name__, _report(model, found).layers, rows)
 
 
 _REASONS = 3  # of so many layers in a warning; fuse_report has them all
@@ -153,6 +174,80 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             return [_Found(name, module, another or str(error))] if seems else []
 
     return visit("", model)
+
+
+class _FoundBlock(NamedTuple):
+    """A block around an SE layer: its form (None: not known), and how its SE layer is read, or why it is left."""
+
+    name: str
+    block: nn.Module
+    kind: str | None
+    verdict: Recipe | str
+
+
+_UNKNOWN = (
+    "its forward is not one that is known: BatchNorm -> SE -> + shortcut -> ReLU as timm's, Cadene's and MONAI's "
+    "bottlenecks have it (BatchNorm -> activation -> SE is not covered)"
+)
+
+
+def _find_blocks(model: nn.Module, found: list[_Found], verify: bool) -> list[_FoundBlock]:
+    """The blocks of known forms, and what else has an SE layer in it, in the order of the SE layers."""
+    modules = dict(model.named_modules())
+    within: dict[str, _FoundBlock] = {}
+    proven: dict[object, str | None] = {}
+    for name, layer, *_ in found:
+        if not name:
+            continue  # the model is the layer
+        parts = name.split(".")
+        above = [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+        for path in above:
+            block = modules[path]
+            kind = block._senet_fused.kind if isinstance(block, FusedBlock) else form_of(block)
+            if kind is not None and main_se(block, kind) is layer:
+                if path not in within:
+                    within[path] = _FoundBlock(path, block, kind, _verdict(block, kind, verify, proven))
+                break
+        else:
+            path = above[0]
+            within.setdefault(path, _FoundBlock(path, modules[path], None, _UNKNOWN))
+    return list(within.values())
+
+
+def _verdict(block: nn.Module, kind: str, verify: bool, proven: dict[object, str | None]) -> Recipe | str:
+    if isinstance(block, FusedBlock):
+        return block._senet_fused.recipe
+    try:
+        recipe = examine_block(block, kind, verify=verify, proven=proven)
+        fused_class(type(block), FusedBlock)
+        return recipe
+    except Unsuited as error:
+        return str(error)
+
+
+def _block_row(one: _FoundBlock) -> BlockReport:
+    kind = one.kind or type(one.block).__name__
+    if isinstance(one.verdict, str):
+        return BlockReport(one.name, kind, 0, "left", one.verdict)
+    norms = len(FORMS[one.kind].norms)
+    if not isinstance(one.block, FusedBlock):
+        return BlockReport(one.name, kind, norms, "can be fused", "every BatchNorm as a tail")
+    if "forward" in vars(one.block):
+        return BlockReport(one.name, kind, 0, "original runs", "its forward has been replaced on the object")
+    if (altered := block_alteration(one.block)) is not None:
+        return BlockReport(one.name, kind, 0, "original runs", altered)
+    weight = next(one.block.parameters())
+    backend, verified = one.block._senet_fused[2:]
+    served = "every BatchNorm as a tail" + ("" if verified else "; not verified")
+    if weight.device.type != "meta":
+        try:
+            chosen, reason = tail_choice(weight, backend)
+        except select.BackendUnavailableError as error:
+            return BlockReport(one.name, kind, 0, "cannot run", str(error))
+        if chosen == "reference" and select.requested(backend)[0] == "auto":
+            return BlockReport(one.name, kind, 0, "original runs", f"no kernels: {reason}")
+        served += f"; backend {chosen}"
+    return BlockReport(one.name, kind, norms, "fused", served)
 
 
 _GATE_ON_A_CPU = "a gate alone, which PyTorch's own operators make faster on a CPU; backend='cpu' has the kernels run"

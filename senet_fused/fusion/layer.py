@@ -1,4 +1,4 @@
-"""How a layer becomes a fused one and stays itself: its class is exchanged for a subclass with another forward.
+"""How a layer or block becomes a fused one and stays itself: its class is exchanged for one with another forward.
 
 The object, its parameters, buffers, hooks, keys and place in the model are untouched. A subclass is made once for every
 class that is fused (so ``isinstance`` goes on as before) and pickles by name: what is saved is the original class and
@@ -19,8 +19,8 @@ from ..modules import RecordsGates
 from ..recognition import OWN_ATTRIBUTES, Recipe, Unsuited
 
 __all__ = [
-    "GATE_FORMS", "FusedLayer", "Fusion", "alteration", "attach", "check_detachable", "detach", "fused_class",
-    "is_fused", "original_class", "slower",
+    "GATE_FORMS", "Exchanged", "FusedLayer", "Fusion", "alteration", "attach", "check_detachable", "detach",
+    "fused_class", "is_fused", "original_class", "slower",
 ]  # fmt: skip
 
 
@@ -32,7 +32,26 @@ class Fusion(NamedTuple):
     verified: bool
 
 
-class FusedLayer(RecordsGates):
+class Exchanged:
+    """The part of an exchanged class that is the same for layers and blocks: what it carries, and how it pickles."""
+
+    _senet_fused: Any = None  # of a new object of this class, which nothing is known of
+    _senet_original: tuple[Any, Any] = (None, None)  # the class, and its forward when a layer was proven last
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("torch.jit.script cannot compile a fused layer; call senet_fused.unfuse(model) before")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        original = original_class(self)
+        if original is None:
+            return super().__reduce_ex__(protocol)
+        _, _, state, *rest = super().__reduce_ex__(2)
+        if isinstance(state, dict):
+            state = {**state, "_senet_captured": None}
+        return (_restore, (original, type(self).__bases__[0]), state, *rest)
+
+
+class FusedLayer(Exchanged, RecordsGates):
     """The part of a fused layer's class that runs squeeze_excite in place of the original forward.
 
     The original forward runs instead where it could tell the difference or is faster: where the layer or a part of
@@ -40,9 +59,6 @@ class FusedLayer(RecordsGates):
     "auto" runs PyTorch's own operators: under torch.compile and torch.export, TorchScript's tracer, torch.func,
     forward-mode differentiation, and where there are no kernels.
     """
-
-    _senet_fused: Fusion | None = None  # of a new object of this class, which nothing is known of
-    _senet_original: tuple[Any, Any] = (None, None)  # the class, and its forward when a layer was proven last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._senet_fused is None:
@@ -71,18 +87,6 @@ class FusedLayer(RecordsGates):
         self._senet_record(gate)
         return y
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError("torch.jit.script cannot compile a fused layer; call senet_fused.unfuse(model) before")
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        original = original_class(self)
-        if original is None:
-            return super().__reduce_ex__(protocol)
-        _, _, state, *rest = super().__reduce_ex__(2)
-        if isinstance(state, dict):
-            state = {**state, "_senet_captured": None}
-        return (_restore, (original,), state, *rest)
-
 
 GATE_FORMS = ("gate", "flat_gate")
 
@@ -99,31 +103,31 @@ def slower(backend: str | None, device_type: str) -> bool:
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of both FusedLayer and a layer's class, made at the first call.
+def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) -> type[nn.Module]:
+    """The subclass of both the mixin and a layer's class, made at the first call.
 
     Raises:
         Unsuited: there can be none; or the class pickles in a way of its own, which the subclass would not.
     """
-    if issubclass(original, FusedLayer):
+    if issubclass(original, mixin):
         return original  # of an object that was made from a fused layer's class
-    if original not in _classes:
+    if original not in _classes or _classes[original].__bases__[0] is not mixin:
         if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
             raise Unsuited("its class has a __reduce__ of its own")
         members = {"__module__": __name__, "__doc__": original.__doc__}
         try:
-            kind = type(original)(f"Fused{original.__name__}", (FusedLayer, original), members)
+            kind = type(original)(f"Fused{original.__name__}", (mixin, original), members)
         except Exception as error:
             raise Unsuited(f"its class cannot be subclassed: {error}") from error
         kind._senet_original = (original, original.forward)
-        _classes.setdefault(original, kind)
+        _classes[original] = kind
     return _classes[original]
 
 
 def original_class(layer: nn.Module) -> type[nn.Module] | None:
     """The class that a fused layer had before; None if it is not fused, or its class has been changed since."""
     kind = type(layer)
-    if not is_fused(layer) or len(kind.__bases__) != 2:
+    if not isinstance(layer, Exchanged) or layer._senet_fused is None or len(kind.__bases__) != 2:
         return None
     original = kind.__bases__[1]
     return original if _classes.get(original) is kind else None
@@ -142,10 +146,10 @@ def alteration(layer: nn.Module) -> str | None:
     return layer._senet_fused.recipe.alteration(layer)
 
 
-def attach(layer: nn.Module, fusion: Fusion) -> None:
+def attach(layer: nn.Module, fusion: Any, mixin: type[Exchanged] = FusedLayer) -> None:
     """Makes the layer a fused one, in place."""
     original = type(layer)
-    kind = fused_class(original)
+    kind = fused_class(original, mixin)
     if kind is not original:
         kind._senet_original = (original, original.forward)
         layer.__class__ = kind
@@ -174,7 +178,7 @@ def detach(layer: nn.Module) -> None:
         layer.__dict__.pop(name, None)
 
 
-def _restore(original: type[nn.Module]) -> nn.Module:
+def _restore(original: type[nn.Module], mixin: type[Exchanged]) -> nn.Module:
     """The empty object that a pickled or copied fused layer is filled into."""
-    kind = fused_class(original)
+    kind = fused_class(original, mixin)
     return kind.__new__(kind)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 
-__all__ = ["FuseReport", "LayerReport"]
+__all__ = ["BlockReport", "FuseReport", "LayerReport"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,35 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """A block with an SE layer in it.
+
+    name: its path in the model, "" for the model itself. kind: its form, or its class. norms: how many of its
+    BatchNorms run as tails. status: as of LayerReport. reason: why.
+    """
+
+    name: str
+    kind: str
+    norms: int
+    status: str
+    reason: str
+
+    @property
+    def fused(self) -> bool:
+        """Whether the block's BatchNorms run as tails."""
+        return self.status == "fused"
+
+
+@dataclasses.dataclass(frozen=True)
 class FuseReport:
-    """The SE layers of a model in the order of ``named_modules``; ``print`` it, iterate over it, or take ``layers``."""
+    """The SE layers of a model in the order of ``named_modules``; ``print`` it, iterate over it, or take ``layers``.
+
+    blocks: those around the SE layers, where tails have been looked at.
+    """
 
     model: str
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -55,9 +80,8 @@ class FuseReport:
         """One line: how many of which status."""
         if not self.layers:
             return f"{self.model}: no SE layers found"
-        counts = {layer.status: self.count(layer.status) for layer in self.layers}
-        what = ", ".join(f"{count} {status}" for status, count in counts.items())
-        return f"{self.model}: {len(self.layers)} SE layer{'s' * (len(self.layers) != 1)}: {what}"
+        text = f"{self.model}: {_counted('SE layer', self.layers)}"
+        return f"{text}; {_counted('block', self.blocks)}" if self.blocks else text
 
     def __str__(self) -> str:
         if not self.layers:
@@ -65,10 +89,30 @@ class FuseReport:
         rows = [("layer", "kind", "C", "R", "status", "why")]
         for layer in self.layers:
             sizes = ("-" if size is None else str(size) for size in (layer.channels, layer.rd_channels))
-            rows.append((layer.name or "(the model)", layer.kind, *sizes, layer.status, layer.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = []
-        for row in rows:
-            cells = (cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-            lines.append("  ".join((*cells, row[5])).rstrip())
-        return "\n".join((lines[0], "  ".join("-" * w for w in (*widths, 3)), *lines[1:], "", self.summary))
+            rows.append((layer.name or _ITSELF, layer.kind, *sizes, layer.status, layer.reason))
+        lines = _table(rows, (2, 3))
+        if self.blocks:
+            rows = [("block", "kind", "norms", "status", "why")]
+            rows += [(b.name or _ITSELF, b.kind, str(b.norms), b.status, b.reason) for b in self.blocks]
+            lines += ["", *_table(rows, (2,))]
+        return "\n".join((*lines, "", self.summary))
+
+
+_ITSELF = "(the model)"
+
+
+def _counted(what: str, found: tuple[LayerReport, ...] | tuple[BlockReport, ...]) -> str:
+    counts = collections.Counter(one.status for one in found)
+    each = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{len(found)} {what}{'s' * (len(found) != 1)}: {each}"
+
+
+def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+    """Columns side by side, those in right with their right ends in line; the last one as it is."""
+    last = len(rows[0]) - 1
+    widths = [max(len(row[i]) for row in rows) for i in range(last)]
+    lines = []
+    for row in rows:
+        cells = (row[i].rjust(w) if i in right else row[i].ljust(w) for i, w in enumerate(widths))
+        lines.append("  ".join((*cells, row[last])).rstrip())
+    return [lines[0], "  ".join("-" * w for w in (*widths, 3)), *lines[1:]]

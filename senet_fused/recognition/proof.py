@@ -26,7 +26,7 @@ from ..functional import route
 from .families import Reading, Unsuited, elementwise, family_of, read_freely, weights_of
 from .recipe import SCALARS, Recipe, parts_of, settings_of
 
-__all__ = ["examine"]
+__all__ = ["examine", "nothing_around", "random_copy"]
 
 _SAMPLES = 4
 _SPATIAL = (5, 3, 2)
@@ -118,9 +118,9 @@ def _dimensions(layer: nn.Module) -> tuple[int, ...]:
 
 
 def _proven(layer: nn.Module, readings: list[Reading]) -> Recipe:
-    with _nothing_around():
+    with nothing_around():
         generator = torch.Generator("cpu").manual_seed(0)
-        copied = _copy(layer, generator).eval()
+        copied = random_copy(layer, generator).eval()
         before = [settings_of(module) for module in copied.modules()]
         skeletons = [_recipe(layer, reading) for reading in readings]
         layouts = dict.fromkeys(last for reading in readings for last in reading.channels_last)
@@ -166,7 +166,7 @@ def _same_settings(before: tuple[tuple[str, object], ...], module: nn.Module) ->
 
 
 @contextlib.contextmanager
-def _nothing_around() -> Iterator[None]:
+def nothing_around() -> Iterator[None]:
     """Gradients, and none of the caller's modes; random states and the counts of calls are afterwards as before."""
     states = _random_states()
     with (
@@ -194,8 +194,11 @@ def _random_states() -> tuple[Any, ...]:
     return (random.getstate(), *([] if numpy is None else [numpy.random.get_state()]))
 
 
-def _copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A deep copy without hooks, with random weights in float64 on the CPU, whatever and wherever the layer's are."""
+def random_copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A deep copy without hooks, with random weights in float64 on the CPU, whatever and wherever the layer's are.
+
+    Buffers are positive, as a variance has to be; counters begin at zero.
+    """
     memo: dict[int, Any] = {}
     for module in layer.modules():
         # Hooks are not the layer's arithmetic, and may hold on to anything.
@@ -205,6 +208,13 @@ def _copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 scale = math.prod(parameter.shape[1:]) ** -0.5
                 memo[id(parameter)] = nn.Parameter(values * scale)
+        for buffer in module._buffers.values():
+            if buffer is None:
+                continue
+            if buffer.is_floating_point():
+                memo[id(buffer)] = 0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+            else:
+                memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     try:
         return copy.deepcopy(layer, memo)
     except Exception as error:

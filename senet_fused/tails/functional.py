@@ -20,7 +20,7 @@ from .ops import OPERATORS
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["block_tail", "route"]
+__all__ = ["block_tail", "choose", "route"]
 
 
 def block_tail(
@@ -149,14 +149,22 @@ def route(x: Tensor, backend: str | None) -> str:
     if needs_plain_operators() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         select.choose(backend, x.device.type, x.dtype)
         return "reference"
-    chosen = select.choose(backend, x.device.type, x.dtype).backend
-    if chosen != "reference" and chosen not in OPERATORS:
-        if select.requested(backend)[0] != "auto":
-            raise select.BackendUnavailableError(
-                f"backend {chosen!r} has no kernels for block tails; use one of {', '.join(OPERATORS)} or 'reference'"
-            )
-        return "reference"
-    return chosen
+    return choose(x, backend).backend
+
+
+def choose(x: Tensor, backend: str | None) -> select.Choice:
+    """The backend for the tails of tensors like x, and why.
+
+    Raises:
+        BackendUnavailableError: as :func:`route`.
+    """
+    choice = select.choose(backend, x.device.type, x.dtype)
+    if choice.backend == "reference" or choice.backend in OPERATORS:
+        return choice
+    reason = f"backend {choice.backend!r} has no kernels for block tails"
+    if select.requested(backend)[0] == "auto":
+        return select.Choice("reference", reason)
+    raise select.BackendUnavailableError(f"{reason}; use one of {', '.join(OPERATORS)} or 'reference'")
 
 
 def _check(

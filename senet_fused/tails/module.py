@@ -93,10 +93,9 @@ class Tail(NamedTuple):
     backend: str | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-        if self.problem() is None and self.norm_takes(x):
-            weights = (None,) * 4 if self.recipe is None else self.recipe.weights(self.se)
-            if isinstance(weights, tuple) and not self._prefers_modules(x):
-                return self._fused(x, residual, factor, weights)
+        weights = self.weights()
+        if isinstance(weights, tuple) and self._takes(x) and not self._prefers_modules(x):
+            return self._fused(x, residual, factor, weights)
         return self.stock(x, residual, factor)
 
     def stock(self, x: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -110,25 +109,26 @@ class Tail(NamedTuple):
             y = y + residual
         return y if self.act is None else self.act(y)
 
-    def problem(self) -> str | None:
-        """Why the modules have to be called one by one at present; None if they need not be."""
+    def weights(self) -> tuple[Tensor | None, ...] | str:
+        """w1, w2, b1, b2 of the SE layer; or, as text, why the modules have to be called one by one at present."""
         if nn.modules.module._has_any_global_hook():
             return "hooks for all modules are registered, and they are to see its children"
         if (problem := norm_problem(self.norm)) is not None:
-            return problem
+            return f"its BatchNorm: {problem}"
         if self.act is not None and (type(self.act) is not nn.ReLU or has_hooks(self.act)):
             return "its activation is no nn.ReLU any more, or has hooks"
         se = self.se
         if se is None:
-            return None
-        if has_hooks(se) or "forward" in vars(se):
+            return (None, None, None, None)
+        if has_hooks(se):
             return "its SE layer has hooks or another forward, which only run if it is called"
         if isinstance(se, RecordsGates) and se._senet_captured is not None:
             return "its gates are being captured"
-        return self.recipe.alteration(se)
+        return self.recipe.weights(se)
 
-    def norm_takes(self, x: Tensor) -> bool:
-        if not isinstance(x, Tensor) or type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x is of a kind that block_tail is for; what BatchNorm refuses, it is to refuse itself."""
+        if not isinstance(x, Tensor) or (type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
             return False
         if not 3 <= x.dim() <= 5 or x.numel() == 0:
             return False
@@ -137,7 +137,10 @@ class Tail(NamedTuple):
 
     def _prefers_modules(self, x: Tensor) -> bool:
         """Whether "auto" has no kernels for x, or something is to see PyTorch's own operators."""
-        return route(x, self.backend) == "reference" and select.requested(self.backend)[0] != "reference"
+        asked = select.requested(self.backend)[0]
+        if asked == "auto" and torch.compiler.is_exporting():
+            return True
+        return asked != "reference" and route(x, self.backend) == "reference"
 
     def _fused(
         self, x: Tensor, residual: Tensor | None, factor: Tensor | None, weights: tuple[Tensor | None, ...]
@@ -179,7 +182,7 @@ def norm_problem(norm: nn.Module) -> str | None:
     """Why a module cannot be the BatchNorm of a tail at present; None if it can."""
     if type(norm) not in NORMS:
         return f"it is a {type(norm).__name__}"
-    if has_hooks(norm) or "forward" in vars(norm):
+    if has_hooks(norm):
         return "it has hooks or another forward, which only run if it is called"
     for t in (*norm._parameters.values(), *norm._buffers.values()):
         if t is not None and type(t) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
@@ -208,10 +211,10 @@ def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would run more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether calling the module would run more than its class's forward, or something else."""
+    own = module.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+    return any(own.get(name) for name in hooks)
 
 
 def _group_of(norm: nn.Module) -> object | None:

@@ -18,6 +18,12 @@ SENET_INLINE int64_t pixels_of_block(int64_t row_bytes) {
   return fitting < 4 ? 4 : fitting > 64 ? 64 : fitting;
 }
 
+// Groups of channels that are summed side by side, in registers: rows are read in runs that memory is fast at.
+constexpr int kStrip = 4;
+
+template <class T>
+constexpr int kGroupsOfLine = kGroup * sizeof(T) < 64 ? 64 / (kGroup * sizeof(T)) : 1;
+
 // ------------------------------------------------------------------------------------------------ moments (T1)
 
 // Adds a block of `count` values with this mean and sum of squared deviations to the `before` values of *mean, *squares
@@ -78,6 +84,45 @@ void moments_planes(const void* x, int64_t m, int64_t c0, int64_t c1, double* me
   }
 }
 
+// The blocks of one strip of kGroups groups of channels, of which the last has `count` channels.
+template <class T, int kGroups>
+SENET_INLINE void moments_strip(const T* column, int64_t c, int64_t begin, int64_t end, bool more, int count,
+                                double* total_mean, double* total_squares) {
+  using A = Acc<T>;
+  const int64_t ahead = pixels_of_block(c * int64_t(sizeof(T))) * c;
+  const int64_t probe_end = begin + kProbe < end ? begin + kProbe : end;
+  const double before = double(begin), block = double(end - begin), share = block / (before + block);
+  const auto at = [&](int64_t p, int k) __attribute__((always_inline)) {
+    return load_upto(column + p * c + k * kGroup, k == kGroups - 1 ? count : kGroup);
+  };
+  Group<A> shift[kGroups], d[kGroups], q[kGroups];
+  for (int k = 0; k < kGroups; ++k) shift[k] = d[k] = q[k] = splat<A>(0);
+  for (int64_t p = begin; p < probe_end; ++p)
+    for (int k = 0; k < kGroups; ++k) shift[k] = shift[k] + at(p, k);
+  for (int k = 0; k < kGroups; ++k) shift[k] = shift[k] * splat<A>(A(1) / A(probe_end - begin));
+  for (int64_t p = begin; p < end; ++p) {
+    for (int k = 0; k < kGroups; ++k) {
+      const Group<A> v = at(p, k) - shift[k];
+      d[k] = d[k] + v;
+      q[k] = fma(v, v, q[k]);
+    }
+    if (more)
+      for (int k = 0; k < kGroups; k += kGroupsOfLine<T>) prefetch(column + p * c + ahead + k * kGroup);
+  }
+  for (int k = 0; k < kGroups; ++k) {
+    A near[kGroup], sum[kGroup], squares[kGroup];
+    store(near, shift[k]);
+    store(sum, d[k]);
+    store(squares, q[k]);
+    double *mean = total_mean + k * kGroup, *total = total_squares + k * kGroup;
+    for (int j = 0; j < (k == kGroups - 1 ? count : kGroup); ++j) {
+      const double inner = sum[j] / block, delta = near[j] + inner - mean[j];
+      mean[j] += delta * share;
+      total[j] += (squares[j] - sum[j] * inner) + delta * delta * before * share;
+    }
+  }
+}
+
 // scratch: 2 c doubles.
 template <class T>
 void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, double* mean, Acc<T>* squares,
@@ -89,43 +134,13 @@ void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1,
   for (int64_t i = c0; i < c1; ++i) total_mean[i] = total_squares[i] = 0;
   for (int64_t begin = 0; begin < m; begin += pixels) {
     const int64_t end = begin + pixels < m ? begin + pixels : m;
-    const int64_t probe_end = begin + kProbe < end ? begin + kProbe : end;
-    const double before = double(begin), block = double(end - begin), share = block / (before + block);
     const bool more = end + pixels <= m;
-    for (int64_t i = c0; i < c1; i += kGroup) {
+    int64_t i = c0;
+    for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup)
+      moments_strip<T, kStrip>(base + i, c, begin, end, more, kGroup, total_mean + i, total_squares + i);
+    for (; i < c1; i += kGroup) {
       const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
-      const T* column = base + i;
-      Group<A> first = splat<A>(0);
-      for (int64_t p = begin; p < probe_end; ++p) first = first + load_upto(column + p * c, count);
-      const Group<A> shift = first * splat<A>(A(1) / A(probe_end - begin));
-      Group<A> d0 = splat<A>(0), d1 = d0, q0 = d0, q1 = d0;
-      int64_t p = begin;
-      for (; p + 2 <= end; p += 2) {
-        const Group<A> a = load_upto(column + p * c, count) - shift;
-        const Group<A> b = load_upto(column + (p + 1) * c, count) - shift;
-        if (more) {
-          prefetch(column + (p + pixels) * c);
-          prefetch(column + (p + 1 + pixels) * c);
-        }
-        d0 = d0 + a;
-        d1 = d1 + b;
-        q0 = fma(a, a, q0);
-        q1 = fma(b, b, q1);
-      }
-      if (p < end) {
-        const Group<A> a = load_upto(column + p * c, count) - shift;
-        d0 = d0 + a;
-        q0 = fma(a, a, q0);
-      }
-      A near[kGroup], d[kGroup], q[kGroup];
-      store(near, shift);
-      store(d, d0 + d1);
-      store(q, q0 + q1);
-      for (int k = 0; k < count; ++k) {
-        const double inner = d[k] / block, delta = near[k] + inner - total_mean[i + k];
-        total_mean[i + k] += delta * share;
-        total_squares[i + k] += (q[k] - d[k] * inner) + delta * delta * before * share;
-      }
+      moments_strip<T, 1>(base + i, c, begin, end, more, count, total_mean + i, total_squares + i);
     }
   }
   for (int64_t i = c0; i < c1; ++i) {
@@ -175,46 +190,60 @@ void tail_sums_planes(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, 
     tail_sums_planes_impl<T, false>(args, c0, c1);
 }
 
+template <class T, bool kMask, int kGroups>
+SENET_INLINE void tail_sums_strip(const TailSumsArgs<Acc<T>>& args, int64_t i, int64_t begin, int64_t end, bool more,
+                                  int count, double* total0, double* total1) {
+  using A = Acc<T>;
+  const int64_t c = args.columns, mask_stride = (c + 7) / 8, ahead = pixels_of_block(c * int64_t(sizeof(T))) * c;
+  const T* x = static_cast<const T*>(args.x) + i;
+  const T* dy = static_cast<const T*>(args.dy) + i;
+  const uint8_t* mask = kMask ? args.mask + i / 8 : nullptr;
+  const auto part = [&](int k) __attribute__((always_inline)) { return k == kGroups - 1 ? count : kGroup; };
+  Group<A> mean[kGroups], s[kGroups], t[kGroups];
+  for (int k = 0; k < kGroups; ++k) {
+    mean[k] = load_upto(args.mean + i + k * kGroup, part(k));
+    s[k] = t[k] = splat<A>(0);
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    for (int k = 0; k < kGroups; ++k) {
+      const int64_t at = p * c + k * kGroup;
+      const uint8_t* bits = kMask ? mask + p * mask_stride + k * (kGroup / 8) : nullptr;
+      const Group<A> g = masked_gradient<T, kMask>(dy + at, bits, nullptr, part(k));
+      s[k] = s[k] + g;
+      t[k] = fma(g, load_upto(x + at, part(k)) - mean[k], t[k]);
+    }
+    if (more)
+      for (int k = 0; k < kGroups; k += kGroupsOfLine<T>) {
+        prefetch(dy + p * c + ahead + k * kGroup);
+        prefetch(x + p * c + ahead + k * kGroup);
+      }
+  }
+  for (int k = 0; k < kGroups; ++k) {
+    A sum[kGroup], centred[kGroup];
+    store(sum, s[k]);
+    store(centred, t[k]);
+    for (int j = 0; j < part(k); ++j) {
+      total0[k * kGroup + j] += sum[j];
+      total1[k * kGroup + j] += centred[j];
+    }
+  }
+}
+
 template <class T, bool kMask>
 void tail_sums_pixels_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
   using A = Acc<T>;
-  const int64_t c = args.columns, m = args.rows, mask_stride = (c + 7) / 8;
-  const int64_t pixels = pixels_of_block(c * int64_t(sizeof(T)));
-  const T* x = static_cast<const T*>(args.x);
-  const T* dy = static_cast<const T*>(args.dy);
+  const int64_t c = args.columns, m = args.rows, pixels = pixels_of_block(c * int64_t(sizeof(T)));
   double *total0 = scratch, *total1 = scratch + c;
   for (int64_t i = c0; i < c1; ++i) total0[i] = total1[i] = 0;
   for (int64_t begin = 0; begin < m; begin += pixels) {
     const int64_t end = begin + pixels < m ? begin + pixels : m;
     const bool more = end + pixels <= m;
-    for (int64_t i = c0; i < c1; i += kGroup) {
+    int64_t i = c0;
+    for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup)
+      tail_sums_strip<T, kMask, kStrip>(args, i, begin, end, more, kGroup, total0 + i, total1 + i);
+    for (; i < c1; i += kGroup) {
       const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
-      const Group<A> mean = load_upto(args.mean + i, count);
-      Group<A> s0 = splat<A>(0), s1 = s0, t0 = s0, t1 = s0;
-      const auto add = [&](int64_t p, Group<A>& s, Group<A>& t) __attribute__((always_inline)) {
-        const int64_t at = p * c + i;
-        const Group<A> g =
-            masked_gradient<T, kMask>(dy + at, kMask ? args.mask + p * mask_stride + i / 8 : nullptr, nullptr, count);
-        if (more) {
-          prefetch(dy + at + pixels * c);
-          prefetch(x + at + pixels * c);
-        }
-        s = s + g;
-        t = fma(g, load_upto(x + at, count) - mean, t);
-      };
-      int64_t p = begin;
-      for (; p + 2 <= end; p += 2) {
-        add(p, s0, t0);
-        add(p + 1, s1, t1);
-      }
-      if (p < end) add(p, s0, t0);
-      A s[kGroup], t[kGroup];
-      store(s, s0 + s1);
-      store(t, t0 + t1);
-      for (int k = 0; k < count; ++k) {
-        total0[i + k] += s[k];
-        total1[i + k] += t[k];
-      }
+      tail_sums_strip<T, kMask, 1>(args, i, begin, end, more, count, total0 + i, total1 + i);
     }
   }
   for (int64_t i = c0; i < c1; ++i) {

@@ -1,0 +1,349 @@
+"""Blocks whose forward is known, and that can run their BatchNorms as block tails.
+
+A form names a block by its structure and says how its forward goes with tails in it; what the block's own class does is
+not trusted to be the same, but proven (:func:`examine_block`). Another form is another function and a row of FORMS.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..recognition import Recipe, Unsuited, not_covered, nothing_around, parts_of, random_copy
+from ..tails import Tail, has_hooks, norm_problem, se_recipe
+from .layer import Exchanged, detach
+
+__all__ = ["FORMS", "BlockFusion", "FusedBlock", "block_alteration", "examine_block", "form_of", "main_se"]
+
+_BOUND = 1e-8  # of the largest value or the norm, in float64: sums in another order through three convolutions
+_NOISE = 1e-12  # a gradient that BatchNorm cancels is nothing but rounding
+
+
+class BlockFusion(NamedTuple):
+    """What a fused block carries: its form, how its SE layer is read, and as Fusion."""
+
+    kind: str
+    recipe: Recipe
+    backend: str | None
+    verified: bool
+
+
+class FusedBlock(Exchanged):
+    """The part of a fused block's class that runs the known forward with tails in place of the original one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        fusion = self._senet_fused
+        original, proven = self._senet_original
+        if fusion is None or len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy):
+            return super().forward(*args, **kwargs)
+        if original.forward is not proven:
+            return super().forward(*args, **kwargs)
+        return FORMS[fusion.kind].forward(self, args[0], Tails(fusion.recipe, fusion.backend))
+
+
+class Tails(NamedTuple):
+    """Runs the tails of one block."""
+
+    recipe: Recipe
+    backend: str | None
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: nn.Module,
+        act: nn.Module | None = None,
+        *,
+        se: nn.Module | None = None,
+        residual: Tensor | None = None,
+        drop_path: nn.Module | None = None,
+    ) -> Tensor:
+        """act(drop_path(se(norm(x))) + residual), what there is of it; act may be any module, or nn.Identity."""
+        factor = None
+        if drop_path is not None and not isinstance(drop_path, nn.Identity) and drop_path.training:
+            # Whatever drops whole samples multiplies ones as it would multiply the branch, by the same random numbers.
+            ones = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+            factor = drop_path(ones).flatten()
+        relu = act if type(act) is nn.ReLU else None
+        y = Tail(norm, se, None if se is None else self.recipe, relu, self.backend)(x, residual, factor)
+        return y if act is None or act is relu else act(y)
+
+    def shortcut(self, x: Tensor, downsample: nn.Module | None) -> Tensor:
+        """downsample(x); the BatchNorm at its end is a tail."""
+        if downsample is None:
+            return x
+        children = list(downsample.children())
+        last = children[-1] if children else None
+        if type(downsample) is not nn.Sequential or has_hooks(downsample) or norm_problem(last) is not None:
+            return downsample(x)
+        for child in children[:-1]:
+            x = child(x)
+        return self(x, last)
+
+
+class BlockForm(NamedTuple):
+    """has: the children that a block of this form has, by attribute. hasnt: those it must not have. se: where its SE
+    layer is. norms: its BatchNorms, the SE layer's last. input: its first convolution."""
+
+    forward: Callable[[Any, Tensor, Tails], Tensor]
+    has: tuple[str, ...]
+    se: str
+    norms: tuple[str, ...]
+    input: str = "conv1"
+    hasnt: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+def _legacy_bottleneck(block: Any, x: Tensor, tails: Tails) -> Tensor:
+    y = tails(block.conv1(x), block.bn1, block.relu)
+    y = tails(block.conv2(y), block.bn2, block.relu)
+    y = block.conv3(y)
+    shortcut = tails.shortcut(x, block.downsample)
+    return tails(y, block.bn3, block.relu, se=block.se_module, residual=shortcut)
+
+
+def _timm_bottleneck(block: Any, x: Tensor, tails: Tails) -> Tensor:
+    y = tails(block.conv1(x), block.bn1, block.act1)
+    y = _dropped(tails, block.conv2(y), block.bn2, block.drop_block, block.act2)
+    y = block.conv3(block.aa(y))
+    shortcut = tails.shortcut(x, block.downsample)
+    return tails(y, block.bn3, block.act3, se=block.se, residual=shortcut, drop_path=block.drop_path)
+
+
+def _timm_basic_block(block: Any, x: Tensor, tails: Tails) -> Tensor:
+    y = _dropped(tails, block.conv1(x), block.bn1, block.drop_block, block.act1)
+    y = block.conv2(block.aa(y))
+    shortcut = tails.shortcut(x, block.downsample)
+    return tails(y, block.bn2, block.act2, se=block.se, residual=shortcut, drop_path=block.drop_path)
+
+
+def _dropped(tails: Tails, x: Tensor, norm: nn.Module, drop_block: nn.Module, act: nn.Module) -> Tensor:
+    if type(drop_block) is nn.Identity and not has_hooks(drop_block):
+        return tails(x, norm, act)
+    return act(drop_block(tails(x, norm)))
+
+
+def _monai_block(block: Any, x: Tensor, tails: Tails) -> Tensor:
+    project = block.project
+    shortcut = project(x) if isinstance(project, nn.Identity) else _convolution(tails, x, project)
+    y = _convolution(tails, x, block.conv1)
+    y = _convolution(tails, y, block.conv2)
+    conv, norm, act = _conv_norm_act(block.conv3)
+    if conv is None or act is not None:
+        y = block.se_layer(block.conv3(y)) + shortcut
+        return block.act(y)
+    return tails(conv(y), norm, block.act, se=block.se_layer, residual=shortcut)
+
+
+def _convolution(tails: Tails, x: Tensor, convolution: nn.Module) -> Tensor:
+    conv, norm, act = _conv_norm_act(convolution)
+    return convolution(x) if conv is None else tails(conv(x), norm, act)
+
+
+def _conv_norm_act(convolution: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
+    """The parts of MONAI's Convolution, which is a sequence of conv and adn; Nones if it is made of anything else."""
+    nothing = (None, None, None)
+    if list(convolution._modules) != ["conv", "adn"] or has_hooks(convolution):
+        return nothing
+    adn = convolution.adn
+    if list(adn._modules) not in (["N"], ["N", "A"]) or has_hooks(adn):
+        return nothing
+    return convolution.conv, adn.N, adn._modules.get("A")
+
+
+FORMS: dict[str, BlockForm] = {
+    "legacy SE bottleneck": BlockForm(  # timm's legacy SENet, Cadene
+        _legacy_bottleneck,
+        has=("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu", "se_module", "downsample"),
+        se="se_module",
+        norms=("bn1", "bn2", "bn3"),
+    ),
+    "timm bottleneck": BlockForm(
+        _timm_bottleneck,
+        has=("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3", "se", "act3",
+             "downsample", "drop_path"),
+        se="se",
+        norms=("bn1", "bn2", "bn3"),
+    ),
+    "timm basic block": BlockForm(
+        _timm_basic_block,
+        has=("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "act2", "downsample", "drop_path"),
+        hasnt=("conv3",),
+        se="se",
+        norms=("bn1", "bn2"),
+    ),
+    "MONAI SE block": BlockForm(
+        _monai_block,
+        has=("conv1", "conv2", "conv3", "se_layer", "project", "act"),
+        se="se_layer",
+        norms=("conv1.adn.N", "conv2.adn.N", "conv3.adn.N"),
+        input="conv1.conv",
+    ),
+    "legacy SE basic block": BlockForm(
+        _legacy_bottleneck,  # never run
+        has=("conv1", "bn1", "conv2", "bn2", "relu", "se_module", "downsample"),
+        hasnt=("conv3",),
+        se="se_module",
+        norms=("bn1", "bn2"),
+        refusal="BatchNorm -> ReLU -> SE: the squeeze of a rectified output does not follow from BatchNorm's sums",
+    ),
+}  # fmt: skip
+
+
+def form_of(block: nn.Module) -> str | None:
+    """The form whose structure the block has, with some attention in it; None if there is none."""
+    own = {**block._modules, **vars(block)}
+    for kind, form in FORMS.items():
+        fits = all(name in own for name in form.has) and not any(name in own for name in form.hasnt)
+        if fits and isinstance(own[form.se], nn.Module) and not isinstance(own[form.se], nn.Identity):
+            return kind
+    return None
+
+
+def main_se(block: nn.Module, kind: str) -> nn.Module:
+    """The SE layer of a block of this form."""
+    return block.get_submodule(FORMS[kind].se)
+
+
+def block_alteration(block: nn.Module) -> str | None:
+    """Why a fused block's tail is run module by module at present; None if it is not."""
+    original, proven = block._senet_original
+    fusion = block._senet_fused
+    if original.forward is not proven:
+        return f"the forward of {original.__name__} has been replaced since"
+    form = FORMS[fusion.kind]
+    for path in form.norms:
+        last = path == form.norms[-1]
+        try:
+            norm = block.get_submodule(path)
+        except AttributeError:
+            return f"its {path} has been removed"
+        se = main_se(block, fusion.kind) if last else None
+        weights = Tail(norm, se, fusion.recipe if last else None).weights()
+        if isinstance(weights, str):
+            return f"{path}: {weights}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- the proof
+
+
+def examine_block(block: nn.Module, kind: str, *, verify: bool = True, proven: dict[Any, str | None]) -> Recipe:
+    """How a block's SE layer is read by its tail, after a proof that the form's forward computes what the block does.
+
+    The proof runs a copy of the block in float64 with random weights, in training and in evaluation mode, so blocks
+    that differ by their weights alone need one. proven: what is known of others, by structure; it is added to.
+
+    Raises:
+        Unsuited: the block cannot run with tails; the message says why.
+    """
+    form = FORMS[kind]
+    if form.refusal is not None:
+        raise Unsuited(form.refusal)
+    if isinstance(block, (torch.jit.ScriptModule, torch.fx.GraphModule)) or "forward" in vars(block):
+        raise Unsuited("its forward has been compiled, traced or replaced; fuse before that")
+    for path in form.norms:
+        try:
+            norm = block.get_submodule(path)
+        except AttributeError:
+            raise Unsuited(f"it has no {path}: another norm, or none") from None
+        if (problem := norm_problem(norm)) is not None:
+            raise Unsuited(f"its {path}: {problem}")
+    se = main_se(block, kind)
+    if (another := not_covered(se)) is not None:
+        raise Unsuited(f"its attention is {type(se).__name__}: {another}")
+    recipe = se_recipe(se, verify=verify)
+    if verify:
+        key = _structure(block)
+        if key is None or key not in proven:
+            try:
+                _prove(block, kind, recipe)
+                reason = None
+            except Unsuited as error:
+                reason = str(error)
+            if key is not None:
+                proven[key] = reason
+        else:
+            reason = proven[key]
+        if reason is not None:
+            raise Unsuited(reason)
+    return recipe
+
+
+def _structure(block: nn.Module) -> Any | None:
+    """All that a block's result depends on but for its numbers; None where that cannot be compared."""
+    key = (
+        type(block),
+        tuple((part.path, part.kind, part.settings) for part in parts_of(block)),
+        tuple((name, t.shape, t.dtype) for name, t in (*block.named_parameters(), *block.named_buffers())),
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _prove(block: nn.Module, kind: str, recipe: Recipe) -> None:
+    with nothing_around():
+        generator = torch.Generator("cpu").manual_seed(0)
+        ours = random_copy(block, generator)
+        theirs = copy.deepcopy(ours)
+        for module in theirs.modules():
+            if isinstance(module, Exchanged):
+                detach(module)
+        first = ours.get_submodule(FORMS[kind].input)
+        dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(first))
+        if dimensions is None:
+            raise Unsuited(f"its {FORMS[kind].input} is a {type(first).__name__}, no plain convolution")
+        shape = (4, first.in_channels, *(7, 6, 5)[:dimensions])
+        for training in (True, False):
+            results = []
+            for module, run in (
+                (theirs, theirs),
+                (ours, lambda x: FORMS[kind].forward(ours, x, Tails(recipe, "auto"))),
+            ):
+                module.train(training)
+                x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64)
+                torch.manual_seed(2)  # dropped paths and blocks
+                try:
+                    results.append(_outcome(module, run, x.requires_grad_()))
+                except Unsuited:
+                    raise
+                except Exception as error:
+                    raise Unsuited(f"it does not run on an input {list(shape)}: {error}") from error
+            _compare(*results, "training" if training else "evaluation")
+
+
+def _outcome(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor | None]:
+    y = run(x)
+    if not isinstance(y, Tensor):
+        raise Unsuited(f"it returns a {type(y).__name__}")
+    dy = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(3), dtype=y.dtype)
+    named = dict(module.named_parameters())
+    gradients = torch.autograd.grad(y, (x, *named.values()), dy, allow_unused=True)
+    found = dict(zip(("input", *named), gradients, strict=True))
+    return {
+        "its output": y.detach(),
+        **{f"the gradient of its {name}": g for name, g in found.items()},
+        **{f"its {name}": t.detach().clone() for name, t in module.named_buffers()},
+    }
+
+
+def _compare(theirs: dict[str, Tensor | None], ours: dict[str, Tensor | None], mode: str) -> None:
+    total = max(t.norm().item() for name, t in theirs.items() if t is not None and name.startswith("the gradient"))
+    for name, expected in theirs.items():
+        got = ours[name]
+        if (expected is None) != (got is None):
+            raise Unsuited(f"in {mode} mode {name} is missing in one of the two")
+        if expected is None:
+            continue
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise Unsuited(f"in {mode} mode {name} is {list(expected.shape)} {expected.dtype}, not as known")
+        error, scale = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
+        if not error <= _BOUND * scale + (_NOISE * total if name.startswith("the gradient") else 0):
+            share = error / max(scale, 1e-300)
+            raise Unsuited(f"in {mode} mode {name} differs from the known forward's by {share:.3g} of it")
