@@ -101,8 +101,8 @@ struct TensorKernels {
   void (*apply_planes)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
   void (*apply_pixels)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
   // block tails; the scratch of the pixel forms holds 2 c values
-  void (*moments_planes)(const void* x, int64_t m, int64_t c0, int64_t c1, A* mean, A* squares);
-  void (*moments_pixels)(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, A* mean, A* squares,
+  void (*moments_planes)(const void* x, int64_t m, int64_t c0, int64_t c1, double* mean, A* squares);
+  void (*moments_pixels)(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, double* mean, A* squares,
                          double* scratch);
   void (*tail_planes)(const TailArgs<A>& args, int64_t r0, int64_t r1);
   void (*tail_pixels)(const TailArgs<A>& args, int64_t r0, int64_t r1);

@@ -80,9 +80,6 @@ void moments(const Tensor& x, double eps, bool channels_last, std::optional<Tens
   call.x = static_cast<const char*>(x.const_data_ptr());
   call.eps = eps;
   if (statistics.has_value()) call.statistics = vector<A>(*statistics, "statistics", {3, p.c}, x);
-  const Scratch<A> unkept(saved.has_value() ? 0 : p.n * p.c);
-  call.xbar = unkept.get();
-  call.xbar_stride = p.c;
   if (saved.has_value()) {
     STD_TORCH_CHECK(saved->dim() == 2 && saved->size(1) > p.c, "senet_fused: saved must be [N, C + R], got ",
                     text(*saved));

@@ -51,12 +51,13 @@ template <class A>
 struct TailMoments : Layer<A> {
   const char* x;
   int64_t x_stride;
-  A* xbar;  // [n, c] with this stride
+  A* xbar;  // [n, c] with this stride, or null
   int64_t xbar_stride;
   A* statistics;  // or null: they are given
   double eps;
 
-  void merge(const A* squares, int64_t c0, int64_t c1) const {
+  // The means are doubles: of float means that are large, differences between samples would be rounding errors.
+  void merge(const double* means, const A* squares, int64_t c0, int64_t c1) const {
     constexpr int64_t kChannels = 16;
     const Problem& p = this->problem;
     const double count = double(p.n) * double(p.m);
@@ -64,11 +65,11 @@ struct TailMoments : Layer<A> {
       const int64_t channels = std::min(kChannels, c1 - begin);
       double mean[kChannels] = {}, total[kChannels] = {};
       for (int64_t n = 0; n < p.n; ++n)
-        for (int64_t i = 0; i < channels; ++i) mean[i] += xbar[n * xbar_stride + begin + i];
+        for (int64_t i = 0; i < channels; ++i) mean[i] += means[n * p.c + begin + i];
       for (int64_t i = 0; i < channels; ++i) mean[i] /= double(p.n);
       for (int64_t n = 0; n < p.n; ++n)
         for (int64_t i = 0; i < channels; ++i) {
-          const double d = xbar[n * xbar_stride + begin + i] - mean[i];
+          const double d = means[n * p.c + begin + i] - mean[i];
           total[i] += squares[n * p.c + begin + i] + double(p.m) * d * d;
         }
       for (int64_t i = 0; i < channels; ++i) {
@@ -82,18 +83,23 @@ struct TailMoments : Layer<A> {
 
   void run() const {
     const Problem& p = this->problem;
+    const Scratch<double> means(p.n * p.c);
     const Scratch<A> squares(p.n * p.c);
     this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
       const void* sample = x + this->bytes(n * x_stride);
+      double* mean = means.get() + n * p.c;
       if (p.channels_last) {
         const Scratch<double> scratch(2 * p.c);
-        this->tensor->moments_pixels(sample, p.c, p.m, c0, c1, xbar + n * xbar_stride, squares.get() + n * p.c,
-                                     scratch.get());
+        this->tensor->moments_pixels(sample, p.c, p.m, c0, c1, mean, squares.get() + n * p.c, scratch.get());
       } else {
-        this->tensor->moments_planes(sample, p.m, c0, c1, xbar + n * xbar_stride, squares.get() + n * p.c);
+        this->tensor->moments_planes(sample, p.m, c0, c1, mean, squares.get() + n * p.c);
       }
+      if (xbar != nullptr)
+        for (int64_t c = c0; c < c1; ++c) xbar[n * xbar_stride + c] = A(mean[c]);
     });
-    if (statistics != nullptr) this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { merge(squares.get(), c0, c1); });
+    if (statistics != nullptr) {
+      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { merge(means.get(), squares.get(), c0, c1); });
+    }
   }
 };
 

@@ -165,6 +165,19 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("l2_bytes"), py::arg("l3_bytes"),
       "How the CPU backend runs x [n, c, spatial] with a bottleneck of r, on a machine with these facts (bytes).");
 
+  m.def(
+      "plan_cpu_tail",
+      [](int64_t n, int64_t c, int64_t spatial, int64_t element_size, bool backward, int64_t threads, int64_t l2_bytes,
+         int64_t l3_bytes) {
+        if (n < 0 || c < 1 || spatial < 1 || element_size < 1 || threads < 1 || l2_bytes < 0 || l3_bytes < 0)
+          throw py::value_error("plan_cpu_tail: n, l2_bytes and l3_bytes must be >= 0, every other size >= 1");
+        return senet::plan_cpu_tail({n, c, 0, spatial, element_size, 0, false, backward},
+                                    {threads, l2_bytes, l3_bytes});
+      },
+      py::arg("n"), py::arg("c"), py::arg("spatial"), py::kw_only(), py::arg("element_size") = 4,
+      py::arg("backward") = false, py::arg("threads"), py::arg("l2_bytes"), py::arg("l3_bytes"),
+      "How the CPU backend runs a block tail on x [n, c, spatial], on a machine with these facts (bytes).");
+
   bind_cuda(m);
 
   m.def(

@@ -38,8 +38,16 @@ SENET_INLINE void merge_moments(double before, double count, double mean, double
 // Deviations are taken from the mean of the first values of a block: close enough that their squares do not cancel.
 constexpr int64_t kProbe = 4;
 
+// The mean of a channel that is not finite: deviations from an infinite value have lost its sign.
 template <class T>
-void moments_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* mean, Acc<T>* squares) {
+double plain_mean(const T* x, int64_t stride, int64_t m) {
+  double sum = 0;
+  for (int64_t p = 0; p < m; ++p) sum += sum_of_lanes(load_upto(x + p * stride, 1));
+  return sum / double(m);
+}
+
+template <class T>
+void moments_planes(const void* x, int64_t m, int64_t c0, int64_t c1, double* mean, Acc<T>* squares) {
   using A = Acc<T>;
   for (int64_t c = c0; c < c1; ++c) {
     const T* plane = static_cast<const T*>(x) + c * m;
@@ -71,7 +79,7 @@ void moments_planes(const void* x, int64_t m, int64_t c0, int64_t c1, Acc<T>* me
       const double count = double(end - begin), d = sum_of_lanes(d0 + d1), q = sum_of_lanes(q0 + q1);
       merge_moments(double(begin), count, near + d / count, q - d * d / count, &total_mean, &total_squares);
     }
-    mean[c] = A(total_mean);
+    mean[c] = total_mean == total_mean ? total_mean : plain_mean(plane, 1, m);
     squares[c] = A(total_squares > 0 || total_squares != total_squares ? total_squares : 0);
   }
 }
@@ -117,7 +125,7 @@ SENET_INLINE void moments_strip(const T* column, int64_t c, int64_t begin, int64
 
 // scratch: 2 c doubles.
 template <class T>
-void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, Acc<T>* mean, Acc<T>* squares,
+void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, double* mean, Acc<T>* squares,
                     double* scratch) {
   using A = Acc<T>;
   const T* base = static_cast<const T*>(x);
@@ -136,7 +144,7 @@ void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1,
     }
   }
   for (int64_t i = c0; i < c1; ++i) {
-    mean[i] = A(total_mean[i]);
+    mean[i] = total_mean[i] == total_mean[i] ? total_mean[i] : plain_mean(base + i, c, m);
     squares[i] = A(total_squares[i] > 0 || total_squares[i] != total_squares[i] ? total_squares[i] : 0);
   }
 }
