@@ -34,7 +34,7 @@ BLOCKS = {
     "MONAI-SENet_2-D_small": ({MONAI: 4}, {}, 16),
     "pretrainedmodels-SENet_small": ({LEGACY: 4}, {}, 16),
     "pretrainedmodels-senet154": ({LEGACY: 50}, {}, 154),
-    "smp-senet154": ({LEGACY: 50}, {}, 154),
+    "smp-Unet_senet154_scse": ({LEGACY: 50}, {"SCSEModule": 10}, 154),
 }
 _BY_NAME = {str(peer): peer for peer in PEERS}
 # One of each library and form to run; timm's basic block is in tests/test_fuse_tails.py.
