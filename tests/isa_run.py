@@ -1,4 +1,4 @@
-"""Run by test_determinism.py with SENET_FUSED_ISA set: python isa_run.py FILE
+"""Run by test_determinism.py and test_tail_kernels.py with SENET_FUSED_ISA set: python isa_run.py FILE [tails]
 
 Holds the kernels of that instruction set to the oracle and writes their results for some cases to FILE.
 """
@@ -25,9 +25,16 @@ def cases() -> list[Case]:
     ]
 
 
-def main(path: str) -> None:
-    assert native.instruction_set() == os.environ["SENET_FUSED_ISA"]
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+def tails(path: str) -> None:
+    import tail_oracle
+    from test_tail_kernels import isa_cases
+
+    for case in isa_cases():
+        tail_oracle.check(case, draws=1)
+    torch.save({str(case): tail_oracle.run_counted(case, tail_oracle.draw(case, 0)) for case in isa_cases()}, path)
+
+
+def layers(path: str) -> None:
     for case in cases():
         check(case, draws=2)
     for dtype in (torch.bfloat16, torch.float16):
@@ -40,4 +47,6 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     native.instruction_set()
-    main(sys.argv[1])
+    assert native.instruction_set() == os.environ["SENET_FUSED_ISA"]
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    (tails if sys.argv[2:] == ["tails"] else layers)(sys.argv[1])

@@ -130,7 +130,7 @@ class Tail(NamedTuple):
         """Whether x is of a kind that block_tail is for; what BatchNorm refuses, it is to refuse itself."""
         if not isinstance(x, Tensor) or (type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
             return False
-        if not 3 <= x.dim() <= 5 or x.numel() == 0:
+        if not 3 <= x.dim() <= 5 or (not torch.jit.is_tracing() and x.numel() == 0):  # which a tracer would warn of
             return False
         self.norm._check_input_dim(x)
         return True
