@@ -42,7 +42,7 @@ PYTHON = {
     "bench": {"senet_fused", "backends", "machine", "modules", "tails"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
     "fuse_check": {"senet_fused", "bench"},
-    "train": {"senet_fused", "machine", "select"},
+    "train": {"senet_fused", "machine", "select", "tails"},
     "cli": {"senet_fused", "bench", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }
