@@ -15,7 +15,7 @@ ARGS ?=
 
 BENCH ?= --problem senet154 --batch 8 --device cpu --json build/bench.json --plot build/bench.png
 
-SELECT ?= tests/test_cpu_kernels.py
+SELECT ?= tests/test_cpu_kernels.py tests/test_tail_kernels.py
 
 PY := $(VENV)/bin/python
 

@@ -118,17 +118,17 @@ struct TailForward : Tail<A> {
   void run() const {
     const Problem& p = this->problem;
     const int64_t stride = p.c + p.r;
+    const int64_t samples = this->per_sample() ? p.n : 1;
+    const Scratch<A> scale(samples * p.c), shift(samples * p.c), hidden(p.n * p.r);
     if (this->gated) {
-      const Scratch<A> pooled(p.n * p.c), hidden(p.n * p.r);
+      const Scratch<A> pooled(p.n * p.c);
       this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { this->pool(saved, stride, pooled.get(), c0, c1); });
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) {
         this->reduce(b1, pooled.get(), p.c, saved + p.c, stride, hidden.get(), 0, p.n, r0, r1);
       });
-      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { this->expand(b2, hidden.get(), gate_out, 0, p.n, c0, c1); });
     }
-    const int64_t samples = this->per_sample() ? p.n : 1;
-    const Scratch<A> scale(samples * p.c), shift(samples * p.c);
     this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      if (this->gated) this->expand(b2, hidden.get(), gate_out, 0, p.n, c0, c1);
       this->scales(scale.get(), c0, c1);
       for (int64_t n = 0; n < samples; ++n)
         for (int64_t c = c0; c < c1; ++c)
@@ -186,23 +186,31 @@ struct TailSums : Tail<A> {
   }
 
   void reduce_samples(const A* g0, const A* g1, int64_t c0, int64_t c1) const {  // (T6)
+    constexpr int64_t kChannels = 16;
     const Problem& p = this->problem;
     const int64_t stride = p.c + p.r;
-    for (int64_t c = c0; c < c1; ++c) {
-      double of_weight = 0, of_bias = 0;
+    for (int64_t begin = c0; begin < c1; begin += kChannels) {
+      const int64_t channels = std::min(kChannels, c1 - begin);
+      double of_weight[kChannels] = {}, of_bias[kChannels] = {};
       for (int64_t n = 0; n < p.n; ++n) {
-        const int64_t at = n * p.c + c;
-        if (this->gated) {
-          const double d = dpooled[at], gate = this->gate[at];
-          of_weight += gate * g1[at] + d * this->rstd()[c] * (saved[n * stride + c] - this->mean()[c]);
-          of_bias += gate * g0[at] + d;
-        } else {
-          of_weight += g1[at];
-          of_bias += g0[at];
+        const int64_t at = n * p.c + begin;
+        for (int64_t i = 0; i < channels; ++i) {
+          const double gate = this->gated ? this->gate[at + i] : A(1);
+          of_weight[i] += gate * g1[at + i];
+          of_bias[i] += gate * g0[at + i];
+        }
+        if (!this->gated) continue;
+        const A* xbar = saved + n * stride + begin;
+        for (int64_t i = 0; i < channels; ++i) {
+          const double d = dpooled[at + i];
+          of_weight[i] += d * this->rstd()[begin + i] * (xbar[i] - this->mean()[begin + i]);
+          of_bias[i] += d;
         }
       }
-      dweight[c] = A(of_weight);
-      dbias[c] = A(of_bias);
+      for (int64_t i = 0; i < channels; ++i) {
+        dweight[begin + i] = A(of_weight[i]);
+        dbias[begin + i] = A(of_bias[i]);
+      }
     }
   }
 
@@ -223,18 +231,20 @@ struct TailSums : Tail<A> {
       (p.channels_last ? this->tensor->tail_sums_pixels : this->tensor->tail_sums_planes)(args, c0, c1, scratch.get());
     });
     const Scratch<A> dlogit(this->gated ? p.n * p.c : 0), dpreact(p.n * p.r);
-    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { finish(g0.get(), g1.get(), dlogit.get(), c0, c1); });
-    if (this->gated) {
+    const Scratch<A> pooled(dw1 != nullptr ? p.n * p.c : 0);
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      finish(g0.get(), g1.get(), dlogit.get(), c0, c1);
+      if (dw1 != nullptr) this->pool(saved, stride, pooled.get(), c0, c1);
+    });
+    if (this->gated)
       this->over_blocks(p.r, [&](int64_t r0, int64_t r1) {
         this->expand_backward(dlogit.get(), saved + p.c, stride, dpreact.get(), 0, p.n, r0, r1);
       });
-      this->over_blocks(p.c,
-                        [&](int64_t c0, int64_t c1) { this->reduce_backward(dpreact.get(), dpooled, 0, p.n, c0, c1); });
-    }
-    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { reduce_samples(g0.get(), g1.get(), c0, c1); });
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      if (this->gated) this->reduce_backward(dpreact.get(), dpooled, 0, p.n, c0, c1);
+      reduce_samples(g0.get(), g1.get(), c0, c1);
+    });
     if (dw1 != nullptr) {
-      const Scratch<A> pooled(p.n * p.c);
-      this->pool(saved, stride, pooled.get(), 0, p.c);
       this->weight_gradients(dlogit.get(), dpreact.get(), pooled.get(), p.c, saved + p.c, stride, dw1, db1, dw2, db2);
     }
   }

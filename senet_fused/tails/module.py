@@ -138,7 +138,8 @@ class Tail(NamedTuple):
     def _prefers_modules(self, x: Tensor) -> bool:
         """Whether "auto" has no kernels for x, or something is to see PyTorch's own operators."""
         asked = select.requested(self.backend)[0]
-        if asked == "auto" and torch.compiler.is_exporting():
+        # Not is_exporting(), which torch 2.11 takes for true under torch.compile as well.
+        if asked == "auto" and torch.compiler._is_exporting_flag:
             return True
         return asked != "reference" and route(x, self.backend) == "reference"
 
@@ -212,9 +213,13 @@ def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would run more than its class's forward, or something else."""
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
-    return any(own.get(name) for name in hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _group_of(norm: nn.Module) -> object | None:
