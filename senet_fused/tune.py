@@ -190,6 +190,7 @@ class _Layer:
         self.case = dataclasses.replace(case, direction="forward+backward" if backward else "forward")
         self.backward = backward
         self.weights = buffers.make_weights(case, device)
+        self.matrices = self.weights[:4]  # w1, b1, w2, b2
         act, gate = Activation.of(case.act), Activation.of(case.gate)
         self.relu = case.post_act == "relu"
         self.options = (act.spec, gate.spec, "avg", "relu" if self.relu else "")
@@ -198,7 +199,7 @@ class _Layer:
     def forward(self, inputs: InputSet) -> tuple[Tensor, ...]:
         """y, gate, saved, mask: all that training keeps."""
         operator = torch.ops.senet_fused.squeeze_excite_triton.default
-        return operator(inputs.x, *self.weights, inputs.residual, *self.options, True)
+        return operator(inputs.x, *self.matrices, inputs.residual, *self.options, True)
 
     def call(self, inputs: InputSet, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The operator of this direction. kept: what the forward gave for these inputs."""
@@ -206,7 +207,7 @@ class _Layer:
             return self.forward(inputs)
         operator = torch.ops.senet_fused.squeeze_excite_triton_backward.default
         return operator(
-            inputs.dy, None, inputs.x, *self.weights, *kept[1:], *self.options, True, True, self.need_residual
+            inputs.dy, None, inputs.x, *self.matrices, *kept[1:], *self.options, True, True, self.need_residual
         )
 
     def named(self, outputs: Sequence[Tensor], x: Tensor) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ class _Layer:
     def exact(self, inputs: InputSet) -> dict[str, Tensor]:
         """y, gate and mask, or every gradient, in float64."""
         x, residual, dy = (None if t is None else t.detach().double() for t in inputs)
-        w1, b1, w2, b2 = (None if w is None else w.double() for w in self.weights)
+        w1, b1, w2, b2 = (None if w is None else w.double() for w in self.matrices)
         options = {"act": self.options[0], "gate": self.options[1], "residual": residual}
         options["post_act"] = self.options[3] or None
         if self.backward:
