@@ -321,6 +321,66 @@ def test_what_has_changed_since_is_called(how, tails, reason):
     assert reason is None or re.search(reason, block.reason), block.reason
 
 
+class Twice(LegacySE):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_another_se_layer_is_called(monkeypatch):
+    stock, fused, x = pair("legacy")
+    stock[0].se_module = Twice(32, 4).double()
+    fused[0].se_module = copy.deepcopy(stock[0].se_module)
+    assert_same(step(fused, x), step(stock, x))
+    assert senet_fused.call_counts()["cpu.tail_forward"] == 3
+    assert "its SE layer was a LegacySE and is a Twice" in fuse_report(fused).blocks[0].reason
+    _, fused, x = pair("legacy")
+    stock = unfuse(copy.deepcopy(fused))
+    monkeypatch.setattr(LegacySE, "forward", lambda self, x: 3 * x)
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_what_drops_paths_is_pinned():
+    """Replaced or with hooks it is called, with the branch; in evaluation, too."""
+    stock, fused, x = pair("timm_drop_path")
+    seen = []
+    for model in (stock, fused):
+        model[0].drop_path.register_forward_hook(lambda m, i, y: seen.append(i[0].shape))
+        model.eval()
+    assert_same(step(fused, x), step(stock, x))
+    assert seen[0] == seen[1] and len(seen) == 2
+    assert "drop_path" in fuse_report(fused).blocks[0].reason
+    stock, fused, x = pair("timm_drop_path")
+    for model in (stock, fused):
+        model[0].drop_path = nn.Dropout(0.5)
+    assert_same(step(fused, x), step(stock, x))
+
+
+def test_dropout_in_the_place_of_drop_path_is_left():
+    with pytest.warns(UserWarning, match="does not drop whole samples"):
+        fuse(network(TimmBottleneck(drop_path=nn.Dropout(0.0))), tails=True)
+
+
+def test_hooks_for_all_modules_see_the_modules():
+    stock, fused, x = pair("timm_drop_path")
+    seen = {}
+    for name, model in (("stock", stock), ("fused", fused)):
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, i, y, name=name: seen.setdefault(name, []).append(getattr(type(m), "__name__", ""))
+        )
+        model(x)
+        handle.remove()
+    assert [kind.removeprefix("Fused") for kind in seen["fused"]] == seen["stock"]
+
+
+@pytest.mark.parametrize("name", ["timm_basic", "monai_same", "legacy_same"])
+def test_the_dtype_of_an_addition_in_place(name):
+    """Under autocast a float32 shortcut is added to a bfloat16 branch: in place it stays bfloat16."""
+    stock, fused, x = pair(name)
+    stock, fused, x = stock.float(), fused.float(), x.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused(x).dtype == stock(x).dtype
+
+
 def test_a_replaced_forward_runs(monkeypatch):
     _, fused, x = pair("legacy")
     monkeypatch.setattr(LegacyBottleneck, "forward", lambda self, x: x + 1)

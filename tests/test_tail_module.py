@@ -50,7 +50,7 @@ def tail(norm: nn.Module | None = None, **options: object) -> FusedSETail:
 
 def stock(module: FusedSETail, x, residual=None, factor=None):
     """The same by a copy of the modules, called one by one, the SE layer by the reference."""
-    norm, layer, act = module._shared or (module.norm, module.se, module.act)
+    norm, layer, act = module._parts()
     y = norm(x)
     if layer is not None:
         with senet_fused.use_backend("reference"):
@@ -168,19 +168,66 @@ def test_under_autocast():
 # ---------------------------------------------------------------------------------- the modules
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_what_is_registered(share):
+class Owner(nn.Module):
+    """A block that has registered the modules, and then a tail of them."""
+
+    def __init__(self, norm, layer, act):
+        super().__init__()
+        self.bn3, self.attention, self.relu = norm, layer, act
+        self.tail = FusedSETail(norm, layer, act, owner=self)
+
+    def forward(self, x, *rest):
+        return self.tail(x, *rest)
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_what_is_registered(owned):
     norm, layer, act = batch_norm(), se(), nn.ReLU()
-    module = FusedSETail(norm, layer, act, share=share)
-    children = {} if share else {"norm": norm, "se": layer, "act": act}
+    module = Owner(norm, layer, act).tail if owned else FusedSETail(norm, layer, act)
+    children = {} if owned else {"norm": norm, "se": layer, "act": act}
     assert dict(module.named_children()) == children
     expected = [f"{k}.{name}" for k, child in children.items() for name in child.state_dict()]
-    assert list(module.state_dict()) == expected and bool(list(module.parameters())) != share
-    assert ("shared" in repr(module)) == share
+    assert list(module.state_dict()) == expected and bool(list(module.parameters())) != owned
+    assert ("of its owner's bn3, attention, relu" in repr(module)) == owned
     x = torch.randn(2, C, 3, 3)
     expected = stock(FusedSETail(*copy.deepcopy((norm, layer, act))), x)
     torch.testing.assert_close(module(x), expected)
     assert senet_fused.call_counts()["cpu.tail_forward"] == 1 and norm.num_batches_tracked == 1
+
+
+def test_an_owners_new_modules_are_used():
+    """Whatever replaces them: by hand, or as convert_sync_batchnorm does; an SE layer that was not read is called."""
+    owner = Owner(batch_norm(), se(), nn.ReLU())
+    assert list(owner.state_dict()) == [
+        f"{name}.{key}" for name in ("bn3", "attention") for key in getattr(owner, name).state_dict()
+    ]
+    owner.bn3 = batch_norm().eval()
+    x = torch.randn(2, C, 3, 3)
+    torch.testing.assert_close(owner(x), owner.relu(owner.attention(owner.bn3(x))))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(owner))
+    assert type(converted.bn3) is nn.SyncBatchNorm and converted.tail._parts()[0] is converted.bn3
+    torch.testing.assert_close(converted(x), owner(x))
+
+    class Twice(FusedSE):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    owner.attention = Twice(C, 4)
+    senet_fused.reset_call_counts()
+    torch.testing.assert_close(owner(x), owner.relu(owner.attention(owner.bn3(x))))
+    assert "cpu.tail_forward" not in senet_fused.call_counts()
+    with pytest.raises(ValueError, match="cannot be part of a tail"):
+        FusedSETail(batch_norm(), Twice(C, 4))
+    with pytest.raises(ValueError, match="is no child of the owner"):
+        FusedSETail(batch_norm(), owner=owner)
+    plain = FusedSETail(batch_norm())
+    plain.se = se()  # which was not there to be read
+    assert torch.equal(plain(x), plain.se(copy.deepcopy(plain.norm)(x)))
+
+
+def test_dimensions_have_to_agree():
+    with pytest.raises(ValueError, match="not for as many dimensions as a BatchNorm3d"):
+        FusedSETail(nn.BatchNorm3d(C), peers.TorchvisionSE(C, 4))
 
 
 @pytest.mark.parametrize("with_se", [True, False])
@@ -200,14 +247,14 @@ def test_copies_and_files():
     torch.save(module, file)
     file.seek(0)
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
-    shared = FusedSETail(module.norm, module.se, module.act, share=True)
-    copies += [copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))]
+    owner = Owner(module.norm, module.se, module.act)
+    copies += [copy.deepcopy(owner).tail, pickle.loads(pickle.dumps(owner)).tail]
     expected = module(x, residual)
     for other in copies:
         senet_fused.reset_call_counts()
         assert torch.equal(other(x, residual), expected)
         assert senet_fused.call_counts() == {"cpu.tail_forward": 1}
-        norm = other._shared[0] if other._shared else other.norm
+        norm = other._parts()[0]
         assert norm is not module.norm and norm.num_batches_tracked == 1
     other = tail()
     other.load_state_dict(module.state_dict())

@@ -79,10 +79,11 @@ def fuse(model: nn.Module, *, backend: str | None = None, tails: bool = False, v
             attach(one.layer, Fusion(one.verdict, backend, verify))
     blocks = _find_blocks(model, found, verify) if tails else []
     for one in blocks:
-        if isinstance(one.block, FusedBlock):
-            one.block.__dict__["_senet_fused"] = one.block._senet_fused._replace(backend=backend)
-        elif isinstance(one.verdict, Recipe):
-            attach(one.block, BlockFusion(one.kind, one.verdict, backend, verify), FusedBlock)
+        if not isinstance(one.block, FusedBlock) and isinstance(one.verdict, BlockFusion):
+            attach(one.block, one.verdict, FusedBlock)
+    for module in model.modules():
+        if isinstance(module, FusedBlock) and module._senet_fused is not None:
+            module.__dict__["_senet_fused"] = module._senet_fused._replace(backend=backend)
     if not any(is_fused(one.layer) or isinstance(one.layer, FusedSE) for one in found):
         reasons = "".join(f"; {one.name or 'the model'}: {one.verdict}" for one in found[:_REASONS])
         more = ", ..." if len(found) > _REASONS else ""
@@ -177,12 +178,12 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
 
 
 class _FoundBlock(NamedTuple):
-    """A block around an SE layer: its form (None: not known), and how its SE layer is read, or why it is left."""
+    """A block around an SE layer: its form (None: not known), and what it is to carry, or why it is left."""
 
     name: str
     block: nn.Module
     kind: str | None
-    verdict: Recipe | str
+    verdict: BlockFusion | str
 
 
 _UNKNOWN = (
@@ -214,13 +215,13 @@ def _find_blocks(model: nn.Module, found: list[_Found], verify: bool) -> list[_F
     return list(within.values())
 
 
-def _verdict(block: nn.Module, kind: str, verify: bool, proven: dict[object, str | None]) -> Recipe | str:
+def _verdict(block: nn.Module, kind: str, verify: bool, proven: dict[object, str | None]) -> BlockFusion | str:
     if isinstance(block, FusedBlock):
-        return block._senet_fused.recipe
+        return block._senet_fused
     try:
-        recipe = examine_block(block, kind, verify=verify, proven=proven)
+        fusion = examine_block(block, kind, verify=verify, proven=proven)
         fused_class(type(block), FusedBlock)
-        return recipe
+        return fusion
     except Unsuited as error:
         return str(error)
 
@@ -237,7 +238,7 @@ def _block_row(one: _FoundBlock) -> BlockReport:
     if (altered := block_alteration(one.block)) is not None:
         return BlockReport(one.name, kind, 0, "original runs", altered)
     weight = next(one.block.parameters())
-    backend, verified = one.block._senet_fused[2:]
+    backend, verified = one.block._senet_fused[3:]
     served = "every BatchNorm as a tail" + ("" if verified else "; not verified")
     if weight.device.type != "meta":
         try:

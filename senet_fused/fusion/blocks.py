@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..recognition import Recipe, Unsuited, not_covered, nothing_around, parts_of, random_copy
-from ..tails import Tail, has_hooks, norm_problem, se_recipe
+from ..recognition import Unsuited, not_covered, nothing_around, parts_of, random_copy
+from ..tails import Reading, Tail, fits, has_hooks, norm_problem
 from .layer import Exchanged, detach
 
 __all__ = ["FORMS", "BlockFusion", "FusedBlock", "block_alteration", "examine_block", "form_of", "main_se"]
@@ -24,10 +24,14 @@ _NOISE = 1e-12  # a gradient that BatchNorm cancels is nothing but rounding
 
 
 class BlockFusion(NamedTuple):
-    """What a fused block carries: its form, how its SE layer is read, and as Fusion."""
+    """What a fused block carries: its form, how its SE layer is read, and as Fusion.
+
+    drop_path: the class of what drops whole samples of its branch, and that class's forward; None if there is nothing.
+    """
 
     kind: str
-    recipe: Recipe
+    reading: Reading
+    drop_path: tuple[type[nn.Module], Any] | None
     backend: str | None
     verified: bool
 
@@ -40,48 +44,67 @@ class FusedBlock(Exchanged):
         original, proven = self._senet_original
         if fusion is None or len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy):
             return super().forward(*args, **kwargs)
-        if original.forward is not proven:
+        if original.forward is not proven or nn.modules.module._has_any_global_hook():
             return super().forward(*args, **kwargs)
-        return FORMS[fusion.kind].forward(self, args[0], Tails(fusion.recipe, fusion.backend))
+        return FORMS[fusion.kind].forward(self, args[0], Tails(fusion.reading, fusion.drop_path, fusion.backend))
 
 
 class Tails(NamedTuple):
     """Runs the tails of one block."""
 
-    recipe: Recipe
+    reading: Reading
+    drop_path: tuple[type[nn.Module], Any] | None
     backend: str | None
 
-    def __call__(
+    def __call__(self, x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
+        """act(norm(x)); act may be any module, or None."""
+        relu = act if type(act) is nn.ReLU else None
+        y = Tail(norm, None, None, relu, self.backend)(x)
+        return y if act is None or act is relu else act(y)
+
+    def last(
         self,
         x: Tensor,
         norm: nn.Module,
-        act: nn.Module | None = None,
+        se: nn.Module,
+        shortcut: Tensor,
+        act: nn.Module,
         *,
-        se: nn.Module | None = None,
-        residual: Tensor | None = None,
         drop_path: nn.Module | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """act(drop_path(se(norm(x))) + residual), what there is of it; act may be any module, or nn.Identity."""
+        """act(drop_path(se(norm(x))) + shortcut). in_place: of the addition, which keeps the branch's dtype."""
         factor = None
-        if drop_path is not None and not isinstance(drop_path, nn.Identity) and drop_path.training:
-            # Whatever drops whole samples multiplies ones as it would multiply the branch, by the same random numbers.
-            ones = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-            factor = drop_path(ones).flatten()
+        if drop_path is not None and not isinstance(drop_path, nn.Identity):
+            kind = type(drop_path)
+            if self.drop_path is None or self.drop_path != (kind, kind.forward) or has_hooks(drop_path):
+                y = drop_path(se(self(x, norm)))
+                return act(_plus(y, shortcut, in_place))
+            if drop_path.training:
+                # What drops whole samples multiplies ones as it would multiply the branch, by the same random numbers.
+                ones = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+                factor = drop_path(ones).flatten()
         relu = act if type(act) is nn.ReLU else None
-        y = Tail(norm, se, None if se is None else self.recipe, relu, self.backend)(x, residual, factor)
-        return y if act is None or act is relu else act(y)
+        y = Tail(norm, se, self.reading, relu, self.backend)(x, shortcut, factor)
+        if in_place and y.dtype != x.dtype:
+            y = y.to(x.dtype)
+        return y if act is relu else act(y)
 
     def shortcut(self, x: Tensor, downsample: nn.Module | None) -> Tensor:
         """downsample(x); the BatchNorm at its end is a tail."""
         if downsample is None:
             return x
-        children = list(downsample.children())
+        children = list(downsample._modules.values())
         last = children[-1] if children else None
         if type(downsample) is not nn.Sequential or has_hooks(downsample) or norm_problem(last) is not None:
             return downsample(x)
         for child in children[:-1]:
             x = child(x)
         return self(x, last)
+
+
+def _plus(y: Tensor, shortcut: Tensor, in_place: bool) -> Tensor:
+    return (y + shortcut).to(y.dtype) if in_place else y + shortcut
 
 
 class BlockForm(NamedTuple):
@@ -102,7 +125,7 @@ def _legacy_bottleneck(block: Any, x: Tensor, tails: Tails) -> Tensor:
     y = tails(block.conv2(y), block.bn2, block.relu)
     y = block.conv3(y)
     shortcut = tails.shortcut(x, block.downsample)
-    return tails(y, block.bn3, block.relu, se=block.se_module, residual=shortcut)
+    return tails.last(y, block.bn3, block.se_module, shortcut, block.relu)
 
 
 def _timm_bottleneck(block: Any, x: Tensor, tails: Tails) -> Tensor:
@@ -110,14 +133,14 @@ def _timm_bottleneck(block: Any, x: Tensor, tails: Tails) -> Tensor:
     y = _dropped(tails, block.conv2(y), block.bn2, block.drop_block, block.act2)
     y = block.conv3(block.aa(y))
     shortcut = tails.shortcut(x, block.downsample)
-    return tails(y, block.bn3, block.act3, se=block.se, residual=shortcut, drop_path=block.drop_path)
+    return tails.last(y, block.bn3, block.se, shortcut, block.act3, drop_path=block.drop_path, in_place=True)
 
 
 def _timm_basic_block(block: Any, x: Tensor, tails: Tails) -> Tensor:
     y = _dropped(tails, block.conv1(x), block.bn1, block.drop_block, block.act1)
     y = block.conv2(block.aa(y))
     shortcut = tails.shortcut(x, block.downsample)
-    return tails(y, block.bn2, block.act2, se=block.se, residual=shortcut, drop_path=block.drop_path)
+    return tails.last(y, block.bn2, block.se, shortcut, block.act2, drop_path=block.drop_path, in_place=True)
 
 
 def _dropped(tails: Tails, x: Tensor, norm: nn.Module, drop_block: nn.Module, act: nn.Module) -> Tensor:
@@ -133,9 +156,8 @@ def _monai_block(block: Any, x: Tensor, tails: Tails) -> Tensor:
     y = _convolution(tails, y, block.conv2)
     conv, norm, act = _conv_norm_act(block.conv3)
     if conv is None or act is not None:
-        y = block.se_layer(block.conv3(y)) + shortcut
-        return block.act(y)
-    return tails(conv(y), norm, block.act, se=block.se_layer, residual=shortcut)
+        return block.act(_plus(block.se_layer(block.conv3(y)), shortcut, True))
+    return tails.last(conv(y), norm, block.se_layer, shortcut, block.act, in_place=True)
 
 
 def _convolution(tails: Tails, x: Tensor, convolution: nn.Module) -> Tensor:
@@ -222,17 +244,23 @@ def block_alteration(block: nn.Module) -> str | None:
         except AttributeError:
             return f"its {path} has been removed"
         se = main_se(block, fusion.kind) if last else None
-        weights = Tail(norm, se, fusion.recipe if last else None).weights()
+        weights = Tail(norm, se, fusion.reading if last else None).weights()
         if isinstance(weights, str):
             return f"{path}: {weights}"
+    drop_path = getattr(block, "drop_path", None)
+    if drop_path is not None and not isinstance(drop_path, nn.Identity):
+        if fusion.drop_path != (type(drop_path), type(drop_path).forward) or has_hooks(drop_path):
+            return "its drop_path is not what was proven, or has hooks"
     return None
 
 
 # ---------------------------------------------------------------------------------------------------- the proof
 
 
-def examine_block(block: nn.Module, kind: str, *, verify: bool = True, proven: dict[Any, str | None]) -> Recipe:
-    """How a block's SE layer is read by its tail, after a proof that the form's forward computes what the block does.
+def examine_block(
+    block: nn.Module, kind: str, *, backend: str | None = None, verify: bool = True, proven: dict[Any, str | None]
+) -> BlockFusion:
+    """What a fused block is to carry, after a proof that the form's forward computes what the block does.
 
     The proof runs a copy of the block in float64 with random weights, in training and in evaluation mode, so blocks
     that differ by their weights alone need one. proven: what is known of others, by structure; it is added to.
@@ -255,22 +283,32 @@ def examine_block(block: nn.Module, kind: str, *, verify: bool = True, proven: d
     se = main_se(block, kind)
     if (another := not_covered(se)) is not None:
         raise Unsuited(f"its attention is {type(se).__name__}: {another}")
-    recipe = se_recipe(se, verify=verify)
+    reading = Reading.of(se, verify=verify)
+    if not fits(block.get_submodule(form.norms[-1]), reading.recipe):
+        raise Unsuited("its SE layer is for another number of dimensions than its BatchNorm")
+    drop_path, dropped = getattr(block, "drop_path", None), None
+    if drop_path is not None and not isinstance(drop_path, nn.Identity):
+        if isinstance(drop_path, nn.modules.dropout._DropoutNd) or list(drop_path.parameters()):
+            raise Unsuited(f"its drop_path, a {type(drop_path).__name__}, does not drop whole samples")
+        dropped = (type(drop_path), type(drop_path).forward)
+    fusion = BlockFusion(kind, reading, dropped, backend, verify)
     if verify:
         key = _structure(block)
-        if key is None or key not in proven:
+        reason = proven.get(key, _UNKNOWN) if key is not None else _UNKNOWN
+        if reason is _UNKNOWN:
             try:
-                _prove(block, kind, recipe)
+                _prove(block, fusion)
                 reason = None
             except Unsuited as error:
                 reason = str(error)
             if key is not None:
                 proven[key] = reason
-        else:
-            reason = proven[key]
         if reason is not None:
             raise Unsuited(reason)
-    return recipe
+    return fusion
+
+
+_UNKNOWN = object()
 
 
 def _structure(block: nn.Module) -> Any | None:
@@ -287,7 +325,8 @@ def _structure(block: nn.Module) -> Any | None:
     return key
 
 
-def _prove(block: nn.Module, kind: str, recipe: Recipe) -> None:
+def _prove(block: nn.Module, fusion: BlockFusion) -> None:
+    form, tails = FORMS[fusion.kind], Tails(fusion.reading, fusion.drop_path, "auto")
     with nothing_around():
         generator = torch.Generator("cpu").manual_seed(0)
         ours = random_copy(block, generator)
@@ -295,10 +334,10 @@ def _prove(block: nn.Module, kind: str, recipe: Recipe) -> None:
         for module in theirs.modules():
             if isinstance(module, Exchanged):
                 detach(module)
-        first = ours.get_submodule(FORMS[kind].input)
+        first = ours.get_submodule(form.input)
         dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(first))
         if dimensions is None:
-            raise Unsuited(f"its {FORMS[kind].input} is a {type(first).__name__}, no plain convolution")
+            raise Unsuited(f"its {form.input} is a {type(first).__name__}, no plain convolution")
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
         for module in (*theirs.modules(), *ours.modules()):
             if type(module) is nn.SyncBatchNorm:  # whose own forward is for GPUs alone
@@ -308,7 +347,7 @@ def _prove(block: nn.Module, kind: str, recipe: Recipe) -> None:
             results = []
             for module, run in (
                 (theirs, theirs),
-                (ours, lambda x: FORMS[kind].forward(ours, x, Tails(recipe, "auto"))),
+                (ours, lambda x: form.forward(ours, x, tails)),
             ):
                 module.train(training)
                 x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64)

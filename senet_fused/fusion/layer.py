@@ -100,7 +100,7 @@ def slower(backend: str | None, device_type: str) -> bool:
     return device_type == "cpu" and select.requested(backend)[0] == "auto"
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], type[Exchanged]], type[nn.Module]] = {}
 
 
 def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) -> type[nn.Module]:
@@ -111,7 +111,7 @@ def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) 
     """
     if issubclass(original, mixin):
         return original  # of an object that was made from a fused layer's class
-    if original not in _classes or _classes[original].__bases__[0] is not mixin:
+    if (original, mixin) not in _classes:
         if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
             raise Unsuited("its class has a __reduce__ of its own")
         members = {"__module__": __name__, "__doc__": original.__doc__}
@@ -120,8 +120,8 @@ def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) 
         except Exception as error:
             raise Unsuited(f"its class cannot be subclassed: {error}") from error
         kind._senet_original = (original, original.forward)
-        _classes[original] = kind
-    return _classes[original]
+        _classes.setdefault((original, mixin), kind)
+    return _classes[original, mixin]
 
 
 def original_class(layer: nn.Module) -> type[nn.Module] | None:
@@ -129,8 +129,8 @@ def original_class(layer: nn.Module) -> type[nn.Module] | None:
     kind = type(layer)
     if not isinstance(layer, Exchanged) or layer._senet_fused is None or len(kind.__bases__) != 2:
         return None
-    original = kind.__bases__[1]
-    return original if _classes.get(original) is kind else None
+    mixin, original = kind.__bases__
+    return original if _classes.get((original, mixin)) is kind else None
 
 
 def is_fused(layer: nn.Module) -> bool:

@@ -2,7 +2,9 @@
 
 from .functional import block_tail
 from .functional import choose as tail_choice
-from .module import FusedSETail, Tail, has_hooks, norm_problem, se_recipe
+from .module import FusedSETail, Reading, Tail, fits, has_hooks, norm_problem
 from .ops import OPERATORS
 
-__all__ = ["OPERATORS", "FusedSETail", "Tail", "block_tail", "has_hooks", "norm_problem", "se_recipe", "tail_choice"]
+__all__ = [
+    "OPERATORS", "FusedSETail", "Reading", "Tail", "block_tail", "fits", "has_hooks", "norm_problem", "tail_choice",
+]  # fmt: skip

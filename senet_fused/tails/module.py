@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..modules import FusedSE, RecordsGates
 from ..recognition import Recipe, Unsuited, examine, parts_of
 from .functional import block_tail, route
 
-__all__ = ["FusedSETail", "Tail", "has_hooks", "norm_problem", "se_recipe"]
+__all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -35,8 +35,8 @@ class FusedSETail(nn.Module):
         norm: nn.BatchNorm1d, 2d, 3d, or nn.SyncBatchNorm, whose process group then shares the statistics, on CPUs too.
         se: FusedSE, or any layer that :func:`senet_fused.fuse` knows and that returns its scaled input; None for none.
         act: nn.ReLU, applied last, or None.
-        share: the modules belong to another module, which registers them; here they are held, and no part of the state
-            dict. (A copy of this module alone would copy them.)
+        owner: the module that has registered them as its children, as a block has its own. They are looked up there by
+            their names at every call, and are no part of this module's state dict. None registers them here.
         backend: as in :func:`block_tail`.
 
     Raises:
@@ -50,7 +50,7 @@ class FusedSETail(nn.Module):
         se: nn.Module | None = None,
         act: nn.Module | None = None,
         *,
-        share: bool = False,
+        owner: nn.Module | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -59,28 +59,66 @@ class FusedSETail(nn.Module):
         if act is not None and type(act) is not nn.ReLU:
             raise TypeError(f"FusedSETail: act must be nn.ReLU or None, got {type(act).__name__}; call it yourself")
         select.check_name(backend, "FusedSETail")
-        recipe = None
+        reading = None
         if se is not None:
             try:
-                recipe = se_recipe(se)
+                reading = Reading.of(se)
             except Unsuited as error:
                 raise ValueError(f"FusedSETail: se ({type(se).__name__}) cannot be part of a tail: {error}") from error
-            if recipe.channels != norm.num_features:
-                raise ValueError(f"FusedSETail: norm is for {norm.num_features} channels, se for {recipe.channels}")
+            if reading.recipe.channels != norm.num_features:
+                channels = reading.recipe.channels
+                raise ValueError(f"FusedSETail: norm is for {norm.num_features} channels, se for {channels}")
+            if not fits(norm, reading.recipe):
+                raise ValueError(f"FusedSETail: se is not for as many dimensions as a {type(norm).__name__}")
         self.backend = backend
-        self._recipe = recipe
-        self._shared = (norm, se, act) if share else None
-        if not share:
+        self._reading = reading
+        self._owner, self._names = None, ("norm", "se", "act")
+        if owner is None:
             self.norm, self.se, self.act = norm, se, act
+        else:
+            names = {child: name for name, child in owner._modules.items()}
+            if missing := [m for m in (norm, se, act) if m is not None and m not in names]:
+                kind = type(missing[0]).__name__
+                raise ValueError(f"FusedSETail: the {kind} is no child of the owner; assign it to the owner before")
+            self._owner, self._names = (owner,), tuple(names.get(m) for m in (norm, se, act))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """y; x and residual [N, C, *spatial], factor [N], dtypes and errors as in :func:`block_tail`."""
-        norm, se, act = self._shared or (self.norm, self.se, self.act)
-        return Tail(norm, se, self._recipe, act, self.backend)(x, residual, factor)
+        norm, se, act = self._parts()
+        return Tail(norm, se, self._reading, act, self.backend)(x, residual, factor)
+
+    def _parts(self) -> tuple[nn.Module | None, ...]:
+        """norm, se and act, as they are now."""
+        children = (self if self._owner is None else self._owner[0])._modules
+        return tuple(None if name is None else children.get(name) for name in self._names)
 
     def extra_repr(self) -> str:
         parts = [f"backend={self.backend}"] if self.backend is not None else []
-        return ", ".join((["shared"] if self._shared else []) + parts)
+        names = [f"of its owner's {', '.join(n for n in self._names if n)}"] if self._owner else []
+        return ", ".join(names + parts)
+
+
+class Reading(NamedTuple):
+    """An SE layer as it was when it was read: its recipe, its class (before fuse) and that class's forward."""
+
+    recipe: Recipe
+    kind: type[nn.Module]
+    forward: Any
+
+    @classmethod
+    def of(cls, se: nn.Module, *, verify: bool = True) -> Reading:
+        """Raises Unsuited if it cannot be part of a tail; the message says why."""
+        kind = _class_of(se)
+        return cls(se_recipe(se, verify=verify), kind, kind.forward)
+
+    def weights(self, se: nn.Module) -> tuple[Tensor | None, ...] | str:
+        """w1, w2, b1, b2; or, as text, why the layer has to be called instead."""
+        kind = _class_of(se)
+        if kind is not self.kind:
+            return f"its SE layer was a {self.kind.__name__} and is a {kind.__name__}"
+        if kind.forward is not self.forward:
+            return f"the forward of {kind.__name__} has been replaced since"
+        return self.recipe.weights(se)
 
 
 class Tail(NamedTuple):
@@ -88,7 +126,7 @@ class Tail(NamedTuple):
 
     norm: nn.Module
     se: nn.Module | None = None
-    recipe: Recipe | None = None
+    reading: Reading | None = None
     act: nn.Module | None = None
     backend: str | None = None
 
@@ -124,14 +162,20 @@ class Tail(NamedTuple):
             return "its SE layer has hooks or another forward, which only run if it is called"
         if isinstance(se, RecordsGates) and se._senet_captured is not None:
             return "its gates are being captured"
-        return self.recipe.weights(se)
+        if self.reading is None:
+            return "its SE layer has not been there when it was read"
+        return self.reading.weights(se)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x is of a kind that block_tail is for; what BatchNorm refuses, it is to refuse itself."""
         if not isinstance(x, Tensor) or (type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
             return False
-        if not 3 <= x.dim() <= 5 or (not torch.jit.is_tracing() and x.numel() == 0):  # which a tracer would warn of
+        if not 3 <= x.dim() <= 5 or (self.reading is not None and x.dim() - 2 not in self.reading.recipe.dimensions):
             return False
+        if not torch.jit.is_tracing() and x.numel() == 0:  # which a tracer would warn of
+            # One of several processes may have no sample.
+            if 0 in x.shape[1:] or _group_of(self.norm) is None:
+                return False
         self.norm._check_input_dim(x)
         return True
 
@@ -146,17 +190,16 @@ class Tail(NamedTuple):
     def _fused(
         self, x: Tensor, residual: Tensor | None, factor: Tensor | None, weights: tuple[Tensor | None, ...]
     ) -> Tensor:
-        norm, recipe = self.norm, self.recipe
+        norm, recipe = self.norm, None if self.reading is None else self.reading.recipe
         # As _BatchNorm.forward of torch.nn: momentum None is the cumulative average.
         momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
+        counting = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+        if counting and norm.momentum is None:
+            momentum = 1.0 / (float(norm.num_batches_tracked) + 1)
         training = norm.training or norm.running_mean is None
         tracked = not norm.training or norm.track_running_stats
         w1, w2, b1, b2 = weights
-        return block_tail(
+        y = block_tail(
             x,
             norm.running_mean if tracked else None,
             norm.running_var if tracked else None,
@@ -177,6 +220,9 @@ class Tail(NamedTuple):
             group=_group_of(norm) if training else None,
             backend=self.backend,
         )
+        if counting:
+            norm.num_batches_tracked.add_(1)
+        return y
 
 
 def norm_problem(norm: nn.Module) -> str | None:
@@ -193,7 +239,7 @@ def norm_problem(norm: nn.Module) -> str | None:
 
 def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
     """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
-    if isinstance(se, FusedSE):
+    if type(se) is FusedSE:
         if se.post_act is not None:
             raise Unsuited(f"its post_act={se.post_act!r} belongs behind the addition: leave it out")
         recipe = Recipe(
@@ -209,6 +255,18 @@ def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
     if recipe.squeeze != "avg":
         raise Unsuited(f"its squeeze is {recipe.squeeze!r}; a maximum does not follow from BatchNorm's sums")
     return recipe
+
+
+def fits(norm: nn.Module, recipe: Recipe) -> bool:
+    """Whether the SE layer has been read for the dimensions that a BatchNorm is for; a synchronised one takes any."""
+    dimensions = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(type(norm))
+    return dimensions is None or dimensions in recipe.dimensions
+
+
+def _class_of(se: nn.Module) -> type[nn.Module]:
+    """The class of an SE layer, of a fused one that which it had before."""
+    kind = type(se)
+    return getattr(kind, "_senet_original", (None,))[0] or kind
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -83,6 +83,8 @@ def _bring_together(statistics: Tensor, count: int, eps: float, group: str) -> N
     processes = _process_group(group)
     mean, _, var = statistics.double()
     own = torch.cat((mean, var * (count - 1), mean.new_tensor([count])))
+    if count == 0:
+        own.zero_()  # a process without samples has no mean
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(processes))]
     torch.distributed.all_gather(every, own, group=processes)
     means, squares, counts = torch.stack(every).split((mean.numel(), mean.numel(), 1), 1)
@@ -178,7 +180,8 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             if batch:
                 count = float(x.shape[0] * math.prod(x.shape[2:]))
                 if group:
-                    every = torch.cat((dweight, dbias, dweight.new_tensor([count]))).double()
+                    every = torch.cat((dweight, dbias, dweight.new_zeros(1))).double()
+                    every[-1] = count
                     torch.distributed.all_reduce(every, group=_process_group(group))
                     count, sums = every[-1].item(), every[:-1].to(wide).split(c)
             kernels.tail_gradient(

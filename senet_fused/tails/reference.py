@@ -219,11 +219,11 @@ def _stages(
     xw = x.to(wide)
     count: float | Tensor = samples * math.prod(x.shape[2:])
     if mean is None:
-        xbar = xw.mean(spatial)  # (T1)
-        mean = xbar.mean(0)
-        if group is not None:
+        if group is None:
+            mean = xw.mean(spatial).mean(0)  # (T1)
+        else:
             total = _all_reduce(torch.full((1,), count, dtype=wide, device=x.device), group)
-            mean = _all_reduce(mean * count, group) / total
+            mean = _all_reduce(xw.sum((0, *spatial)), group) / total
             count = float(total)
         centred = xw - mean.reshape(wider)
         squares = centred.square().sum((0, *spatial))
