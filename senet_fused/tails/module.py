@@ -36,7 +36,8 @@ class FusedSETail(nn.Module):
         se: FusedSE, or any layer that :func:`senet_fused.fuse` knows and that returns its scaled input; None for none.
         act: nn.ReLU, applied last, or None.
         owner: the module that has registered them as its children, as a block has its own. They are looked up there by
-            their names at every call, and are no part of this module's state dict. None registers them here.
+            their names at every call, and are no part of this module's state dict. None registers them here. (A copy of
+            this module alone copies the owner; in nn.DataParallel's replicas the owner is the original's.)
         backend: as in :func:`block_tail`.
 
     Raises:
