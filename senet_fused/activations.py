@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -189,17 +188,19 @@ def _unknown_module(kind: type) -> str:
 
 @lru_cache(maxsize=256)
 def _parse(spec: str) -> Activation:
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", spec)
-    if match is None:
+    # Without a regular expression: torch.compile traces this, and re's own compiler breaks the graph in torch 2.11.
+    name, bracket, texts = spec.strip().partition("(")
+    name, inside = name.strip(), texts.removesuffix(")")
+    if not name.replace("_", "a").isalnum() or bool(bracket) != texts.endswith(")") or "(" in inside or ")" in inside:
         raise ValueError(f"cannot read the activation {spec!r}; write a name such as 'relu' or 'leaky_relu(0.1)'")
-    name = _ALIASES.get(match[1], match[1])
+    name = _ALIASES.get(name, name)
     if name == "gelu_tanh":
         name, parameters = "gelu", {"approximate": "tanh"}
     else:
         parameters = {}
-    if match[2] and match[2].strip():
+    if inside.strip():
         keys = list(_DEFAULTS.get(name, {})) if name != "gelu" else []
-        texts = match[2].split(",")
+        texts = inside.split(",")
         if len(texts) > len(keys):
             raise ValueError(f"activation {spec!r}: {name} takes {len(keys)} parameter(s), got {len(texts)}")
         try:
