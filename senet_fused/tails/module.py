@@ -110,7 +110,7 @@ class Reading(NamedTuple):
     def of(cls, se: nn.Module, *, verify: bool = True) -> Reading:
         """Raises Unsuited if it cannot be part of a tail; the message says why."""
         kind = _class_of(se)
-        return cls(se_recipe(se, verify=verify), kind, kind.forward)
+        return cls(_recipe_of(se, verify=verify), kind, kind.forward)
 
     def weights(self, se: nn.Module) -> tuple[Tensor | None, ...] | str:
         """w1, w2, b1, b2; or, as text, why the layer has to be called instead."""
@@ -238,7 +238,7 @@ def norm_problem(norm: nn.Module) -> str | None:
     return None
 
 
-def se_recipe(se: nn.Module, *, verify: bool = True) -> Recipe:
+def _recipe_of(se: nn.Module, *, verify: bool = True) -> Recipe:
     """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
     if type(se) is FusedSE:
         if se.post_act is not None:

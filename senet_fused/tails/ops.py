@@ -102,8 +102,11 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
     name = f"senet_fused::block_tail_{backend}"
     counted_forward, counted_backward = f"{backend}.tail_forward", f"{backend}.tail_backward"
 
-    def fill(x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, act, gate_fn, post_act, group, outputs,
-             channels_last):  # fmt: skip
+    def forward(
+        x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, act, gate_fn, post_act, group, save
+    ):
+        channels_last = is_channels_last(x)
+        outputs = _allocate_forward(x, w1, post_act, save, channels_last)
         y, statistics, gate, saved, mask = outputs
         wide = statistics.dtype
         x = in_layout(x, channels_last)
@@ -129,14 +132,6 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             (y, gate, saved, mask if mask.dim() > 1 else None),
         )  # fmt: skip
         count_call(counted_forward)
-
-    def forward(
-        x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, act, gate_fn, post_act, group, save
-    ):
-        channels_last = is_channels_last(x)
-        outputs = _allocate_forward(x, w1, post_act, save, channels_last)
-        fill(x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, act, gate_fn, post_act, group, outputs,
-             channels_last)  # fmt: skip
         return outputs
 
     def forward_fake(
