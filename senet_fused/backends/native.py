@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .codes import codes_of
 
-__all__ = [
-    "backward", "forward", "instruction_set", "problem", "tail_forward", "tail_gradient", "tail_moments", "tail_sums",
-]  # fmt: skip
+__all__ = ["backward", "forward", "instruction_set", "problem", "tail_backward", "tail_forward"]
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
@@ -97,36 +95,43 @@ def backward(
     )
 
 
-def tail_moments(x: Tensor, eps: float, channels_last: bool, saved: Tensor | None, statistics: Tensor | None) -> None:
-    """(T1) of a block tail: fills xbar, the first C columns of saved, and statistics (``senet_fused.tails.ops``)."""
-    torch.ops.senet_fused._cpu_tail_moments.default(x, eps, channels_last, saved, statistics)
-
-
 def tail_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
+    given: bool,
+    together: Callable[[], None] | None,
     w1: Tensor | None,
     b1: Tensor | None,
     w2: Tensor | None,
     b2: Tensor | None,
     residual: Tensor | None,
     factor: Tensor | None,
+    eps: float,
     act: str,
     gate_fn: str,
     post_act: str,
     channels_last: bool,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """(T2), (T3) of a block tail: fills y, gate, preact (the rest of saved) and mask."""
-    torch.ops.senet_fused._cpu_tail_forward.default(
+    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills y, gate, saved, mask and, unless they are given,
+    statistics.
+
+    together: called once the statistics are there, which it changes in place; or None.
+    """
+    library, saved = torch.ops.senet_fused, outputs[2]
+    if not given or saved is not None:
+        library._cpu_tail_moments.default(x, eps, channels_last, saved, None if given else statistics)
+    if together is not None:
+        together()
+    library._cpu_tail_forward.default(
         x, weight, bias, statistics, w1, b1, w2, b2, residual, factor,
         *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
     )  # fmt: skip
 
 
-def tail_sums(
+def tail_backward(
     dy: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -142,31 +147,29 @@ def tail_sums(
     gate_fn: str,
     post_act: str,
     channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """(T4) to (T6) of a block tail: fills dweight, dbias, dpooled, dw1, db1, dw2, db2."""
-    torch.ops.senet_fused._cpu_tail_sums.default(
-        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
-        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
-    )  # fmt: skip
-
-
-def tail_gradient(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    statistics: Tensor,
-    factor: Tensor | None,
-    gate: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor,
-    dpooled: Tensor | None,
     count: float,
-    channels_last: bool,
+    together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """(T7) of a block tail: fills dx and dresidual. count is m, 0 where the statistics were given."""
-    torch.ops.senet_fused._cpu_tail_gradient.default(
-        dy, x, mask, weight, statistics, factor, gate, dweight, dbias, dpooled, count, channels_last, *outputs
-    )
+    """(T4) to (T7) of a block tail: fills dx, dweight, dbias, dw1, db1, dw2, db2, dresidual; None is not wanted.
+
+    count: m, 0 where the statistics were given. together: called with dweight and dbias, gives what (T7) takes in place
+    of dweight / m and dbias / m; or None.
+    """
+    library = torch.ops.senet_fused
+    dx, dweight, dbias, *dweights, dresidual = outputs
+    # (T7) needs them in any case.
+    dweight, dbias = (torch.empty_like(statistics[0]) if t is None else t for t in (dweight, dbias))
+    dpooled = None if gate is None else torch.empty_like(gate)
+    library._cpu_tail_sums.default(
+        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
+        *codes_of(act, gate_fn, "avg", post_act), channels_last, dweight, dbias, dpooled, *dweights,
+    )  # fmt: skip
+    if dx is None and dresidual is None:
+        return
+    if together is not None:
+        count, (dweight, dbias) = 1.0, together(dweight, dbias)
+    library._cpu_tail_gradient.default(
+        dy, x, mask, weight, statistics, factor, gate, dweight, dbias, dpooled, count, channels_last,
+        torch.empty_like(x) if dx is None else dx, dresidual,
+    )  # fmt: skip

@@ -1,19 +1,20 @@
 """The operators of block tails: schema, allocation (which is also the fake), backward rule; as :mod:`senet_fused.ops`.
 
-Statistics of the batch stand between the two sweeps, so a backend brings four functions: ``tail_moments`` (T1),
-``tail_forward`` (T2), (T3), ``tail_sums`` (T4) to (T6), ``tail_gradient`` (T7). Between the first and the second of
-either direction the sums of all processes are brought together where a process group is named.
+A backend brings two functions, ``tail_forward`` for (T1) to (T3) and ``tail_backward`` for (T4) to (T7). Statistics of
+the batch stand between the two sweeps of either direction, and where a process group is named those of all processes
+are brought together there: by a function that the backend calls, `together`.
 
 Outputs of the forward besides y:
 
 * ``statistics`` [3, C] in the accumulation dtype: mean, (var + eps)^-1/2, the variance as running statistics keep it.
-* ``gate`` [N, C] and ``saved`` [N, C + R] in the accumulation dtype, the columns being xbar (C) | preact (R); empty
-  without a gate.
+* ``gate`` [N, C] and ``saved`` [N, C + R] in the accumulation dtype, the columns being what the backend keeps of xbar
+  (C) | preact (R); empty without a gate.
 * ``mask``: one bit per element, as of the SE operator.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -82,7 +83,7 @@ def _bring_together(statistics: Tensor, count: int, eps: float, group: str) -> N
     """(T1) over all processes, in place, from the statistics of each (Chan, Golub & LeVeque 1983)."""
     processes = _process_group(group)
     mean, _, var = statistics.double()
-    own = torch.cat((mean, var * (count - 1), mean.new_tensor([count])))
+    own = torch.cat((mean, var * (count - 1), torch.full_like(mean[:1], count)))
     if count == 0:
         own.zero_()  # a process without samples has no mean
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(processes))]
@@ -92,6 +93,13 @@ def _bring_together(statistics: Tensor, count: int, eps: float, group: str) -> N
     mean = (counts * means).sum(0) / total
     squares = (squares + counts * (means - mean).square()).sum(0)
     statistics.copy_(torch.stack((mean, (squares / total + eps).rsqrt(), squares / (total - 1))))
+
+
+def _share(dweight: Tensor, dbias: Tensor, count: float, group: str) -> tuple[Tensor, Tensor]:
+    """dweight / m and dbias / m of (T7) over all processes; nothing waits for the device."""
+    every = torch.cat((dweight, dbias, torch.full_like(dweight[:1], count))).double()
+    torch.distributed.all_reduce(every, group=_process_group(group))
+    return (every[:-1] / every[-1]).to(dweight.dtype).split(dweight.numel())
 
 
 def _process_group(name: str) -> Any:
@@ -117,19 +125,17 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             gate = saved = None
         else:
             w1, w2 = kernel_weights(x, w1, w2)
-        if mean is None:
-            kernels.tail_moments(x, eps, channels_last, saved, statistics)
-            if group:
-                _bring_together(statistics, x.shape[0] * math.prod(x.shape[2:]), eps, group)
-        else:
+        together = None
+        if mean is not None:
             statistics[0].copy_(mean)
             statistics[2].copy_(var)
             torch.add(statistics[2], eps, out=statistics[1]).rsqrt_()
-            if saved is not None:
-                kernels.tail_moments(x, eps, channels_last, saved, None)
+        elif group:
+            count = x.shape[0] * math.prod(x.shape[2:])
+            together = functools.partial(_bring_together, statistics, count, eps, group)
         kernels.tail_forward(
-            x, weight, bias, statistics, w1, b1, w2, b2, residual, factor, act, gate_fn, post_act, channels_last,
-            (y, gate, saved, mask if mask.dim() > 1 else None),
+            x, weight, bias, statistics, mean is not None, together, w1, b1, w2, b2, residual, factor, eps, act,
+            gate_fn, post_act, channels_last, (y, gate, saved, mask if mask.dim() > 1 else None),
         )  # fmt: skip
         count_call(counted_forward)
         return outputs
@@ -151,38 +157,24 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         weight, bias, factor = (kernel_vector(t, wide) for t in (weight, bias, factor))
         c = x.shape[1]
         # Kernels write weight gradients in the dtype in which they read the weights, those of vectors in the wide one.
-        # BatchNorm's are sums that (T7) needs in any case.
         dtypes = [wide] * 6
         kw1, kw2 = w1, w2
         if w1 is not None:
             kw1, kw2 = kernel_weights(x, w1, w2)
             dtypes[2], dtypes[4] = kw1.dtype, kw2.dtype
+        else:
+            gate = saved = None
         targets = []
         for t, d, dtype in zip(given, dparameters, dtypes, strict=True):
             wanted = need_weights and t is not None
             targets.append((d if d.dtype == dtype else torch.empty_like(d, dtype=dtype)) if wanted else None)
-        dweight, dbias = (x.new_empty((c,), dtype=wide) if t is None else t for t in targets[:2])
-        gated = w1 is not None
-        dpooled = torch.empty_like(gate) if gated else None
-        masked = mask if post_act == "relu" else None
-        gate, saved = (gate, saved) if gated else (None, None)
-        kernels.tail_sums(
-            dy, x, masked, weight, bias, statistics, kw1, kw2, factor, gate, saved, act, gate_fn, post_act,
-            channels_last, (dweight, dbias, dpooled, *targets[2:]),
+        count = float(x.shape[0] * math.prod(x.shape[2:])) if batch else 0.0
+        together = functools.partial(_share, count=count, group=group) if batch and group else None
+        kernels.tail_backward(
+            dy, x, mask if post_act == "relu" else None, weight, bias, statistics, kw1, kw2, factor, gate, saved, act,
+            gate_fn, post_act, channels_last, count, together,
+            (dx if need_x else None, *targets, dresidual if need_residual else None),
         )  # fmt: skip
-        if need_x or need_residual:
-            count, sums = 0.0, (dweight, dbias)
-            if batch:
-                count = float(x.shape[0] * math.prod(x.shape[2:]))
-                if group:
-                    every = torch.cat((dweight, dbias, dweight.new_zeros(1))).double()
-                    every[-1] = count
-                    torch.distributed.all_reduce(every, group=_process_group(group))
-                    count, sums = every[-1].item(), every[:-1].to(wide).split(c)
-            kernels.tail_gradient(
-                dy, x, masked, weight, statistics, factor, gate, *sums, dpooled, count, channels_last,
-                (dx if need_x else empty_like(x, channels_last), dresidual if need_residual else None),
-            )  # fmt: skip
         for d, target in zip(dparameters, targets, strict=True):
             if target is not None and target is not d:
                 d.copy_(target)
