@@ -127,15 +127,15 @@ def compiling_for(name: str) -> Iterator[dict[str, Any]]:
     with (
         mock.patch.object(launch.Kernel, "__call__", compile_kernel),
         mock.patch.object(launch, "device_facts", lambda device: facts),
-        mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
+        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
         mock.patch.object(launch, "tickets_for", lambda x, count: torch.zeros(count, dtype=torch.int32)),
     ):
-        launch._recipe.cache_clear()
+        launch.forget_recipes()
         for kernel in vars(launch.kernels).values():
             if hasattr(kernel, "device_caches"):
                 kernel.device_caches.clear()
         yield found
-    launch._recipe.cache_clear()
+    launch.forget_recipes()
 
 
 def run(layer: Layer, batch: int = 2) -> tuple[str, str]:

@@ -111,7 +111,7 @@ def main() -> int:
     with (
         mock.patch.object(launch.Kernel, "__init__", noted),
         mock.patch.object(launch, "device_facts", lambda device: facts),
-        mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
+        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
     ):
         for name, layer in LAYERS.items():
             runs = []
