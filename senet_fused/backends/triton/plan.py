@@ -200,7 +200,8 @@ def _split(tile_bytes: int, chunks: int) -> tuple[int, int]:
 
 
 def _step_elements(p: Problem, warps: int, facts: DeviceFacts) -> int:
-    return warps * facts.warp_size * p.vector * LOADS_IN_FLIGHT
+    # A tail's sweeps read two tensors, but for the first one.
+    return warps * facts.warp_size * p.vector * (LOADS_IN_FLIGHT // 2 if p.norm else LOADS_IN_FLIGHT)
 
 
 def _channels_last_tiles(p: Problem, facts: DeviceFacts) -> Iterator[Tile]:

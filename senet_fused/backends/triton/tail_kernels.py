@@ -85,7 +85,8 @@ def tail_moments_kernel(
     total = tl.zeros(SHAPE, tl.float32)
     square = tl.zeros(SHAPE, tl.float32)
     wide_shift = over_positions(shift, CHANNELS_LAST)
-    for i in tl.range(0, STEPS, num_stages=STAGES):
+    # The step is that of sweeps which read two tensors.
+    for i in tl.range(0, STEPS, num_stages=STAGES, loop_unroll_factor=2):
         o_p = p_first + i * POSITIONS + tl.arange(0, POSITIONS)
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
         b_x = tl.load(base + offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE), mask=m, other=0.0).to(tl.float32)
