@@ -183,8 +183,8 @@ def test_counted_bytes_are_those_of_the_plan(layout, reduced, training):
             with counted_accesses() as counted:
                 if problem.backward:
                     results = operators[1](
-                        inputs["dy"], inputs["x"], weight, bias, *weights, None, *kept[1:], *options, training,  # noqa: F821
-                        True, True, True,
+                        inputs["dy"], inputs["x"], weight, bias, *weights, None, *kept[1:],  # noqa: F405
+                        *options, training, True, True, True,
                     )  # fmt: skip
                     large = [inputs["x"], inputs["dy"], results[0], results[-1]]
                 else:

@@ -125,16 +125,14 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             gate = saved = None
         else:
             w1, w2 = kernel_weights(x, w1, w2)
-        together = None
+        given = together = None
         if mean is not None:
-            statistics[0].copy_(mean)
-            statistics[2].copy_(var)
-            torch.add(statistics[2], eps, out=statistics[1]).rsqrt_()
+            given = kernel_vector(mean, wide), kernel_vector(var, wide)
         elif group:
             count = x.shape[0] * math.prod(x.shape[2:])
             together = functools.partial(_bring_together, statistics, count, eps, group)
         kernels.tail_forward(
-            x, weight, bias, statistics, mean is not None, together, w1, b1, w2, b2, residual, factor, eps, act,
+            x, weight, bias, statistics, given, together, w1, b1, w2, b2, residual, factor, eps, act,
             gate_fn, post_act, channels_last, (y, gate, saved, mask if mask.dim() > 1 else None),
         )  # fmt: skip
         count_call(counted_forward)
@@ -155,7 +153,6 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         dx, *dparameters, dresidual = outputs
         x, dy = in_layout(x, channels_last), in_layout(dy, channels_last)
         weight, bias, factor = (kernel_vector(t, wide) for t in (weight, bias, factor))
-        c = x.shape[1]
         # Kernels write weight gradients in the dtype in which they read the weights, those of vectors in the wide one.
         dtypes = [wide] * 6
         kw1, kw2 = w1, w2

@@ -48,7 +48,8 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One SE layer, or block tail, to compile forward and backward: sizes as in the problem table, options as in the operator."""
+    """One SE layer, or block tail, to compile forward and backward: sizes as in the problem table, options as in the
+    operator."""
 
     channels: int
     reduced: int
@@ -174,11 +175,12 @@ def run_tail(
 ) -> None:  # fmt: skip
     """Forward and backward of a block tail, with a factor but for "no biases"; "together": as with other processes."""
     n, c = x.shape[:2]
-    vectors = torch.empty(4, c)
-    weight, bias, mean, var = (None,) * 4 if layer.variant == "no biases" else vectors
+    mean, var, weight, bias = torch.empty(4, c)
+    if layer.variant == "no biases":
+        weight = bias = None
     factor = None if layer.variant == "no biases" else torch.empty(n)
     gated, channels_last = w1 is not None, layer.layout == "channels_last"
-    given, statistics = layer.norm == "given", torch.empty(3, c)
+    given, statistics = (mean, var) if layer.norm == "given" else None, torch.empty(3, c)
     y, mask = torch.empty_like(x), ops.mask_of(x, channels_last, layer.tail)
     gate, saved = (torch.empty(n, c), torch.empty(n, c + w1.shape[0])) if gated else (None, None)
     functions = (layer.act, layer.gate, post_act, channels_last)
@@ -188,9 +190,10 @@ def run_tail(
     )  # fmt: skip
     need_x, need_weights, need_residual = wanted
     dweights = [torch.empty_like(t) if need_weights and t is not None else None for t in (weight, bias, w1, b1, w2, b2)]
+    count = float(x.numel() // c) if given is None else 0.0
     triton_backend.tail_backward(
         torch.empty_like(x), x, mask if layer.tail else None, weight, bias, statistics, w1, w2, factor, gate, saved,
-        *functions, 0.0 if given else float(x.numel() // c), (lambda *own: own) if layer.variant == "together" else None,
+        *functions, count, (lambda *own: own) if layer.variant == "together" else None,
         (torch.empty_like(x) if need_x else None, *dweights, torch.empty_like(x) if need_residual else None),
     )  # fmt: skip
 

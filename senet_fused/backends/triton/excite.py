@@ -201,12 +201,13 @@ def dpooled_of(
 
 @triton.jit
 def weight_gradients(
-    i, pooled, pooled_stride, slope, offset, dlogit, shares, dpreact, preact, preact_stride, dw1, db1, dw2, db2, N, S, T,
+    i, pooled, pooled_stride, slope, offset, dlogit, shares, dpreact, preact, preact_stride, dw1, db1, dw2, db2,
+    N, S, T,
     C: tl.constexpr, R: tl.constexpr, READY: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(B7) for the i-th block of channels and squeezed channels, summed over all samples in their order. slope, offset:
-    [C] or None, what is to be done to pooled first."""
+    [C] or None, what to do to pooled first."""
     i_c = i // ((R + REDUCED - 1) // REDUCED)
     i_r = i % ((R + REDUCED - 1) // REDUCED)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)

@@ -44,6 +44,29 @@ def _vector(v, o, SIZE: tl.constexpr, DEFAULT: tl.constexpr):
 
 
 @triton.jit
+def _normal(statistics, mean, var, eps, o_c, C: tl.constexpr):
+    """(mu, rstd) as rows: from mean and var where they are given, else from what the launch before has left."""
+    if var is not None:
+        mu, rstd = _vector(mean, o_c, C, 0.0), _rstd(_vector(var, o_c, C, 0.0), eps)
+    else:
+        mu, rstd = _vector(statistics, o_c, C, 0.0), _vector(statistics + C, o_c, C, 0.0)
+    return mu, rstd
+
+
+@triton.jit
+def _rstd(var, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+
+@triton.jit
+def _keep(statistics, mu, rstd, var, o_c, C: tl.constexpr):
+    at = o_c[None, :]
+    tl.store(statistics + at, mu, mask=at < C)
+    tl.store(statistics + C + at, rstd, mask=at < C)
+    tl.store(statistics + 2 * C + at, var, mask=at < C)
+
+
+@triton.jit
 def _branch(factor, b_gate, o_n, N):
     """What multiplies BatchNorm's output: gate * factor, [samples, channels] or [1, channels]."""
     if factor is not None:
@@ -141,12 +164,9 @@ def _statistics_of(
     mu = base + d
     rest = tl.sum(square, 0)[None, :] - s * d
     rest = tl.where(rest < 0, 0.0, rest)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(rest / count + eps))
+    rstd = _rstd(rest / count, eps)
     if keep:
-        at = o_c[None, :]
-        tl.store(statistics + at, mu, mask=at < C)
-        tl.store(statistics + C + at, rstd, mask=at < C)
-        tl.store(statistics + 2 * C + at, tl.where(count > 1, rest / (count - 1), 0.0), mask=at < C)
+        _keep(statistics, mu, rstd, tl.where(count > 1, rest / (count - 1), 0.0), o_c, C)
     return mu, rstd
 
 
@@ -168,7 +188,7 @@ def _centred_mean(shifts, means, mu, o_n, o_c, N, M, S, LENGTH, inv_m, C: tl.con
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def tail_excite_kernel(
-    shifts, means, squares, statistics, weight, bias, w1, b1, shares, saved, preact, saved_stride, tickets,
+    shifts, means, squares, statistics, mean, var, weight, bias, w1, b1, shares, saved, preact, saved_stride, tickets,
     N, M, S, LENGTH, count, inv_m, eps,
     C: tl.constexpr, R: tl.constexpr, MERGES: tl.constexpr, PUSHES: tl.constexpr, LAST_BLOCK: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr, ENTRIES: tl.constexpr,
@@ -188,7 +208,7 @@ def tail_excite_kernel(
             shifts, means, squares, statistics, i_n == 0, o_c, N, M, S, LENGTH, count, eps, C, ENTRIES
         )
     else:
-        mu, rstd = _vector(statistics, o_c, C, 0.0), _vector(statistics + C, o_c, C, 0.0)
+        mu, rstd = _normal(statistics, mean, var, eps, o_c, C)
     if PUSHES:
         o_n = i_n * SAMPLES + tl.arange(0, SAMPLES)
         m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
@@ -206,20 +226,21 @@ def tail_excite_kernel(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def tail_scale_kernel(
-    x, x_stride, residual, residual_stride, y, y_stride, mask, statistics, weight, bias, factor, shares,
-    preact, preact_stride, b1, w2, b2, gate, N, M, S, STEPS, T,
+    x, x_stride, residual, residual_stride, y, y_stride, mask, statistics, mean, var, weight, bias, factor, shares,
+    preact, preact_stride, b1, w2, b2, gate, N, M, S, STEPS, T, eps,
     C: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr, M_ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr, STRATEGY: tl.constexpr, RELU: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
     GATE: tl.constexpr, GATE_A: tl.constexpr, GATE_B: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, REDUCED: tl.constexpr,
     REVERSED: tl.constexpr, EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(E2), (E3), unless "launches" has made the gate, and (T3); the bit mask too, if it is wanted."""
+    """(E2), (E3), unless "launches" has made the gate, and (T3); the bit mask too, if it is wanted. Statistics that are
+    given are kept as those of a batch are."""
     M = M * M_ALIGN
     pid = tl.program_id(0)
     if REVERSED:
         pid = tl.num_programs(0) - 1 - pid
-    t, _, i_c, i_s, o_n, o_c = tile_of(pid, S, C, SAMPLES, CHANNELS, WIDE)
+    t, i_n, i_c, i_s, o_n, o_c = tile_of(pid, S, C, SAMPLES, CHANNELS, WIDE)
     m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
     at_nc = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
     if PDL:
@@ -237,9 +258,13 @@ def tail_scale_kernel(
         if i_s == 0:
             tl.store(gate + at_nc, b_gate, mask=m_nc)
     branch = _branch(factor, b_gate, o_n, N)
-    scale = branch * (_vector(weight, o_c, C, 1.0) * _vector(statistics + C, o_c, C, 0.0))
+    mu, rstd = _normal(statistics, mean, var, eps, o_c, C)
+    if var is not None:
+        if i_n == 0:
+            if i_s == 0:
+                _keep(statistics, mu, rstd, _vector(var, o_c, C, 0.0), o_c, C)
     scale_tile(
-        x, x_stride, residual, residual_stride, y, y_stride, mask, _vector(statistics, o_c, C, 0.0), scale,
+        x, x_stride, residual, residual_stride, y, y_stride, mask, mu, branch * (_vector(weight, o_c, C, 1.0) * rstd),
         branch * _vector(bias, o_c, C, 0.0), o_n, o_c, i_c, i_s, N, M, STEPS,
         C, ALIGN, CHANNELS_LAST, WIDE, RELU, SAMPLES, CHANNELS, POSITIONS, REVERSED, EVICT,
     )  # fmt: skip

@@ -150,7 +150,7 @@ def tail_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
-    given: bool,
+    given: tuple[Tensor, Tensor] | None,
     together: Callable[[], None] | None,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -165,12 +165,11 @@ def tail_forward(
     channels_last: bool,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """Fills y, gate, saved, mask, and statistics unless they are given; see ``backends.native.tail_forward``."""
+    """Fills statistics, y, gate, saved, mask; see ``backends.native.tail_forward``."""
     y, gate, saved, mask = outputs
     n = x.shape[0]
     if n == 0:
-        if not given:
-            statistics.zero_()
+        statistics.zero_()
         if together is not None:
             together()
         return
@@ -178,7 +177,7 @@ def tail_forward(
     r_stride = 0 if residual is None else sample_stride(residual)
     recipe = _recipe_of(
         x, w1, act, gate_fn, post_act, channels_last, (x_stride, y_stride, r_stride), residual is not None, False,
-        "given" if given else "batch",
+        "batch" if given is None else "given",
     )  # fmt: skip
     call, tile = recipe.call, recipe.plan.tile
     p = call.problem
@@ -188,13 +187,14 @@ def tail_forward(
     inv_m, count = 1.0 / p.positions, float(n * p.positions)
     saved_stride = None if saved is None else saved.stride(0)
     preact = None if saved is None else saved[:, c:]
+    mean, var = given or (None, None)
 
     with launch.on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
         shifts = means = squares = shares = tickets = None
-        if not given:
+        if given is None:
             shifts, squares = floats(x, n, splits, c), floats(x, n, splits, c)
-        if not given or p.gated:
+        if given is None or p.gated:
             means = floats(x, n, splits, c)
         if p.gated:
             shares = floats(x, n, recipe.tail_blocks, r)
@@ -202,13 +202,10 @@ def tail_forward(
                 tickets = launch.tickets_for(x, excite)
         steps = (p.positions // call.m_align, splits, tile.steps)
         if means is not None:
-            recipe.moments(
-                groups * recipe.tiles, x, x_stride, statistics if given else None, shifts, means, squares, n, *steps,
-                inv_m,
-            )  # fmt: skip
+            recipe.moments(groups * recipe.tiles, x, x_stride, mean, shifts, means, squares, n, *steps, inv_m)
             arguments = (
-                shifts, means, squares, statistics, weight, bias, w1, b1, shares, saved, preact, saved_stride, tickets,
-                n, p.positions, splits, recipe.length, count, inv_m, eps,
+                shifts, means, squares, statistics, mean, var, weight, bias, w1, b1, shares, saved, preact,
+                saved_stride, tickets, n, p.positions, splits, recipe.length, count, inv_m, eps,
             )  # fmt: skip
             if together is not None:
                 recipe.merge(recipe.tail_blocks, *arguments)
@@ -222,8 +219,9 @@ def tail_forward(
                 excite * recipe.gate_blocks, shares, preact, saved_stride, b1, w2, b2, gate, n, recipe.tail_blocks
             )
         recipe.scale(
-            groups * recipe.tiles, x, x_stride, residual, r_stride, y, y_stride, mask, statistics, weight, bias, factor,
-            None if recipe.launched else shares, preact, saved_stride, b1, w2, b2, gate, n, *steps, recipe.tail_blocks,
+            groups * recipe.tiles, x, x_stride, residual, r_stride, y, y_stride, mask, statistics, mean, var, weight,
+            bias, factor, None if recipe.launched else shares, preact, saved_stride, b1, w2, b2, gate, n, *steps,
+            recipe.tail_blocks, eps,
         )  # fmt: skip
 
 
