@@ -277,20 +277,36 @@ def variance_error(t: Tensors, variance: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------- operators
 
 
+INPUTS = ("x", "weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2", "residual", "factor")
+
+
+def operators(backend: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """A backend's, forward and backward."""
+    namespace, name = torch.ops.senet_fused, f"block_tail_{backend}"
+    return getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default
+
+
+def forward_arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object, ...]:
+    left_out = ("running_mean", "running_var") if case.training else ()
+    tensors = (None if name in left_out else t.get(name) for name in INPUTS)
+    return *tensors, case.eps, case.act, case.gate, case.post_act or "", "", save
+
+
+def backward_arguments(
+    case: Tail, t: Tensors, outputs: tuple[Tensor, ...], needs: tuple[bool, bool, bool] | None = None
+) -> tuple[object, ...]:
+    """outputs: the forward's. needs: gradients of x, of parameters, of the residual; None for what there are."""
+    given = (t.get(k) for k in ("x", "weight", "bias", "w1", "b1", "w2", "b2", "factor"))
+    options = case.eps, case.act, case.gate, case.post_act or "", "", case.training
+    needs = needs or (True, True, case.residual and case.post_act is not None)
+    return t["dy"], *given, *outputs[1:], *options, *needs
+
+
 def operator_outputs(backend: str, case: Tail, t: Tensors) -> tuple[Tensor, ...]:
     """All that a backend's operators return forward and backward, what is kept in between included."""
-    operator = getattr(torch.ops.senet_fused, f"block_tail_{backend}").default
-    operator_backward = getattr(torch.ops.senet_fused, f"block_tail_{backend}_backward").default
-    norm, weights = (t.get("weight"), t.get("bias")), [t.get(k) for k in ("w1", "b1", "w2", "b2")]
-    given = (None, None) if case.training else (t["running_mean"], t["running_var"])
-    options = case.eps, case.act, case.gate, case.post_act or "", ""
-    factor, residual = t.get("factor"), t.get("residual")
-    outputs = operator(t["x"], *norm, *given, *weights, residual, factor, *options, True)
-    needs = True, True, residual is not None and case.post_act is not None
-    gradients = operator_backward(
-        t["dy"], t["x"], *norm, *weights, factor, *outputs[1:], *options, case.training, *needs
-    )
-    return *outputs, *gradients
+    forward, backward = operators(backend)
+    outputs = forward(*forward_arguments(case, t))
+    return *outputs, *backward(*backward_arguments(case, t, outputs))
 
 
 def fill_outputs(monkeypatch: pytest.MonkeyPatch, number: float, byte: int) -> None:
