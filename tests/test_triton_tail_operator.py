@@ -1,0 +1,27 @@
+"""Triton's block tails as operators and modules: what gpu_tail_operator_contract.py asks for."""
+
+from __future__ import annotations
+
+import pytest
+from gpu_contract import DEVICE
+from gpu_tail_operator_contract import *  # noqa: F403
+
+from senet_fused.backends import triton as backend
+from senet_fused.tails import OPERATORS
+
+if backend.problem(DEVICE) is not None:
+    pytest.skip(backend.problem(DEVICE), allow_module_level=True)
+if "triton" not in OPERATORS:
+    pytest.skip("the triton backend has no block tails", allow_module_level=True)
+
+from triton_tail_plans import using_plans
+
+
+@pytest.fixture
+def backend_name():
+    return "triton"
+
+
+@pytest.fixture
+def using_strategy():
+    return using_plans
