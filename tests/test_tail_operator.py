@@ -391,8 +391,8 @@ BAD = {
     "gate": ({"gate": "silu"}, ValueError, "gate must be one of sigmoid", "silu"),
     "post_act": ({"post_act": "silu"}, ValueError, "post_act must be 'relu' or None", "'silu'"),
     "backend": ({"backend": "gpu"}, ValueError, "choose one of auto, cpu", "'gpu'"),
-    "backend without tails": (
-        {"backend": "triton"}, senet_fused.BackendUnavailableError, "'triton'", "",
+    "backend for other dtypes": (
+        {"x": ones(2, C, 3, 4).double(), "backend": "triton"}, senet_fused.BackendUnavailableError, "'triton'", "",
     ),
 }  # fmt: skip
 
