@@ -7,7 +7,6 @@ its own: the tiles are real ones, only the tensors are small.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 
@@ -17,9 +16,9 @@ import tail_oracle
 import torch
 from gpu_contract import DEVICE, DTYPES, STRATEGIES, name_of, on_device
 from gpu_tail_contract import *  # noqa: F403
+from gpu_tail_contract import run_on
 from tail_oracle import EVERYTHING, PLAIN, Tail, check, draw
 
-import senet_fused
 from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
 
@@ -39,12 +38,8 @@ BETWEEN = {"launches": ("excite_gate_kernel", "excite_push_backward_kernel"), "p
 
 def run(case: Tail, inputs: oracle.Tensors) -> oracle.Tensors:
     """y, every gradient and the running statistics by the Triton kernels, with the proof that it was they."""
-    senet_fused.reset_call_counts()
     launch.launches.clear()
-    moved = {name: on_device(t) for name, t in inputs.items()}
-    results = tail_oracle.run(functools.partial(tail_oracle.fused, backend="triton"), case, moved)
-    assert senet_fused.call_counts() == {"triton.tail_forward": 1, "triton.tail_backward": 1}
-    return {name: t.cpu() for name, t in results.items()}
+    return run_on("triton", case, inputs)
 
 
 @pytest.fixture(name="run")
@@ -59,7 +54,11 @@ def backend_name():
 
 @pytest.fixture
 def using_strategy():
-    return lambda case, strategy: launch.using(plans_for(case, strategy))
+    def using(case: Tail, strategy: str):
+        cases = [case, case.replace(residual=False)]  # the backward may want no gradient of a residual
+        return launch.using({p: q for c in cases for p, q in plans_for(c, strategy).items()})
+
+    return using
 
 
 def problem_of(case: Tail, backward: bool) -> planner.Problem:

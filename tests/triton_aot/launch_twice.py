@@ -5,8 +5,8 @@ compiled kernels by itself. Both have to launch the same, with the same argument
 
 Stand-ins for Triton's driver and launcher record instead of launching. Prints one JSON line: per layer what was
 launched, which kernels may begin early and load before they wait (none may), and as "host_us" the host's time for a
-small layer, forward and forward + backward, in microseconds (no kernel runs, and the driver's own time for a launch is
-not in it).
+small layer, forward and forward + backward, and for a small tail, in microseconds (no kernel runs, and the driver's own
+time for a launch is not in it).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import compile as aot  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 
+from senet_fused import tails  # noqa: E402
 from senet_fused.backends.triton import launch  # noqa: E402
 
 LAYERS = {
@@ -67,12 +68,18 @@ class RecordingDriver(aot.Driver):
     )
 
 
-def host_times() -> list[float]:
-    """The thin path of a small float32 layer: [forward without grad, forward + backward]."""
+def host_times(tail: bool) -> list[float]:
+    """The thin path of a small float32 layer or tail in training: [forward without grad, forward + backward]."""
     x = torch.randn(8, 64, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    leaves = [x, *(torch.randn(size).requires_grad_() for size in ((4, 64), (4,), (64, 4), (64,)))]
-    arguments, dy = (*leaves, None, "relu", "sigmoid", "avg", ""), torch.randn_like(x)
-    operator = aot.ops.OPERATORS["triton"]
+    weights = [torch.randn(size).requires_grad_() for size in ((4, 64), (4,), (64, 4), (64,))]
+    dy = torch.randn_like(x)
+    if tail:
+        norm = [torch.randn(64).requires_grad_() for _ in range(2)]
+        leaves, operator = [x, *norm, *weights], tails.OPERATORS["triton"]
+        arguments = (x, *norm, None, None, *weights, None, None, 1e-5, "relu", "sigmoid", "", "")
+    else:
+        leaves, operator = [x, *weights], aot.ops.OPERATORS["triton"]
+        arguments = (*leaves, None, "relu", "sigmoid", "avg", "")
 
     def forward() -> None:
         with torch.no_grad():
@@ -132,7 +139,7 @@ def main() -> int:
             results[name] = [(kernel, grid[0], pdl) for kernel, grid, pdl, _, _ in runs[0]]
         assert made
         results["loads_before_waiting"] = loads_before_waiting()
-        results["host_us"] = host_times()
+        results["host_us"] = [*host_times(tail=False), *host_times(tail=True)]
     print(json.dumps(results))
     return 0
 

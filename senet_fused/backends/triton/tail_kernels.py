@@ -144,10 +144,16 @@ def _statistics_of(
     shifts, means, squares, statistics, keep, o_c, N, M, S, LENGTH, count, eps,
     C: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """(T1) over all samples and splits, for a row of channels: (mu, rstd), and kept by the program that is to."""
+    """(T1) over all samples and splits, for a row of channels: (mu, rstd), and kept by the program that is to.
+
+    A row of the block sums its entries' means minus the first of them, and the rows are merged about their mean (Chan,
+    Golub & LeVeque 1983): so nothing cancels where samples are far apart.
+    """
     base = _vector(shifts, o_c, C, 0.0)
+    about = tl.zeros([ENTRIES, o_c.shape[0]], tl.float32)
     total = tl.zeros([ENTRIES, o_c.shape[0]], tl.float32)
     square = tl.zeros([ENTRIES, o_c.shape[0]], tl.float32)
+    positions = tl.zeros([ENTRIES], tl.float32)
     for e0 in tl.range(0, N * S, ENTRIES, loop_unroll_factor=4):
         o_e = e0 + tl.arange(0, ENTRIES)
         m = (o_e < N * S)[:, None] & (o_c < C)[None, :]
@@ -155,15 +161,21 @@ def _statistics_of(
         b_shift = tl.load(shifts + at, mask=m, other=0.0)
         b_mean = tl.load(means + at, mask=m, other=0.0)
         b_square = tl.load(squares + at, mask=m, other=0.0)
-        each = _count_of(o_e % S, M, LENGTH)[:, None]
-        d = tl.where(m, (b_shift - base) + b_mean, 0.0)
-        total += each * d
-        square += b_square + each * d * d
-    s = tl.sum(total, 0)[None, :]
-    d = s / count
+        each = tl.where(o_e < N * S, _count_of(o_e % S, M, LENGTH), 0.0)
+        mean = (b_shift - base) + b_mean
+        if e0 == 0:
+            about = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+        d = tl.where(m, mean - about, 0.0)
+        positions += each
+        total += each[:, None] * d
+        square += b_square + each[:, None] * d * d
+    inverse = tl.where(positions > 0, 1.0 / tl.maximum(positions, 1.0), 0.0)[:, None]
+    square = square - total * (total * inverse)
+    square = tl.where(square < 0, 0.0, square)
+    about = about + total * inverse
+    d = tl.sum(positions[:, None] * about, 0)[None, :] / count
     mu = base + d
-    rest = tl.sum(square, 0)[None, :] - s * d
-    rest = tl.where(rest < 0, 0.0, rest)
+    rest = tl.sum(square + positions[:, None] * ((about - d) * (about - d)), 0)[None, :]
     rstd = _rstd(rest / count, eps)
     if keep:
         _keep(statistics, mu, rstd, tl.where(count > 1, rest / (count - 1), 0.0), o_c, C)
