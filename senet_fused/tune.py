@@ -366,7 +366,8 @@ class _Tuner:
         calls = {str(number): call_with(plan) for number, plan in enumerate(plans)}
         outcomes: dict[str, Outcome]
         if cuda:
-            outcomes = cuda_timing.replay(calls, list(range(len(sets))), _ON_GPU, device=self.device, cold=True)
+            with cuda_timing.own_stream():
+                outcomes = cuda_timing.replay(calls, list(range(len(sets))), _ON_GPU, device=self.device, cold=True)
         else:
             outcomes = interleave(calls, Rotation(len(sets)), _TRIED_OUT)
         times = {}

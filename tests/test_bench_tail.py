@@ -46,11 +46,12 @@ def inputs_of(case, draw=0):
 def test_a_tail_always_has_its_residual_and_its_relu():
     found = problems.cases(["senet154"], op="tail", directions=TAIL_DIRECTIONS)
     assert {(case.op, case.residual, case.post_act) for case in found} == {("tail", True, "relu")}
-    assert [case.training for case in found[:3]] == [True, True, False]
+    assert [case.training for case in found[:4]] == [True, True, True, False]
+    assert [case.keeps_graph for case in found[:4]] == [False, True, False, False]
     assert {case.op for case in problems.cases(["senet154"])} == {"se"}
 
 
-@pytest.mark.parametrize(("direction", "passes"), list(zip(TAIL_DIRECTIONS, (4, 10, 3), strict=True)))
+@pytest.mark.parametrize(("direction", "passes"), list(zip(TAIL_DIRECTIONS, (4, 6, 10, 3), strict=True)))
 def test_the_byte_model_counts_two_sweeps_each_way(direction, passes):
     assert tail_case(direction=direction).passes == passes
 
@@ -261,11 +262,11 @@ def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
     argv += ["--budget", "0.01", "--cache-size", "0.001", "--providers", "eager", "fused", "--json", str(path)]
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    assert "F.batch_norm" in text and "two sweeps over x" in text
+    assert "F.batch_norm" in text and "two sweeps over x" in text and "retain_graph=True" in text
     for direction in TAIL_DIRECTIONS:
         assert f"shape: tail {direction}, float32\n" in text
     data = json.loads(path.read_text())
-    assert {row["op"] for row in (*data["rows"], *data["summary"])} == {"tail"} and len(data["rows"]) == 9
+    assert {row["op"] for row in (*data["rows"], *data["summary"])} == {"tail"} and len(data["rows"]) == 12
     assert cli.main(["bench", "--from", str(path), "--plain"]) == 0
     assert "Geometric means" in capsys.readouterr().out
     assert cli.main(["bench", "--shape", "2,8,2,5,5", "--direction", "eval-forward"]) == 2
