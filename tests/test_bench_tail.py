@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from tail_standin import stand_in
 from test_bench import CPU, by_provider, failed_row, made_row, measure, parsed, saved
 from torch.nn import functional as F
 
@@ -254,6 +255,33 @@ def test_backends_without_tails_are_left_out_and_named(monkeypatch):
             command._providers(parsed("--op", "tail", *argv))
     monkeypatch.setattr(tails, "OPERATORS", {"cpu": None, "triton": None})
     assert command._providers(args) == (*usual, "triton")
+
+
+@pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
+def test_a_backend_as_a_provider_of_tails_runs_on_that_backend_under_our_rule(monkeypatch, direction):
+    stand_in(monkeypatch, "triton")
+    refusal = backends.refusal("triton", "cpu", torch.float32)
+    if refusal is not None:
+        pytest.skip(refusal)
+    seen, real = [], runner.judge
+    monkeypatch.setattr(runner, "judge", lambda *a, ours: seen.append(ours) or real(*a, ours=ours))
+    case = tail_case(shape=Shape(24, 5, (3, 5)), direction=direction)
+    rows = measure([case], providers=("eager", "fused", "triton"), backend="reference", cache_bytes=1)
+    assert [(row["provider"], row["backend"], row["error"]) for row in rows[1:]] == [
+        ("fused", "reference", None), ("triton", "triton", None), ("copy", "aten", None),
+    ]  # fmt: skip
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("name", problems.GPU_BACKENDS)
+def test_a_backend_without_tails_is_not_replaced(monkeypatch, name):
+    """By name it is an error, in a run that goes past the command's own check, too."""
+    monkeypatch.delitem(tails.OPERATORS, name, raising=False)
+    monkeypatch.setattr(backends, "refusal", lambda *asked: None)
+    rows = by_provider(measure([tail_case()], providers=("eager", name)))
+    error = f"BackendUnavailableError: backend {name!r} has no kernels for block tails; use one of"
+    assert rows[name]["error"].startswith(error)
+    assert rows[name]["median_s"] is None and rows["eager"]["median_s"] > 0
 
 
 def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
