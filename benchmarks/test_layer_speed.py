@@ -1,4 +1,4 @@
-"""The layers of a network, cold: forward without grad, and forward + backward."""
+"""The layers of a network, cold: forward without grad, backward, and both."""
 
 from __future__ import annotations
 

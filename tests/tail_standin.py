@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from senet_fused import tails, tune
 from senet_fused.backends import cuda, native
@@ -47,11 +48,11 @@ _CudaProblem.native = lambda self: _layer_problem(*self[:-1]).native()
 def stand_in(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Within the test these backends have block tails; their plans are those of the SE layer.
 
-    Skips where there are no CPU kernels to stand in.
+    Skips where there are no CPU kernels to stand in, or no CPU tensors to stand in for.
     """
     missing = [name for name in names if name not in tails.OPERATORS]
-    if missing and native.problem() is not None:
-        pytest.skip(native.problem())
+    if missing and (native.problem() is not None or torch.cuda.is_available()):
+        pytest.skip(native.problem() or "there is a GPU, on whose tensors nothing stands in")
     for name in missing:
         monkeypatch.setitem(tails.OPERATORS, name, _operator(name))
     if "norm" not in {field.name for field in dataclasses.fields(planner.Problem)}:

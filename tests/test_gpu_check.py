@@ -17,6 +17,7 @@ from cuda_host import build
 from tail_standin import needs_tails, stand_in
 
 import senet_fused
+from senet_fused import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -24,6 +25,8 @@ SCRIPT = BENCHMARKS / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not a checkout")
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+_no_interpreter = backends.refusal("triton", "cpu", torch.float32)
+needs_interpreter = pytest.mark.skipif(_no_interpreter is not None, reason=str(_no_interpreter))
 needs_cuda_host = pytest.mark.skipif(build.problem() is not None, reason=str(build.problem()))
 
 
@@ -277,7 +280,7 @@ def test_every_strategy_and_form_of_the_cuda_plans_of_tails_runs_and_is_right():
     assert any("2 and 2 samples" in line for line in lines)
 
 
-@needs_triton
+@needs_interpreter
 def test_tails_are_planned_run_and_held_against_float64(program, monkeypatch, capsys):
     """By the CPU kernels where the Triton backend has none."""
     gpu_sanitize = program("gpu_sanitize")
@@ -379,7 +382,7 @@ def test_the_launches_of_a_tail_are_counted():
     assert all(" 3 launches: " in line for line in lines if "partials" in line)
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("times", [3, 4])
 def test_a_tail_is_called_for_its_launches(program, monkeypatch, capsys, times):
     """As often as asked for, on vectors in float32 and without running statistics; three launches are promised."""
