@@ -195,7 +195,7 @@ def cuda_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
             if layer.split:
                 plans = [split(*pair, problems[0].positions) for pair in zip(plans, natives, strict=True)]
             chosen = {same: plan for problem, plan in zip(problems, plans, strict=True) for same in alike(problem)}
-            yield variant(plans, plans, lambda chosen=chosen: cuda.using(lambda problem, facts: chosen[problem]))
+            yield variant(plans, plans, lambda chosen=chosen: cuda.using(lambda asked, facts: chosen[asked]))
 
 
 CUDA_STRATEGIES = ("partials", "last_block", "launches")

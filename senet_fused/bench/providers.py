@@ -177,7 +177,7 @@ def forget_compiled() -> None:
 
 @contextlib.contextmanager
 def compiling_for(case: Case) -> Iterator[None]:
-    """Within the block torch.compile makes graphs whose backward can run as often as the case asks for.
+    """Within the block torch.compile makes, and runs, graphs whose backward can run as often as the case asks for.
 
     What it compiles for a backward that runs once takes the memory of saved tensors for its own results.
     """
