@@ -344,9 +344,9 @@ def _who_has_tails(available: dict[str, str | None]) -> str:
 
     here = [name for name in tails.OPERATORS if available.get(name, "") is None]
     others = [name for name in tails.OPERATORS if name not in here]
-    known = f"kernels in {', '.join(here)}" if here else "no kernels that run here"
+    known = f"kernels in {', '.join(here) or 'no backend that runs here'}"
     if others:
-        known += f" ({', '.join(others)} would have some)"
+        known += f" (also in {', '.join(others)}, which cannot run here)"
     return f"{known}; elsewhere auto calls the block's own modules"
 
 
