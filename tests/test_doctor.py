@@ -335,7 +335,10 @@ def test_a_backend_without_tails_has_no_plan_for_one(monkeypatch, capsys):
     [
         (("cpu",), (), "kernels in cpu; elsewhere"),
         (("cpu", "cuda", "triton"), (), "kernels in cpu, cuda, triton; elsewhere"),
-        (("cpu", "cuda", "triton"), ("cuda", "triton"), "kernels in cpu (also in cuda, triton, which cannot run here); elsewhere"),
+        (
+            ("cpu", "cuda", "triton"), ("cuda", "triton"),
+            "kernels in cpu (also in cuda, triton, which cannot run here); elsewhere",
+        ),
         (("cpu",), ("cpu",), "kernels in no backend that runs here (also in cpu, which cannot run here); elsewhere"),
     ],
 )
