@@ -41,7 +41,7 @@ class _Problem(planner.Problem):
 
 _layer_problem = cuda.Problem
 # A NamedTuple cannot be extended.
-_CudaProblem = NamedTuple("_CudaProblem", [*_layer_problem.__annotations__.items(), ("norm", str)])
+_CudaProblem = NamedTuple("_CudaProblem", list({**_layer_problem.__annotations__, "norm": str}.items()))
 _CudaProblem.native = lambda self: _layer_problem(*self[:-1]).native()
 
 
