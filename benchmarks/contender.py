@@ -33,11 +33,13 @@ def prepare(case: Case, name: str, cold: bool) -> tuple[Callable[[], object], pr
     judge = _judge(dataclasses.replace(case, layout="", direction=""))
     providers.forget_compiled()
     provider = providers.BUILDERS[name](case, weights, "linear", None)
-    found = providers.results(provider, case, buffers.check_inputs(case, weights, CPU))
+    with providers.compiling_for(case):
+        found = providers.results(provider, case, buffers.check_inputs(case, weights, CPU))
     verdict = oracle.judge(case, found, judge.exact, judge.stock_errors, ours=providers.is_ours(provider))
     assert verdict.wrong is None, verdict.wrong
 
     least_bytes, least = (2 * machine.last_level_cache_bytes(), 2) if cold else (0, 1)
     sets = buffers.BufferPool(CPU).sets(case, least_bytes, least)
-    call, rotation = runner.bind(provider, sets, case), Rotation(len(sets))
+    with providers.compiling_for(case):
+        call, rotation = runner.bind(provider, sets, case), Rotation(len(sets))
     return (lambda: call(rotation.take(1)[0])), provider

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from senet_fused import backends
+from senet_fused import backends, tails
 from senet_fused.backends import cuda
-from senet_fused.bench.problems import GPU_BACKENDS, Case
-from senet_fused.tune import problem_of
+from senet_fused.bench.problems import GPU_BACKENDS, OPS, Case
+from senet_fused.tune import cuda_problem, problem_of
 
 __all__ = ["add_arguments", "counted_launches", "forget_launches", "refusal", "strategy"]
 
@@ -28,10 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", nargs="+", default=list(GPU_BACKENDS), choices=GPU_BACKENDS, help="default: all of them"
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--op", default="se", choices=OPS, help="the SE layer (default), or the block tail around it")
 
 
-def refusal(name: str, device: torch.device) -> str | None:
+def refusal(name: str, device: torch.device, op: str = "se") -> str | None:
     """Why a backend's kernels cannot run on this device; None if they can. For a CPU the CUDA kernels are built."""
+    if op == "tail" and name not in tails.OPERATORS:
+        return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
     if (name, device.type) == ("cuda", "cpu"):
         try:
             cuda.load_host(_host_library())
@@ -59,8 +61,7 @@ def strategy(name: str, case: Case, backward: bool, device: torch.device) -> str
     problem = problem_of(case, backward)
     device = torch.device("cuda", 0) if device.type == "cuda" else device
     if name == "cuda":
-        problem = cuda.Problem(case.batch, **dataclasses.asdict(problem))
-        return cuda.plan_of(problem, cuda.device_facts(device)).strategy
+        return cuda.plan_of(cuda_problem(case.batch, problem), cuda.device_facts(device)).strategy
     from senet_fused.backends.triton import launch
 
     return launch.plan_of(problem, launch.device_facts(device)).strategy

@@ -3,17 +3,24 @@
 #
 #   benchmarks/gpu_check.sh [PART...]     default: all, in this order
 #
-#   build            compiles the CPU kernels and the CUDA kernels, and says what runs here; fails without nvcc
-#   tests            all tests; those of GPU kernels run on the GPU
-#   sanitize-cuda    every strategy and form of the CUDA plans once under each tool of compute-sanitizer: memcheck,
-#   sanitize-triton  racecheck, synccheck, initcheck (skipped without it); the same for the Triton plans
-#   bench-bf16       SENet-154's layers at batch 64: both layouts, forward and forward+backward, cold and warm L2, device
-#   bench-float32    time by graph replay and wall time; eager, compile, max-autotune, fused, cuda, triton, fused+compile
-#   launches         the GPU kernels of one forward and one backward of each layer with either backend; fails if there
-#                    are more than planned
-#   models           whole networks, training step in bfloat16 by autocast at batch 64: stock, compile, fused, without SE
-#                    (skipped without timm)
-#   table            one table of what is measured, and the pictures
+#   build                 compiles the CPU kernels and the CUDA kernels, and says what runs here; fails without nvcc
+#   tests                 all tests; those of GPU kernels run on the GPU
+#   sanitize-cuda         every strategy and form of the CUDA plans once under each tool of compute-sanitizer: memcheck,
+#   sanitize-triton       racecheck, synccheck, initcheck (skipped without it); the same for the Triton plans, and for
+#   sanitize-tail-cuda    block tails, by the batch's and by given statistics, with a gate and without
+#   sanitize-tail-triton
+#   bench-bf16            SENet-154's layers at batch 64: both layouts, forward and forward+backward, cold and warm L2,
+#   bench-float32         device time by graph replay and wall time; eager, compile, max-autotune, fused, cuda, triton,
+#                         fused+compile
+#   bench-tail-bf16       the block tails around them, by the same: forward, and backward alone
+#   bench-tail-float32
+#   launches              the GPU kernels of one forward and one backward of each layer, or tail, with either backend;
+#   launches-tail         fails if there are more than planned
+#   models                whole networks, a training step in bfloat16 by autocast at batch 64, channels_last: stock, fused
+#                         and tails, stock and tails as one CUDA graph, and without SE (skipped without timm)
+#   models-compile        the same networks: stock, compile, tails, tails+compile, without SE
+#   models-max-autotune   stock, max-autotune, tails, without SE
+#   table                 tables of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
 # whatever became of those before. Exits 1 if a part failed, 2 where there is no GPU.
@@ -21,14 +28,18 @@
 # OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3), WORKERS the
 # number of test processes (12), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
 # per case and cache mode (1), TIME_LIMIT the seconds after which the benchmark begins no further case (500; what is
-# done is kept). Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++ compiler, nvcc, for
-# the tests pytest, for the pictures matplotlib.
+# done is kept). MODELS are the networks of the models' parts, in order, each in a process of its own, and MODELS_LIMIT
+# the seconds after which a part of them is interrupted (560): the networks that are done are kept, a further call with
+# the others in MODELS adds them. Nothing is installed or downloaded: it needs torch, triton, ninja, pybind11, a C++
+# compiler, nvcc, for the models timm, for the tests pytest, for the pictures matplotlib.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-all="build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches models table"
+all="build tests sanitize-cuda sanitize-triton sanitize-tail-cuda sanitize-tail-triton"
+all="$all bench-bf16 bench-float32 bench-tail-bf16 bench-tail-float32 launches launches-tail"
+all="$all models models-compile models-max-autotune table"
 parts=${*:-$all}
 
 for part in $parts; do
@@ -51,6 +62,7 @@ fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')-senet154-batch64
+models=${name%-senet154-batch64}-models-batch64
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 build() {
@@ -65,19 +77,20 @@ tests() {
 }
 
 sanitize() {
-  local backend=$1 sanitizer tool log status failed=0
+  local backend=${1#tail-} op=() sanitizer tool log status failed=0
+  if [ "$backend" != "$1" ]; then op=(--op tail); fi
   sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
   if [ -z "$sanitizer" ]; then
     echo "compute-sanitizer is not installed: skipped"
     return
   fi
   # By itself first: Triton compiles, which the sanitizer need not watch.
-  "$python" benchmarks/gpu_sanitize.py --backend "$backend"
+  "$python" benchmarks/gpu_sanitize.py --backend "$backend" "${op[@]}"
   for tool in memcheck racecheck synccheck initcheck; do
-    status=0 log=$out/sanitize-$backend-$tool.log
+    status=0 log=$out/sanitize-$1-$tool.log
     # Without PyTorch's allocator, each tensor is an allocation of its own, with an end that can be overrun.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 130 "$sanitizer" --tool "$tool" --error-exitcode 3 \
-      "$python" benchmarks/gpu_sanitize.py --backend "$backend" >"$log" 2>&1 || status=$?
+      "$python" benchmarks/gpu_sanitize.py --backend "$backend" "${op[@]}" >"$log" 2>&1 || status=$?
     if [ "$status" = 124 ] && [ "$tool" != memcheck ]; then
       echo "$tool: not done within 130 seconds, nothing said"
     elif [ "$status" != 0 ]; then
@@ -95,39 +108,78 @@ sanitize() {
 # 2 minutes and max-autotune 4 while their caches are empty, triton and fused+compile 1, samples BUDGET x 2 (cold and
 # warm) x 16 cases, all providers together: about 8 minutes, less the second time.
 bench() {
+  local op=$1 dtype=$2 suffix="" directions=(forward forward+backward)
+  if [ "$op" = tail ]; then suffix=-tail directions=(forward backward); fi
   # torch.compile's autotuning writes pages to standard error: they go to the log.
-  "$python" -m senet_fused bench --problem senet154 --batch 64 --dtype "$1" --layout contiguous channels_last \
-    --direction forward forward+backward --device cuda \
+  "$python" -m senet_fused bench --op "$op" --problem senet154 --batch 64 --dtype "$dtype" \
+    --layout contiguous channels_last --direction "${directions[@]}" --device cuda \
     --providers eager compile max-autotune fused cuda triton fused+compile \
-    --budget "${BUDGET:-1}" --time-limit "${TIME_LIMIT:-500}" --json "$out/$name-$1.json" \
-    2> >(tee "$out/bench-$1.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2)
+    --budget "${BUDGET:-1}" --time-limit "${TIME_LIMIT:-500}" --json "$out/$name$suffix-$dtype.json" \
+    2> >(tee "$out/bench$suffix-$dtype.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2)
 }
 
 launches() {
-  "$python" benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32 --backend cuda triton |
-    tee "$out/$name-launches.txt"
+  "$python" benchmarks/gpu_launches.py --op "$1" --problem senet154 --batch 64 --dtype bfloat16 float32 \
+    --backend cuda triton | tee "$out/$name-launches${2:-}.txt"
 }
 
+# WHAT VARIANT...
 models() {
-  if ! "$python" -c 'import timm' 2>/dev/null; then
+  local what=$1 end=$((SECONDS + ${MODELS_LIMIT:-560})) known=() network left status worst=0
+  local asked=${MODELS:-legacy_senet154 seresnet50 legacy_seresnext101_32x4d senet154 seresnext101_32x4d}
+  shift
+  # shellcheck disable=SC2086
+  if ! known=($("$python" -c 'import sys, timm; print(*filter(timm.is_model, sys.argv[1:]))' $asked 2>/dev/null)); then
     echo "timm is not installed: skipped"
     return
   fi
-  "$python" -m senet_fused bench model seresnet50 legacy_senet154 --mode training --batch 64 --dtype bfloat16 --amp \
-    --layout channels_last contiguous --device cuda --providers stock compile fused no-se --budget 5 \
-    --time-limit "${TIME_LIMIT:-400}" --plain --json "$out/${name%-senet154-batch64}-models-batch64.json"
+  if [ ${#known[@]} = 0 ]; then
+    echo "timm has none of $asked"
+    return 1
+  fi
+  for network in "${known[@]}"; do
+    left=$((end - SECONDS)) status=0
+    if [ "$left" -lt 45 ]; then
+      echo "$network: out of time, not begun"
+      worst=130
+      continue
+    fi
+    # What takes longer is interrupted as by Ctrl-C: torch.compile has no limit of its own.
+    timeout -s INT -k 25 "$left" "$python" -m senet_fused bench model "$network" --mode training --batch 64 \
+      --dtype bfloat16 --amp --layout channels_last --device cuda --providers "$@" --budget 5 \
+      --time-limit "${TIME_LIMIT:-$((left * 2 / 3))}" --plain --json "$out/$models-$what-$network.json" \
+      2> >(tee "$out/models-$what-$network.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2) || status=$?
+    if [ "$status" != 0 ]; then worst=$status; fi
+  done
+  return "$worst"
 }
 
 table() {
-  local files=() dtype
-  for dtype in bfloat16 float32; do
-    if [ -f "$out/$name-$dtype.json" ]; then files+=("$out/$name-$dtype.json"); fi
+  local suffix dtype file files any=0 failed=0
+  for suffix in "" -tail; do
+    files=()
+    for dtype in bfloat16 float32; do
+      file=$out/$name$suffix-$dtype.json
+      if [ -f "$file" ]; then files+=("$file"); fi
+    done
+    if [ ${#files[@]} = 0 ]; then continue; fi
+    any=1
+    "$python" -m senet_fused bench --from "${files[@]}" --plain --plot "$out/$name$suffix.png" \
+      --roofline "$out/$name$suffix-roofline.png" || failed=1
   done
-  if [ ${#files[@]} = 0 ]; then
+  files=()
+  for file in "$out/$models"-*.json; do
+    if [ -f "$file" ]; then files+=("$file"); fi
+  done
+  if [ ${#files[@]} != 0 ]; then
+    any=1
+    "$python" -m senet_fused bench --from "${files[@]}" --plain || failed=1
+  fi
+  if [ "$any" = 0 ]; then
     echo "nothing is measured yet in $out"
     return 1
   fi
-  "$python" -m senet_fused bench --from "${files[@]}" --plain --plot "$out/$name.png" --roofline "$out/$name-roofline.png"
+  return "$failed"
 }
 
 failed=()
@@ -139,8 +191,15 @@ for part in $parts; do
     set -e
     case $part in
       sanitize-*) sanitize "${part#sanitize-}" ;;
-      bench-bf16) bench bfloat16 ;;
-      bench-float32) bench float32 ;;
+      bench-bf16) bench se bfloat16 ;;
+      bench-float32) bench se float32 ;;
+      bench-tail-bf16) bench tail bfloat16 ;;
+      bench-tail-float32) bench tail float32 ;;
+      launches) launches se ;;
+      launches-tail) launches tail -tail ;;
+      models) models eager stock graph fused tails tails+graph no-se ;;
+      models-compile) models compile stock compile tails tails+compile no-se ;;
+      models-max-autotune) models max-autotune stock max-autotune tails no-se ;;
       *) "$part" ;;
     esac
   )

@@ -1,12 +1,14 @@
-"""The GPU kernels of one forward and one backward of the fused layer, with their device times, by torch.profiler.
+"""The GPU kernels of one forward and one backward of the fused layer or block tail, with their device times, by
+torch.profiler.
 
     python benchmarks/gpu_launches.py --batch 64 --dtype bfloat16 float32
+    python benchmarks/gpu_launches.py --op tail
     TRITON_INTERPRET=1 python benchmarks/gpu_launches.py --device cpu --shape 2,16,4,5,7
 
-The backends take turns on each layer. Everything that the device runs is counted, ours or not. A plan promises two
-launches each way, or four where it has launches of its own between the sweeps. On a CPU (see gpu_backends.py) there is
-no profiler to ask: the backend's own counter stands in, without times. Exit status: 0 as promised, 1 more kernels than
-that, 2 a backend's kernels cannot run.
+The backends take turns on each layer. Everything that the device runs is counted, ours or not. For a layer a plan
+promises two launches each way, for a tail three; for either four where it has launches of its own for the excitation.
+On a CPU (see gpu_backends.py) there is no profiler to ask: the backend's own counter stands in, without times. Exit
+status: 0 as promised, 1 more kernels than that, 2 a backend's kernels cannot run.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from typing import Any
 import gpu_backends
 import torch
 
-from senet_fused import FusedSE
+from senet_fused import block_tail, squeeze_excite
 from senet_fused.bench import buffers
 from senet_fused.bench.problems import DTYPES, LAYOUTS, Case, RequestError, cases, problems
 
-PROMISED = {"partials": 2, "last_block": 2, "launches": 4}
+PROMISED = {
+    "se": {"partials": 2, "last_block": 2, "launches": 4},
+    "tail": {"partials": 3, "last_block": 3, "launches": 4},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +81,25 @@ def observe(call: Callable[[], object], calls: int, device: torch.device, backen
 
 
 def directions(case: Case, device: torch.device, backend: str) -> dict[str, Callable[[], object]]:
-    """One forward that keeps what a backward needs, and one backward of it."""
+    """One forward that keeps what a backward needs, and one backward of it.
+
+    Biases are float32, as kernels read them, and a tail keeps no running statistics: PyTorch would convert the ones and
+    update the others in launches that no plan promises.
+    """
     (inputs,) = buffers.BufferPool(device).sets(case, 0)
-    layer = FusedSE(
-        case.shape.channels, rd_channels=case.shape.rd_channels, bias=True, backend=backend, act=case.act,
-        gate=case.gate, device=device, dtype=buffers.torch_dtype(case),
-    )  # fmt: skip
-    y = layer(inputs.x)
-    wanted = (inputs.x, *layer.parameters())
-    return {
-        "forward": lambda: layer(inputs.x),
-        "backward": lambda: torch.autograd.grad(y, wanted, inputs.dy, retain_graph=True),
-    }
+    weights = buffers.make_weights(case, device)
+    w1, b1, w2, b2, *norm = (None if t is None else t.float() if t.dim() == 1 else t for t in weights[:6])
+    wanted = [t.requires_grad_() for t in (w1, b1, w2, b2, *norm, inputs.x, inputs.residual) if t is not None]
+    how = {"act": case.act, "gate": case.gate, "residual": inputs.residual, "backend": backend}
+    how["post_act"] = None if case.post_act == "none" else case.post_act
+
+    def forward() -> torch.Tensor:
+        if case.op == "tail":
+            return block_tail(inputs.x, None, None, *norm, w1=w1, w2=w2, b1=b1, b2=b2, training=True, **how)
+        return squeeze_excite(inputs.x, w1, w2, b1, b2, **how)
+
+    y = forward()
+    return {"forward": forward, "backward": lambda: torch.autograd.grad(y, wanted, inputs.dy, retain_graph=True)}
 
 
 def line(backend: str, direction: str, strategy: str, launches: Sequence[Launch]) -> str:
@@ -101,10 +113,10 @@ def line(backend: str, direction: str, strategy: str, launches: Sequence[Launch]
     return f"{text} {total:8.1f} us: {', '.join(names)}"
 
 
-def check(found: dict[str, Sequence[Launch]], planned: dict[str, str]) -> str | None:
+def check(found: dict[str, Sequence[Launch]], planned: dict[str, str], op: str = "se") -> str | None:
     """What breaks the promise, or None: forward and backward together may launch what their plans say, and not none."""
     counts = {direction: sum(launch.times for launch in launches) for direction, launches in found.items()}
-    promised = {direction: PROMISED[strategy] for direction, strategy in planned.items()}
+    promised = {direction: PROMISED[op][strategy] for direction, strategy in planned.items()}
     if all(0 < counts[direction] <= promised[direction] for direction in counts):
         return None
     texts = (" + ".join(f"{value:g}" for value in each.values()) for each in (counts, promised))
@@ -123,12 +135,12 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     for backend in args.backend:
-        reason = gpu_backends.refusal(backend, device)
+        reason = gpu_backends.refusal(backend, device, args.op)
         if reason is not None:
             print(f"gpu_launches: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
             return 2
     names = args.problem or ([] if args.shape else ["senet154"])
-    options = {"batches": args.batch, "dtypes": args.dtype, "layouts": args.layout}
+    options = {"batches": args.batch, "dtypes": args.dtype, "layouts": args.layout, "op": args.op}
     try:
         todo = cases(names, args.shape, **options, directions=["forward+backward"])
     except RequestError as error:
@@ -143,10 +155,11 @@ def main() -> int:
             found = {name: observe(call, args.calls, device, backend) for name, call in calls.items()}
             for direction, launches in found.items():
                 print(line(backend, direction, planned[direction], launches), flush=True)
-            complaint = check(found, planned)
+            complaint = check(found, planned, args.op)
             if complaint is not None:
                 broken.append(f"{where}, {backend}: {complaint}")
-    summary = [f"{len(todo)} layers, {' and '.join(args.backend)}: all as promised"]
+    what = "tails" if args.op == "tail" else "layers"
+    summary = [f"{len(todo)} {what}, {' and '.join(args.backend)}: all as promised"]
     print("\n".join(["", *(broken or summary)]))
     return 1 if broken else 0
 

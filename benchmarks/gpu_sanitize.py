@@ -1,6 +1,8 @@
-"""Runs the fused layer once, forward and backward, with every strategy and form of tile that a backend's plans know.
+"""Runs the fused layer once, forward and backward, with every strategy and form of tile that a backend's plans know;
+with --op tail block tails, by the batch's and by given statistics, with a gate and without.
 
     compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py --backend cuda
+    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py --backend triton --op tail
     TRITON_INTERPRET=1 python benchmarks/gpu_sanitize.py --device cpu      see gpu_backends.py
 
 The tensors are small and their sizes no multiples of anything, so that every mask has something to hide. y and all
@@ -22,9 +24,10 @@ import gpu_backends
 import torch
 from torch import Tensor
 
-from senet_fused import FusedSE
+from senet_fused import FusedSE, block_tail
 from senet_fused.backends import cuda
 from senet_fused.backends.triton import plan as planner
+from senet_fused.tune import cuda_problem
 
 # Of the largest element; rounding gives half of it at most.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -32,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer and its input."""
+    """One layer, or block tail, and its input. reduced: 0 for a tail without a gate."""
 
     shape: tuple[int, ...]
     reduced: int
@@ -41,6 +44,7 @@ class Layer:
     squeeze: str = "avg"
     tail: bool = False  # + residual, ReLU
     split: bool = False  # two tiles to a plane, however small it is
+    norm: str = ""  # of a block tail: "batch" (in training) or "given" statistics
 
     def __str__(self) -> str:
         n, c, *spatial = self.shape
@@ -50,7 +54,12 @@ class Layer:
             "channels_last" if self.channels_last else "contiguous",
         ]
         parts += [self.squeeze] if self.squeeze != "avg" else []
+        parts += [f"{self.norm} statistics"] if self.norm else []
         return " ".join(parts + ["+ residual, relu"] * self.tail)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def problems(self) -> list[planner.Problem]:
         """Forward and backward."""
@@ -61,8 +70,16 @@ class Layer:
         size = self.dtype.itemsize
         return planner.Problem(
             c, self.reduced, math.prod(spatial), size, size, self.channels_last, self.squeeze, self.tail, self.tail,
-            backward,
+            backward, **({"norm": self.norm} if self.norm else {}),
         )  # fmt: skip
+
+
+def alike(problem: Any) -> list[Any]:
+    """The problems that are this one: without a gate there are no weights, whatever their size is said to be."""
+    if problem.reduced:
+        return [problem]
+    replace = problem._replace if isinstance(problem, tuple) else lambda **size: dataclasses.replace(problem, **size)
+    return [replace(weight_size=size) for size in (0, 2, 4)]
 
 
 LAYERS = (
@@ -80,6 +97,26 @@ LAYERS = (
 WIDE = (
     Layer((2, 300, 7, 7), 36, torch.bfloat16, False),
     Layer((17, 300, 3, 5), 36, torch.float32, True),
+)
+
+
+TAILS = (
+    Layer((3, 40, 7, 7), 12, torch.bfloat16, False, norm="batch"),  # planes that are no multiples of 16 bytes
+    Layer((3, 37, 5, 9), 11, torch.float32, False, tail=True, norm="given"),
+    Layer((3, 21, 3, 8), 7, torch.float16, False, tail=True, norm="batch"),  # planes that are
+    Layer((3, 37, 5, 9), 11, torch.bfloat16, True, tail=True, norm="batch"),
+    Layer((3, 44, 4, 8), 11, torch.float32, True, tail=True, norm="given"),
+    Layer((3, 44, 4, 8), 11, torch.float16, True, norm="batch"),
+    Layer((3, 37, 5, 9), 0, torch.bfloat16, True, tail=True, norm="batch"),
+    Layer((3, 40, 7, 7), 0, torch.float32, False, tail=True, norm="batch"),
+    Layer((3, 21, 3, 8), 0, torch.bfloat16, False, tail=True, norm="given"),
+    Layer((2, 64, 17, 19), 9, torch.bfloat16, True, tail=True, split=True, norm="batch"),
+    Layer((2, 19, 23, 23), 5, torch.float32, False, tail=True, split=True, norm="batch"),
+    Layer((2, 19, 23, 23), 0, torch.float32, False, split=True, norm="batch"),
+)
+WIDE_TAILS = (
+    Layer((2, 300, 7, 7), 36, torch.bfloat16, False, tail=True, norm="batch"),
+    Layer((17, 300, 3, 5), 36, torch.float32, True, tail=True, norm="batch"),
 )
 
 
@@ -118,7 +155,7 @@ def triton_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
         if layer.split:
             plans = [plan and split(plan, problems[0].positions) for plan in plans]
         if all(plans):
-            using = dict(zip(problems, plans, strict=True))
+            using = {same: plan for problem, plan in zip(problems, plans, strict=True) for same in alike(problem)}
             yield variant(plans, [plan.tile for plan in plans], lambda using=using: launch.using(using))
 
 
@@ -136,7 +173,7 @@ def cuda_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
         capability = 10 * major + minor
     small = _plan.CudaFacts(capability=capability, sms=132, shared_bytes=48 * 1024, l2_bytes=0)
     facts = small if layer.split else cuda.device_facts(device)
-    problems = [cuda.Problem(layer.shape[0], **dataclasses.asdict(problem)) for problem in layer.problems()]
+    problems = [cuda_problem(layer.shape[0], problem) for problem in layer.problems()]
     natives = [problem.native() for problem in problems]
 
     def split(plan: Any, native: Any, positions: int) -> Any:
@@ -157,8 +194,8 @@ def cuda_variants(layer: Layer, device: torch.device) -> Iterator[Variant]:
                 continue
             if layer.split:
                 plans = [split(*pair, problems[0].positions) for pair in zip(plans, natives, strict=True)]
-            chosen = dict(zip(problems, plans, strict=True))
-            yield variant(plans, plans, lambda chosen=chosen: cuda.using(lambda problem, facts: chosen[problem]))
+            chosen = {same: plan for problem, plan in zip(problems, plans, strict=True) for same in alike(problem)}
+            yield variant(plans, plans, lambda chosen=chosen: cuda.using(lambda asked, facts: chosen[asked]))
 
 
 CUDA_STRATEGIES = ("partials", "last_block", "launches")
@@ -166,6 +203,10 @@ CUDA_STRATEGIES = ("partials", "last_block", "launches")
 BACKENDS = {
     "cuda": ((*LAYERS, *WIDE), cuda_variants, {*CUDA_STRATEGIES, "channels_last", "planes", "tile_of_planes"}),
     "triton": (LAYERS, triton_variants, {*planner.STRATEGIES, *planner.FORMS}),
+}
+TAIL_BACKENDS = {
+    "cuda": ((*TAILS, *WIDE_TAILS), *BACKENDS["cuda"][1:]),
+    "triton": (TAILS, triton_variants, {*planner.STRATEGIES, "channels_last", "planes"}),
 }
 
 
@@ -182,21 +223,62 @@ def results(layer: Layer, module: FusedSE, tensors: dict[str, Tensor]) -> dict[s
     return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
 
 
-def wrong(layer: Layer, backend: str, device: torch.device) -> list[str]:
-    """What is off in one run, on fresh numbers."""
-    form = torch.channels_last if layer.channels_last else torch.contiguous_format
+def tail_results(layer: Layer, backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y, every gradient and the running statistics, on the CPU in float64."""
+    t = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    wanted = [name for name in t if name not in ("dy", "mean", "var") and (name != "residual" or layer.tail)]
+    for name in wanted:
+        t[name].requires_grad_()
+    y = block_tail(
+        t["x"], t["mean"], t["var"], t["weight"], t["bias"], w1=t.get("w1"), w2=t.get("w2"), b1=t.get("b1"),
+        b2=t.get("b2"), training=layer.norm == "batch", residual=t["residual"] if layer.tail else None,
+        post_act="relu" if layer.tail else None, backend=backend,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(y, [t[name] for name in wanted], t["dy"])
+    found = {"y": y, **{f"d {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}}
+    found |= {"running mean": t["mean"], "running var": t["var"]}
+    return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
 
-    def draw() -> Tensor:
-        return torch.randn(layer.shape).to(layer.dtype).contiguous(memory_format=form)
 
-    tensors = {"x": draw(), "residual": draw(), "dy": draw()}
+def tail_pair(layer: Layer, backend: str, device: torch.device, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A tail's results, exact and found. Its vectors are float32, as networks keep them."""
+    c, r = layer.shape[1], layer.reduced
+    scale, shift = torch.rand(c) + 0.5, 4 * torch.randn(c)  # as far from zero as an activation's mean may be
+    ones = [1] * (len(layer.shape) - 2)
+    x = tensors["x"] * scale.view(c, *ones) + shift.view(c, *ones)
+    tensors["x"] = x.to(tensors["x"].dtype).contiguous(memory_format=layer.memory_format)
+    tensors |= {"mean": shift, "var": scale.square(), "weight": torch.randn(c), "bias": torch.randn(c)}
+    if r:
+        tensors |= {"w1": torch.randn(r, c) / c**0.5, "w2": torch.randn(c, r) / r**0.5}
+        tensors |= {name: tensors[name].to(layer.dtype) for name in ("w1", "w2")}
+        tensors |= {"b1": torch.rand(r) + 1, "b2": torch.randn(c)}  # not every hidden unit off
+    return [
+        tail_results(layer, "reference", {name: t.double() for name, t in tensors.items()}),
+        tail_results(layer, backend, {name: t.to(device) for name, t in tensors.items()}),
+    ]
+
+
+def pair(layer: Layer, backend: str, device: torch.device, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A layer's results, exact and found."""
     options = {"rd_channels": layer.reduced, "bias": True, "squeeze": layer.squeeze}
     options["post_act"] = "relu" if layer.tail else None
     module = FusedSE(layer.shape[1], **options, backend=backend, dtype=layer.dtype)
     double = FusedSE(layer.shape[1], **options, backend="reference", dtype=torch.float64)
     double.load_state_dict(module.state_dict())
-    exact = results(layer, double, {name: t.double() for name, t in tensors.items()})
-    found = results(layer, module.to(device), {name: t.to(device) for name, t in tensors.items()})
+    return [
+        results(layer, double, {name: t.double() for name, t in tensors.items()}),
+        results(layer, module.to(device), {name: t.to(device) for name, t in tensors.items()}),
+    ]
+
+
+def wrong(layer: Layer, backend: str, device: torch.device) -> list[str]:
+    """What is off in one run, on fresh numbers."""
+
+    def draw() -> Tensor:
+        return torch.randn(layer.shape).to(layer.dtype).contiguous(memory_format=layer.memory_format)
+
+    tensors = {"x": draw(), "residual": draw(), "dy": draw()}
+    exact, found = (tail_pair if layer.norm else pair)(layer, backend, device, tensors)
     complaints = []
     for name, value in exact.items():
         error = ((found[name] - value).abs().max() / value.abs().max()).item()
@@ -211,7 +293,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     for backend in args.backend:
-        reason = gpu_backends.refusal(backend, device)
+        reason = gpu_backends.refusal(backend, device, args.op)
         if reason is not None:
             print(f"gpu_sanitize: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
             return 2
@@ -221,7 +303,7 @@ def main() -> int:
     torch.manual_seed(0)
     failed = False
     for backend in args.backend:
-        layers, variants, missing = BACKENDS[backend]
+        layers, variants, missing = (TAIL_BACKENDS if args.op == "tail" else BACKENDS)[backend]
         for layer in layers:
             for way in variants(layer, device):
                 gpu_backends.forget_launches(backend, device)

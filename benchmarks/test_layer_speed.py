@@ -1,4 +1,4 @@
-"""The layers of a network, cold: forward without grad, and forward + backward."""
+"""The layers of a network, cold: forward without grad, backward, and both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from contender import prepare
 
 from senet_fused.bench.problems import DIRECTIONS, LAYOUTS, Case
+from senet_fused.bench.providers import compiling_for
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -16,6 +17,6 @@ def test_layer(benchmark, problem, batch, shape, provider_name, direction, dtype
     case = Case(problem.name, batch, shape, problem.act, problem.gate, dtype, layout, direction)
     benchmark.group = f"{case.problem} {case.label} {dtype} {layout} {direction}"
     call, provider = prepare(case, provider_name, cold=benchmark.enabled)
-    with torch.set_grad_enabled(case.backward):
+    with compiling_for(case), torch.set_grad_enabled(case.backward):
         benchmark(call)
     benchmark.extra_info.update(provider=provider_name, backend=provider.path(), passes=case.passes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import os
 import platform
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import machine
-from .bench.problems import LAYOUTS, Case, cases
+from .bench.problems import LAYOUTS, OPS, Case, cases
 
 if TYPE_CHECKING:
     from .backends import BackendStatus
@@ -49,9 +48,9 @@ _EPILOG = """\
 The self-test runs every backend that is available, forward and backward, in every dtype and layout, against
 float64.
 
---plan prints which backend "auto" takes on a GPU, and how the CUDA and the Triton kernels serve one layer, and nothing
-else: for Triton the tuned plan where there is one for this GPU (senet-fused tune), else the counted one. Without a GPU
-they are an H200's.
+--plan prints which backend "auto" takes on a GPU, and how the CUDA and the Triton kernels serve one layer, or with --op
+tail the block tail around it in training, and nothing else: for Triton the tuned plan where there is one for this GPU
+(senet-fused tune), else the counted one. Without a GPU they are an H200's.
 
 exit status: 0 all in order, 1 something that was asked for is broken (a self-test fails; --backend or
 SENET_FUSED_BACKEND names a backend that cannot run here), 2 wrong usage
@@ -71,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plan", metavar="N,C,R,H,W", help="print the plans of the CUDA and Triton kernels for this layer, and stop"
+    )
+    parser.add_argument(
+        "--op",
+        default="se",
+        choices=OPS,
+        help="of --plan: the SE layer (default), or a tail: BatchNorm -> SE -> + residual -> ReLU",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=_PLAN_DTYPES, help="of --plan (default bfloat16)")
     parser.add_argument(
@@ -287,7 +292,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     """Prints the backends and their self-tests; returns why each cannot run, and the kernels' ISA."""
     import torch
 
-    from . import backends, explain, select, tails, use_backend
+    from . import backends, explain, select, use_backend
 
     report.section("backends")
     available: dict[str, str | None] = {}
@@ -324,15 +329,34 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
             choices.setdefault(select.choose("auto", "cuda", dtype), []).append(str(dtype).removeprefix("torch."))
         for choice, dtypes in choices.items():
             report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
-    served = [name for name in tails.OPERATORS if available.get(name, "") is None]
-    known = f"kernels in {', '.join(served)}; elsewhere" if served else "no kernels here:"
-    report.fact("block tails", f"{known} auto calls the block's own modules")
+    report.fact("block tails", _who_has_tails(available))
     if automatic == "reference" and "cpu" in available:
         report.note(
             "nothing is fused on this installation, all calls run in plain PyTorch; "
             f"to change that: {_REINSTALL}"
         )
     return available, isa
+
+
+def _who_has_tails(available: dict[str, str | None]) -> str:
+    """Every backend with kernels for block tails: those that can run here, and the others."""
+    from . import tails
+
+    here = [name for name in tails.OPERATORS if available.get(name, "") is None]
+    others = [name for name in tails.OPERATORS if name not in here]
+    known = f"kernels in {', '.join(here) or 'no backend that runs here'}"
+    if others:
+        known += f" (also in {', '.join(others)}, which cannot run here)"
+    return f"{known}; elsewhere auto calls the block's own modules"
+
+
+def _no_tails(backend: str, op: str) -> str | None:
+    """Why a backend has no plans for the op; None if it has."""
+    from . import tails
+
+    if op == "se" or backend in tails.OPERATORS:
+        return None
+    return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
 
 
 def _facts_here() -> list[DeviceFacts]:
@@ -369,29 +393,38 @@ def _plans(report: _Report) -> None:
 
 def _print_plans(args: argparse.Namespace) -> int:
     """Prints each backend's plans of one layer; 1 if the file of tuned plans cannot be read. Raises RequestError."""
-    (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout])
-    print(f"{case.label} {case.dtype} {case.layout}")
-    print(_which_auto_takes(args.dtype))
+    (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout], op=args.op)
+    tail = ", BatchNorm -> SE -> + residual -> ReLU" if args.op == "tail" else ""
+    print(f"{case.label} {case.dtype} {case.layout}{tail}")
+    print(_which_auto_takes(args.dtype, args.op))
     _print_cuda_plans(case)
     return _print_triton_plans(case)
 
 
-def _which_auto_takes(dtype: str) -> str:
+def _which_auto_takes(dtype: str, op: str) -> str:
     """The backend for GPU tensors under "auto", and why: here, or as it would be on an H200."""
     import torch
 
     from . import select
 
     if torch.cuda.is_available():
-        choice = select.choose("auto", "cuda", getattr(torch, dtype))
-        return f"auto takes {choice.backend!r} here: {choice.reason}"
+        takes, where = "takes", "here"
+        backend, reason = select.choose("auto", "cuda", getattr(torch, dtype))
+    else:
+        takes, where = "would take", "on an H200"
+        backend, reason = _which_on_an_h200()
+    if backend != "reference" and _no_tails(backend, op):
+        backend, reason = "reference", f"it would be {backend!r} for an SE layer, but {_no_tails(backend, op)}"
+    return f"auto {takes} {backend!r} {where}: {reason}"
+
+
+def _which_on_an_h200() -> tuple[str, str]:
     not_cuda = _why_not_cuda()
     if not_cuda is None:
-        return "auto would take 'cuda' on an H200: it comes before triton, and the library has kernels for it"
+        return "cuda", "it comes before triton, and the library has kernels for it"
     if machine.package_version("triton"):
-        return f"auto would take 'triton' on an H200: not cuda: {not_cuda}; triton is installed"
-    no_triton = "triton is not installed (pip install triton)"
-    return f"auto would take 'reference' on an H200: not cuda: {not_cuda}; not triton: {no_triton}"
+        return "triton", f"not cuda: {not_cuda}; triton is installed"
+    return "reference", f"not cuda: {not_cuda}; not triton: triton is not installed (pip install triton)"
 
 
 def _why_not_cuda() -> str | None:
@@ -423,8 +456,12 @@ def _cuda_facts() -> tuple[Any, str]:
 
 def _print_cuda_plans(case: Case) -> None:
     from .backends import cuda
-    from .tune import problem_of
+    from .tune import cuda_problem, problem_of
 
+    refusal = _no_tails("cuda", case.op)
+    if refusal is not None:
+        print(f"\ncuda: no plan, as {refusal}")
+        return
     try:
         from . import _plan
     except ImportError as error:
@@ -433,7 +470,7 @@ def _print_cuda_plans(case: Case) -> None:
     facts, whose = _cuda_facts()
     print(f"\ncuda, for {whose}")
     for backward in (False, True):
-        problem = cuda.Problem(case.batch, **dataclasses.asdict(problem_of(case, backward)))
+        problem = cuda_problem(case.batch, problem_of(case, backward))
         plan = cuda.plan_of(problem, facts)
         lanes = "" if plan.form == "channels_last" else f", {plan.lanes} lanes to a plane"
         print(f"  {'backward' if backward else 'forward'}: {plan.strategy}")
@@ -449,6 +486,10 @@ def _print_triton_plans(case: Case) -> int:
     from .backends.triton import plan, tuned
     from .tune import problem_of
 
+    refusal = _no_tails("triton", case.op)
+    if refusal is not None:
+        print(f"\ntriton: no plan, as {refusal}")
+        return 0
     here = _facts_here()
     facts = here[0] if here else plan.DeviceFacts("cuda", 90, 132)
     whose = "the GPU here" if here else "an H200, as there is no GPU here that these kernels serve"

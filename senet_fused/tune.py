@@ -21,17 +21,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import Activation, machine, ops, reference
+from . import Activation, machine, ops, reference, tails
+from .backends import cuda
 from .backends import triton as backend
 from .backends.triton import tuned
 from .backends.triton.plan import DeviceFacts, Plan, Problem, candidates
 from .bench import buffers, cuda_timing
 from .bench.command import add_layers, positive
 from .bench.oracle import InputSet, relative_error
-from .bench.problems import LAYOUTS, POST_ACTS, Case, RequestError, cases
+from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, RequestError, cases
 from .bench.timing import Outcome, Rotation, Settings, describe, interleave
 
-__all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "problem_of", "run", "variations"]
+__all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "cuda_problem", "problem_of", "run", "variations"]
 
 DIRECTIONS = ("forward", "backward")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in backend.DTYPES)
@@ -45,14 +46,16 @@ _ON_GPU = Settings(budget_s=3.0, min_rounds=7, max_rounds=100)
 _TRIED_OUT = Settings(budget_s=0.0, min_rounds=1, sample_s=0.0, max_inner=1)
 
 _EPILOG = """\
-The default plan is checked against a float64 reference, every other one against the default plan: y, gate and what is
-kept for the backward, or every gradient. One that differs by more than rounding is left out. The others are timed
-together as replayed CUDA graphs with a cold L2; one takes the default's place if its median is at least 2 % lower.
+The default plan is checked against a float64 reference, every other one against the default plan: y, gate, a tail's
+statistics and what is kept for the backward, or every gradient. One that differs by more than rounding is left out. The
+others are timed together as replayed CUDA graphs with a cold L2; one takes the default's place if its median is at
+least 2 % lower.
 A plan holds for one direction of one layer in one layout, dtype size and device, whatever the batch.
 
 examples:
   senet-fused tune --problem senet154 se_resnet50 --batch 64 --dtype bfloat16 --layout channels_last
   senet-fused tune --shape 64,256,16,56,56 --direction forward --plans plans.json
+  senet-fused tune --op tail --dtype bfloat16 float32
 
 exit status: 0 all tuned, 1 a default plan was wrong or failed, 2 the request cannot be met, 130 interrupted (what is
 done is in the file)
@@ -64,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what is tuned")
+    what.add_argument(
+        "--op",
+        default="se",
+        choices=OPS,
+        help="se: the SE layer (default); tail: BatchNorm in training -> SE -> + residual -> ReLU",
+    )
     add_layers(what)
     what.add_argument(
         "--batch", type=positive(int), default=64, metavar="N", help="batch size for --problem (default 64)"
@@ -71,8 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=DTYPES, help="default bfloat16")
     what.add_argument("--layout", nargs="+", default=["channels_last"], choices=LAYOUTS, help="default channels_last")
     what.add_argument("--direction", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="default both")
-    what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer")
-    what.add_argument("--post-act", default="none", choices=POST_ACTS, help="take an activation at the end")
+    what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer (a tail has one)")
+    what.add_argument(
+        "--post-act", default="none", choices=POST_ACTS, help="take an activation at the end (a tail has relu)"
+    )
 
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -97,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def problem_of(case: Case, backward: bool) -> Problem:
-    """The problem that a call of this case looks up, its weights being of x's dtype."""
+    """The problem that a call of this case looks up, its weights being of x's dtype; of a tail if its op is that."""
     size = buffers.torch_dtype(case).itemsize
     c, m, relu = case.shape.channels, math.prod(case.shape.spatial), case.post_act == "relu"
     return Problem(
@@ -112,7 +123,14 @@ def problem_of(case: Case, backward: bool) -> Problem:
         # Without the ReLU the residual's gradient is dy itself.
         residual=case.residual and (relu or not backward),
         backward=backward,
+        **({"norm": "batch" if case.training else "given"} if case.op == "tail" else {}),
     )
+
+
+def cuda_problem(batch: int, problem: Problem) -> cuda.Problem:
+    """The same problem as the planner of the CUDA kernels takes it."""
+    fields = dataclasses.asdict(problem)
+    return cuda.Problem(batch, **{name: fields[name] for name in cuda.Problem._fields if name in fields})
 
 
 def _launched(plan: Plan) -> Plan:
@@ -210,10 +228,12 @@ class _Layer:
             inputs.dy, None, inputs.x, *self.matrices, *kept[1:], *self.options, True, True, self.need_residual
         )
 
+    def _names(self) -> tuple[str, ...]:
+        return ("dx", "dw1", "db1", "dw2", "db2", "dresidual") if self.backward else ("y", "gate", "saved", "mask")
+
     def named(self, outputs: Sequence[Tensor], x: Tensor) -> dict[str, Tensor]:
         """The outputs that hold something, the mask as one number per element."""
-        names = ("dx", "dw1", "db1", "dw2", "db2", "dresidual") if self.backward else ("y", "gate", "saved", "mask")
-        found = {name: t for name, t in zip(names, outputs, strict=True) if t.numel()}
+        found = {name: t for name, t in zip(self._names(), outputs, strict=True) if t.numel()}
         if "mask" in found:
             found["mask"] = ops.unpack_mask(found["mask"], x).float()
         return found
@@ -229,6 +249,50 @@ class _Layer:
             return {name: t for name, t in gradients._asdict().items() if t is not None}
         y, gate = reference.squeeze_excite(x, w1, w2, b1, b2, **options)
         return {"y": y, "gate": gate, "mask": (y > 0).double()}
+
+
+class _Tail(_Layer):
+    """One direction of one block tail in training."""
+
+    _EPS = 1e-5
+
+    def __init__(self, case: Case, backward: bool, device: torch.device) -> None:
+        super().__init__(case, backward, device)
+        act, gate, _, post_act = self.options
+        self.options = (self._EPS, act, gate, post_act, "")
+        self.tensors = (self.weights.weight, self.weights.bias)
+
+    def forward(self, inputs: InputSet) -> tuple[Tensor, ...]:
+        """y, statistics, gate, saved, mask."""
+        operator = tails.OPERATORS["triton"].registered
+        return operator(inputs.x, *self.tensors, None, None, *self.matrices, inputs.residual, None, *self.options, True)
+
+    def call(self, inputs: InputSet, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if not self.backward:
+            return self.forward(inputs)
+        operator = torch.ops.senet_fused.block_tail_triton_backward.default
+        return operator(
+            inputs.dy, inputs.x, *self.tensors, *self.matrices, None, *kept[1:], *self.options, True, True, True, True
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        if self.backward:
+            return ("dx", "dweight", "dbias", "dw1", "db1", "dw2", "db2", "dresidual")
+        return ("y", "statistics", "gate", "saved", "mask")
+
+    def exact(self, inputs: InputSet) -> dict[str, Tensor]:
+        """y, statistics and mask, or every gradient, in float64."""
+        x, residual, dy = (None if t is None else t.detach().double() for t in inputs)
+        weight, bias, *matrices = (None if w is None else w.double() for w in (*self.tensors, *self.matrices))
+        w1, b1, w2, b2 = matrices
+        tensors = (x, weight, bias, None, None, w1, b1, w2, b2)
+        eps, act, gate, post_act, _ = self.options
+        options = {"eps": eps, "act": act, "gate": gate, "residual": residual, "post_act": post_act}
+        if self.backward:
+            gradients = tails.reference.block_tail_backward(dy, *tensors, **options)
+            return {name: t for name, t in gradients._asdict().items() if t is not None}
+        y, statistics = tails.reference.block_tail(*tensors, **options)
+        return {"y": y, "statistics": statistics, "mask": (y > 0).double()}
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], *, rounded_alike: bool) -> str | None:
@@ -264,8 +328,9 @@ class _Task:
 
     @property
     def label(self) -> str:
-        tail = (" + residual" if self.case.residual else "") + (" relu" if self.case.post_act == "relu" else "")
-        return f"{self.case.label} {self.case.dtype} {self.case.layout}{tail}"
+        behind = (" + residual" if self.case.residual else "") + (" relu" if self.case.post_act == "relu" else "")
+        what = " tail" if self.case.op == "tail" else behind
+        return f"{self.case.label} {self.case.dtype} {self.case.layout}{what}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +352,8 @@ class _Tuner:
 
     def tune(self, task: _Task, say: Callable[[str], None]) -> _Result:
         plans = contenders(task.problem, self.facts, self.at_most)
-        layer = _Layer(task.case, task.problem.backward, self.device)
+        kind = _Tail if task.case.op == "tail" else _Layer
+        layer = kind(task.case, task.problem.backward, self.device)
         try:
             right = self._right(task, layer, plans, say)
             times = self._times(task, layer, right, say)
@@ -366,7 +432,8 @@ class _Tuner:
         calls = {str(number): call_with(plan) for number, plan in enumerate(plans)}
         outcomes: dict[str, Outcome]
         if cuda:
-            outcomes = cuda_timing.replay(calls, list(range(len(sets))), _ON_GPU, device=self.device, cold=True)
+            with cuda_timing.own_stream():
+                outcomes = cuda_timing.replay(calls, list(range(len(sets))), _ON_GPU, device=self.device, cold=True)
         else:
             outcomes = interleave(calls, Rotation(len(sets)), _TRIED_OUT)
         times = {}
@@ -382,13 +449,22 @@ class _Tuner:
 
 
 def _tasks(args: argparse.Namespace) -> list[_Task]:
-    """Every problem once. Raises RequestError for what cannot be read, and for one problem at two batch sizes."""
+    """Every problem once.
+
+    Raises:
+        RequestError: what cannot be read, one problem at two batch sizes, or tails without kernels for them.
+    """
+    if args.op == "tail" and "triton" not in tails.OPERATORS:
+        raise RequestError(
+            "--op tail: the Triton backend has no kernels for block tails, so there are no plans to time (with "
+            f"kernels: {', '.join(tails.OPERATORS)}); leave --op out for SE layers"
+        )
     shapes = [text for group in args.shape for text in group]
     names = args.problem or ([] if shapes else ["senet154"])
     found: dict[Problem, Case] = {}
     for case in cases(
         names, shapes, batches=[args.batch], dtypes=args.dtype, layouts=args.layout, residual=args.residual,
-        post_act=args.post_act,
+        post_act=args.post_act, op=args.op,
     ):  # fmt: skip
         for direction in dict.fromkeys(args.direction):
             before = found.setdefault(problem_of(case, direction == "backward"), case)

@@ -407,7 +407,7 @@ def test_rows_hold_what_was_measured(direction, layout):
             direction,
             "cold",
         )
-        passes = 2 if row is copy else {"forward": 2, "forward+backward": 5}[direction]
+        passes = 2 if row is copy else {"forward": 2, "backward": 3, "forward+backward": 5}[direction]
         assert row["passes"] == passes
         assert row["gbps"] == pytest.approx(passes * 2 * 24 * 63 * 4 / row["median_s"] / 1e9)
         assert row["copies"] == pytest.approx(row["median_s"] / copy["median_s"])
@@ -768,12 +768,61 @@ def test_timing_accumulates_no_gradients_and_runs_forward_without_grad(monkeypat
     assert all(parameter.grad is None for provider in built for parameter in provider.parameters)
     assert {(direction, grad) for direction, grad, _ in seen} == {
         ("forward", False),
+        ("backward", True),
         ("forward+backward", True),
     }
     assert all(gradient is None for _, _, gradient in seen)
-    assert len(backward) == len([1 for direction, _, _ in seen if direction == "forward+backward"]) > 3
+    assert len(backward) > len([1 for direction, _, _ in seen if direction != "forward"]) > 3
     assert min(backward) > 0.5  # a random dy, not that of a sum
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("op", problems.OPS)
+def test_a_backward_alone_runs_on_the_graph_of_one_forward_for_each_input(op, monkeypatch):
+    """Every gradient of every call is the one that forward and backward give."""
+    tail = {"residual": True, "post_act": "relu"} if op == "tail" else {}
+    case = small_case(direction="backward", op=op, **tail)
+    weights = buffers.make_weights(case, CPU)
+    sets = buffers.BufferPool(CPU).sets(case, 0, 3)
+    for name in ("eager", "fused"):
+        provider = providers.BUILDERS[name](case, weights, "linear", None)
+        forwards, real = [], provider.forward
+        monkeypatch.setattr(provider, "forward", lambda *a, f=forwards, r=real: f.append(1) or r(*a))
+        call = runner.bind(provider, sets, case)
+        assert len(forwards) == 3
+        for number in (0, 1, 2, 1, 1):
+            again = call(number)
+            assert len(forwards) == 3
+            _, wanted = providers.step(dataclasses.replace(provider, forward=real), sets[number])
+            assert len(again) == len(wanted) == (8 if op == "tail" else 5)
+            assert all(torch.equal(a, w) for a, w in zip(again, wanted, strict=True))
+
+
+def test_torch_compile_may_not_reuse_what_a_kept_graph_saves(monkeypatch):
+    from torch._functorch import config
+
+    seen, real = [], providers.BUILDERS["eager"]
+
+    def watching(case, *rest):
+        seen.append((case.direction, config.donated_buffer))
+        return real(case, *rest)
+
+    monkeypatch.setitem(providers.BUILDERS, "eager", watching)
+    with config.patch(donated_buffer=True):
+        measure([small_case(direction=direction) for direction in problems.DIRECTIONS], providers=("eager",))
+    assert seen == [("forward", True), ("backward", False), ("forward+backward", True)]
+
+
+def test_a_forward_that_fails_for_a_kept_graph_is_a_row(monkeypatch):
+    def failing(provider, inputs):
+        if provider.name == "fused":
+            raise RuntimeError("out of memory")
+        return lambda: None
+
+    monkeypatch.setattr(runner, "backward_of", failing)
+    rows = by_provider(measure([small_case(direction="backward")], backend="reference"))
+    assert rows["fused"]["error"] == "RuntimeError: out of memory" and rows["fused"]["median_s"] is None
+    assert rows["eager"]["error"] is None and rows["eager"]["median_s"] > 0
 
 
 @pytest.mark.parametrize(("caches", "buffers_read"), [(("cold",), 12), (("warm",), 1)])
@@ -806,7 +855,12 @@ def test_cold_inputs_rotate_and_warm_ones_stay(monkeypatch, caches, buffers_read
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """Stands in for the parts of torch.cuda that timing uses, and counts; nothing runs on a device."""
-    log = []
+
+    class Log(list):
+        inside, bare = False, False  # in a stream of its own; called without the runner
+
+    log = Log()
+    log.streams = []
 
     class Graph:
         def replay(self):
@@ -826,8 +880,15 @@ def fake_cuda(monkeypatch):
         def wait_stream(self, other): ...
 
     @contextlib.contextmanager
-    def capture(graph):
+    def stream(given):
+        before, log.inside = log.inside, True
+        yield
+        log.inside = before
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
         log.append("capture")
+        log.streams.append(log.inside or log.bare)
         yield
         log.append("captured")
 
@@ -836,18 +897,20 @@ def fake_cuda(monkeypatch):
         "Event": Event,
         "Stream": Stream,
         "graph": capture,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "stream": stream,
         "current_stream": Stream,
         "synchronize": lambda: None,
         "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**12),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    return log
+    cuda_timing._stream.cache_clear()
+    yield log
+    cuda_timing._stream.cache_clear()
 
 
 def test_graph_replays_are_timed_per_call(fake_cuda):
-    called = []
+    called, fake_cuda.bare = [], True
 
     def uncapturable(number):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -862,13 +925,22 @@ def test_graph_replays_are_timed_per_call(fake_cuda):
     assert fake_cuda.count("capture") == 1 and fake_cuda.count("replay") == 1 + 3
 
 
-def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda):
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda, monkeypatch, direction):
+    real_bind, real_interleave = runner.bind, runner.interleave
+
+    def in_stream(function):
+        return lambda *a, **kw: fake_cuda.streams.append(fake_cuda.inside) or function(*a, **kw)
+
+    # A kept graph's forwards, the capture of its backwards, and their wall time: in one stream, not the default one.
+    monkeypatch.setattr(runner, "bind", in_stream(real_bind))
+    monkeypatch.setattr(runner, "interleave", in_stream(real_interleave))
     options = runner.Options(
         providers=("eager", "fused"), caches=("cold", "warm"), cache_bytes=2**12, settings=FAST
     )
     machine = runner._Runner(options, Quiet())
     machine.cuda, machine.synchronize = True, torch.cuda.synchronize
-    rows = machine.case(small_case())
+    rows = machine.case(small_case(direction=direction))
     assert [(row["cache"], row["provider"]) for row in rows] == [
         (cache, provider) for cache in ("cold", "warm") for provider in ("eager", "fused", "copy")
     ]
@@ -879,6 +951,7 @@ def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda):
         assert row["median_s"] == pytest.approx(0.008 / calls)
         assert row["wall_median_s"] > 0 and row["wall_iqr_s"] >= 0
     assert rows[0]["wall_speedup_vs_eager"] == 1.0
+    assert set(fake_cuda.streams) == {True}
     out = io.StringIO()
     report.render({}, rows, report.summarise(rows), out)
     assert "wall vs eager" in out.getvalue() and "warm" in out.getvalue()
@@ -1047,7 +1120,7 @@ def test_the_roofline_table_has_every_stage_beside_the_copy():
     out = io.StringIO()
     report.render({}, rows, report.summarise(rows), out, roofline=True)
     text = out.getvalue()
-    assert text.count("GB/s (of copy), cold, senet154: ") == 4
+    assert text.count("GB/s (of copy), cold, senet154: ") == 6
     assert re.search(r"8 x 256/16 @ 56x56 +contiguous +25\.7 MB +10 +10 \(20%\) +10 \(70%\) +10 \(60%\) +-\n", text)
     assert re.search(r"8 x 512/32 @ 28x28 +contiguous +12\.8 MB +25 +- +- +- +error\n", text)
     plain = io.StringIO()
@@ -1133,8 +1206,8 @@ def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
     assert "device time" in figure.texts[1].get_text() and "cold cache" in figure.texts[1].get_text()
     panels = figure.axes
     assert [axes.get_title("left") for axes in panels] == [
-        "forward, float32", "forward, bfloat16", "forward+backward, float32", "forward+backward, bfloat16",
-    ]  # fmt: skip
+        f"{direction}, {dtype}" for direction in problems.DIRECTIONS for dtype in ("float32", "bfloat16")
+    ]
     for axes in panels:
         assert "copy" in [text.get_text() for text in axes.texts]
         *curves, ceiling = axes.lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -14,7 +15,18 @@ from torch import nn
 
 import senet_fused
 from senet_fused import cli
-from senet_fused.bench import model, model_case, model_memory, model_run, problems, report, timing, variants, zoo
+from senet_fused.bench import (
+    model,
+    model_case,
+    model_graph,
+    model_memory,
+    model_run,
+    problems,
+    report,
+    timing,
+    variants,
+    zoo,
+)
 from senet_fused.bench.problems import RequestError
 
 FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
@@ -553,6 +565,7 @@ def test_rows_hold_what_was_measured(file, layout, dtype, amp):
         stock, without = (by_provider(r for r in rows if r["mode"] == row["mode"])[n] for n in ("stock", "no-se"))
         assert row["speedup_vs_stock"] == pytest.approx(stock["median_s"] / row["median_s"])
         assert row["price_of_se"] == pytest.approx(row["median_s"] / without["median_s"])
+        assert row["images_per_s"] == pytest.approx(2 / row["median_s"])
         if row["provider"] == "fused":
             assert (row["se_layers"], row["se_fused"]) == (2, 2)
             assert row["output_error"] < bound
@@ -675,19 +688,24 @@ def test_infinities_are_told(file, monkeypatch, what, note):
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    """torch.compile without inductor."""
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda module, **_: real(module, backend=lambda g, i: g.forward, dynamic=False)
-    )
+    """torch.compile without inductor; the modes that were asked for."""
+    modes, real = [], torch.compile
+
+    def compile_(module, mode=None, **_):
+        modes.append(mode)
+        return real(module, backend=lambda g, i: g.forward, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return modes
 
 
 def test_every_variant_can_be_measured(file, quick_compile):
-    rows = measure(zoo.load(f"{file}:bottlenecks"), model.VARIANTS)
-    assert [(row["provider"], row["error"]) for row in rows] == [(name, None) for name in model.VARIANTS] * 2
+    names = tuple(name for name in model.VARIANTS if name not in model.GRAPHS)
+    rows = measure(zoo.load(f"{file}:bottlenecks"), names)
+    assert [(row["provider"], row["error"]) for row in rows] == [(name, None) for name in names] * 2
     assert all(row["median_s"] > 0 and row["price_of_se"] > 0 for row in rows)
     compared = {row["provider"] for row in rows if row["output_error"] is not None}
-    assert compared == {"compile", "fused", "fused+compile", "tails", "tails+compile", "no-se+compile"}
+    assert compared == {"compile", "max-autotune", "fused", "fused+compile", "tails", "tails+compile", "no-se+compile"}
     for row in rows:  # all against the one twin that is not compiled
         without = by_provider(r for r in rows if r["mode"] == row["mode"])["no-se"]
         assert row["price_of_se"] == pytest.approx(row["median_s"] / without["median_s"])
@@ -697,6 +715,176 @@ def test_every_variant_can_be_measured(file, quick_compile):
     auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
     ran = {row["provider"]: row["backend"] for row in rows}
     assert (ran["stock"], ran["compile"], ran["fused"], ran["no-se+compile"]) == ("aten", "inductor", auto, "inductor")
+
+
+def test_max_autotune_is_torch_compiles_mode(file, quick_compile):
+    rows = measure(zoo.load(f"{file}:small"), ("stock", "compile", "max-autotune"), modes=["inference"])
+    assert [row["error"] for row in rows] == [None] * 3 and quick_compile == [None, "max-autotune"]
+
+
+# ------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Stands in for CUDA graphs: a replay is one more call, which writes what the captured one gave."""
+    calls = []
+
+    def capture(call):
+        for _ in range(3):
+            call()
+        result = call()
+        calls.append(call)
+
+        def replay():
+            again = call()
+            if isinstance(result, list):  # the outputs that are compared
+                for old, new in zip(result, again, strict=True):
+                    old.copy_(new)
+
+        return model_graph.Captured(replay, result, 12_345)
+
+    monkeypatch.setattr(model_case, "capture", capture)
+    return calls
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", model.MODES)
+def test_a_graph_is_compared_and_timed(file, captured, mode):
+    names = ("stock", "graph", "tails", "tails+graph", "no-se")
+    rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), names, modes=[mode]))
+    assert [row["error"] for row in rows.values()] == [None] * 5 and len(captured) == 4
+    for name, backend in (("graph", "aten"), ("tails+graph", "cpu")):
+        row = rows[name]
+        assert (row["backend"], row["note"]) == (backend, None) and row["median_s"] > 0
+        # Three calls to warm up and the capture have moved the running statistics, which the compared call begins with.
+        assert row["output_error"] < 1e-5 and (row["statistics_error"] or 0.0) < 1e-5
+        assert (row["gradient_error"] or 0.0) < 1e-4 and (row["gradient_error"] is None) == (mode == "inference")
+        assert (row["peak_bytes"], row["saved_bytes"]) == ((12_345, None) if mode == "training" else (None, None))
+        assert row["price_of_se"] == pytest.approx(row["median_s"] / rows["no-se"]["median_s"])
+    assert (rows["tails+graph"]["se_tails"], rows["graph"]["se_tails"]) == (2, 0)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_what_cannot_be_captured_is_a_row(file, monkeypatch, captured, at):
+    """The compared call, or the timed one."""
+    stand_in, count = model_case.capture, []
+
+    def capture(call):
+        count.append(call)
+        if len(count) == at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return stand_in(call)
+
+    monkeypatch.setattr(model_case, "capture", capture)
+    rows = by_provider(measure(zoo.load(f"{file}:small"), ("stock", "graph"), modes=["training"]))
+    assert rows["graph"]["error"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert rows["graph"]["median_s"] is rows["graph"]["images_per_s"] is None and rows["stock"]["median_s"] > 0
+
+
+@pytest.mark.parametrize("what", ["output", "gradients", "statistics"])
+def test_a_graph_that_computes_something_else_is_told(file, monkeypatch, captured, what):
+    stand_in = model_case.capture
+
+    def capture(call):
+        found = stand_in(call)
+        if found.result is None:  # the timed step
+            return found
+        (network,) = (cell.cell_contents.model for cell in call.__closure__ if hasattr(cell.cell_contents, "model"))
+
+        def replay():
+            found.replay()
+            if what == "output":
+                found.result[0].mul_(1.01)
+            elif what == "gradients":
+                network[0].weight.grad.mul_(1.01)
+            else:
+                network[1].running_var.mul_(1.01)
+
+        return found._replace(replay=replay)
+
+    monkeypatch.setattr(model_case, "capture", capture)
+    row = by_provider(measure(zoo.load(f"{file}:small"), ("stock", "graph"), modes=["training"]))["graph"]
+    if what == "gradients":
+        assert row["error"] is None and row["gradient_error"] == pytest.approx(0.01, rel=0.1)
+    else:
+        name = {"output": "output", "statistics": "running statistics"}[what]
+        assert row["error"].startswith(f"ValueError: wrong {name}: off by ")
+
+
+def test_a_capture_warms_up_in_the_stream_that_it_captures(monkeypatch):
+    log, inside = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append("wait")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def stream(given):
+        inside.append(given)
+        yield
+        inside.pop()
+
+    @contextlib.contextmanager
+    def graph(given, stream):
+        log.append("capture")
+        inside.append(stream)
+        yield
+        inside.pop()
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "stream": stream, "graph": graph,
+             "synchronize": lambda: None, "reset_peak_memory_stats": lambda: log.append("reset"),
+             "memory_allocated": lambda: 100, "max_memory_allocated": lambda: 350}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    seen = []
+    found = model_graph.capture(lambda: seen.append(inside[-1]) or "result")
+    assert log == ["wait", "wait", "reset", "capture"] and len(seen) == 4 and len(set(map(id, seen))) == 1
+    found.replay()
+    assert log[-1] == "replay" and len(seen) == 4 and found[1:] == ("result", 250)
+
+
+def test_a_graph_on_a_cpu_is_refused(file, monkeypatch, capsys):
+    monkeypatch.setattr(model_run, "run", lambda *arguments: pytest.fail("the measurement has started"))
+    assert cli.main(["bench", "model", f"{file}:small", "--providers", "stock", "tails+graph"]) == 2
+    error = capsys.readouterr().err
+    assert "provider 'tails+graph' is a CUDA graph and cannot run with --device cpu; use --device cuda, or" in error
+
+
+def test_the_memory_of_torch_compiles_own_graphs_is_not_told(file, monkeypatch):
+    cell = model_case.Cell(variants.ModelCase("net", SIZE, 2, "float32", False, "contiguous", "training"), "cpu", 0)
+    cell.device, variant = "cuda", variants.Variant("max-autotune", model=nn.Linear(1, 1))
+    cell.measure_memory(variant, lambda *_: pytest.fail("a step has run"))
+    assert variant.note == "its memory is that of torch.compile's CUDA graphs, which is not told"
+    assert variant.peak_bytes is None
+
+
+# ---------------------------------------------------------------------------------------------- out of time
+
+
+def test_those_that_compile_are_checked_last():
+    names = model_run._in_order(model.VARIANTS)
+    assert names[:2] == ["stock", "no-se"] and set(names) == set(model.VARIANTS)
+    assert names[2:6] == ["graph", "fused", "tails", "tails+graph"] and names[-1] == "max-autotune"
+
+
+def test_out_of_time_no_further_variant_is_begun_and_the_others_are_timed(file, monkeypatch):
+    clock, real = [0.0], variants.Network.build
+
+    def build(self, variant, case):
+        clock[0] += 100.0 * (variant.name == "fused")
+        real(self, variant, case)
+
+    monkeypatch.setattr(model_run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(variants.Network, "build", build)
+    names = ("stock", "compile", "fused", "no-se")
+    rows = by_provider(measure(zoo.load(f"{file}:small"), names, modes=["inference"], time_limit_s=50.0))
+    assert {name for name, row in rows.items() if row["median_s"]} == {"stock", "fused", "no-se"}
+    assert (rows["compile"]["note"], rows["compile"]["error"]) == (model_run.OUT_OF_TIME, None)
 
 
 def test_a_compile_that_compiles_nothing_is_found(file, monkeypatch):
@@ -743,7 +931,7 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     output = capsys.readouterr()
     assert f"{file}:small: inference, float32, 2 x 3x12x10, channels_last\n" in output.out
     memory = "price of SE +saved MB +peak MB +output +gradients"
-    assert re.search(rf"^variant +ran on +median +IQR +vs stock +{memory}$", output.out, re.MULTILINE)
+    assert re.search(rf"^variant +ran on +median +IQR +images/s +vs stock +{memory}$", output.out, re.MULTILINE)
     assert re.search(r"price of SE +output\n", output.out)  # in inference
     assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +-$", output.out, re.MULTILINE)
     assert re.search(r"^no-se .*  \d[\d.]* \(-\d+%\)  ", output.out, re.MULTILINE)
@@ -835,6 +1023,10 @@ def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, c
     assert len(data["rows"]) == 3 and data["header"]["interrupted"] == "after 1 of 2 cases"
     assert cli.main([*argv, "--time-limit", "1e-9"]) == 130
     assert "after 0 of 2 cases" in capsys.readouterr().out
+    rows = [*data["rows"][:2], data["rows"][2] | {"note": model_run.OUT_OF_TIME, "median_s": None}]
+    monkeypatch.setattr(model_run, "run", lambda todo, options, progress, found: found.extend(rows))
+    assert cli.main([*argv, "--time-limit", "99", "--mode", "training"]) == 130
+    assert "after 1 of 1 cases, 1 variants not begun" in capsys.readouterr().out
 
 
 def test_the_tables_are_richs_on_a_terminal(monkeypatch):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from tail_standin import stand_in
 from test_bench import CPU, by_provider, failed_row, made_row, measure, parsed, saved
 from torch.nn import functional as F
 
@@ -46,11 +47,12 @@ def inputs_of(case, draw=0):
 def test_a_tail_always_has_its_residual_and_its_relu():
     found = problems.cases(["senet154"], op="tail", directions=TAIL_DIRECTIONS)
     assert {(case.op, case.residual, case.post_act) for case in found} == {("tail", True, "relu")}
-    assert [case.training for case in found[:3]] == [True, True, False]
+    assert [case.training for case in found[:4]] == [True, True, True, False]
+    assert [case.keeps_graph for case in found[:4]] == [False, True, False, False]
     assert {case.op for case in problems.cases(["senet154"])} == {"se"}
 
 
-@pytest.mark.parametrize(("direction", "passes"), list(zip(TAIL_DIRECTIONS, (4, 10, 3), strict=True)))
+@pytest.mark.parametrize(("direction", "passes"), list(zip(TAIL_DIRECTIONS, (4, 6, 10, 3), strict=True)))
 def test_the_byte_model_counts_two_sweeps_each_way(direction, passes):
     assert tail_case(direction=direction).passes == passes
 
@@ -255,17 +257,44 @@ def test_backends_without_tails_are_left_out_and_named(monkeypatch):
     assert command._providers(args) == (*usual, "triton")
 
 
+@pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
+def test_a_backend_as_a_provider_of_tails_runs_on_that_backend_under_our_rule(monkeypatch, direction):
+    stand_in(monkeypatch, "triton")
+    refusal = backends.refusal("triton", "cpu", torch.float32)
+    if refusal is not None:
+        pytest.skip(refusal)
+    seen, real = [], runner.judge
+    monkeypatch.setattr(runner, "judge", lambda *a, ours: seen.append(ours) or real(*a, ours=ours))
+    case = tail_case(shape=Shape(24, 5, (3, 5)), direction=direction)
+    rows = measure([case], providers=("eager", "fused", "triton"), backend="reference", cache_bytes=1)
+    assert [(row["provider"], row["backend"], row["error"]) for row in rows[1:]] == [
+        ("fused", "reference", None), ("triton", "triton", None), ("copy", "aten", None),
+    ]  # fmt: skip
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("name", problems.GPU_BACKENDS)
+def test_a_backend_without_tails_is_not_replaced(monkeypatch, name):
+    """By name it is an error, in a run that goes past the command's own check, too."""
+    monkeypatch.delitem(tails.OPERATORS, name, raising=False)
+    monkeypatch.setattr(backends, "refusal", lambda *asked: None)
+    rows = by_provider(measure([tail_case()], providers=("eager", name)))
+    error = f"BackendUnavailableError: backend {name!r} has no kernels for block tails; use one of"
+    assert rows[name]["error"].startswith(error)
+    assert rows[name]["median_s"] is None and rows["eager"]["median_s"] > 0
+
+
 def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
     path = tmp_path / "out.json"
     argv = ["bench", "--op", "tail", "--shape", "2,8,2,5,5", "--direction", *TAIL_DIRECTIONS, "--quick", "--plain"]
     argv += ["--budget", "0.01", "--cache-size", "0.001", "--providers", "eager", "fused", "--json", str(path)]
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    assert "F.batch_norm" in text and "two sweeps over x" in text
+    assert "F.batch_norm" in text and "two sweeps over x" in text and "retain_graph=True" in text
     for direction in TAIL_DIRECTIONS:
         assert f"shape: tail {direction}, float32\n" in text
     data = json.loads(path.read_text())
-    assert {row["op"] for row in (*data["rows"], *data["summary"])} == {"tail"} and len(data["rows"]) == 9
+    assert {row["op"] for row in (*data["rows"], *data["summary"])} == {"tail"} and len(data["rows"]) == 12
     assert cli.main(["bench", "--from", str(path), "--plain"]) == 0
     assert "Geometric means" in capsys.readouterr().out
     assert cli.main(["bench", "--shape", "2,8,2,5,5", "--direction", "eval-forward"]) == 2

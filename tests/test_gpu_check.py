@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_host import build
+from tail_standin import needs_tails, stand_in
 
 import senet_fused
+from senet_fused import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -23,6 +25,8 @@ SCRIPT = BENCHMARKS / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not a checkout")
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+_no_interpreter = backends.refusal("triton", "cpu", torch.float32)
+needs_interpreter = pytest.mark.skipif(_no_interpreter is not None, reason=str(_no_interpreter))
 needs_cuda_host = pytest.mark.skipif(build.problem() is not None, reason=str(build.problem()))
 
 
@@ -33,7 +37,7 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   *get_device_name*) [ -n "${NO_GPU:-}" ] && exit 1; echo "NVIDIA H200"; exit ;;
   *"import xdist"*) exit 1 ;;
-  *"import timm"*) exit 0 ;;
+  *timm.is_model*) [ -n "${NO_TIMM:-}" ] && exit 1; shift 2; [ "$*" = none ] || echo "$*"; exit ;;
 esac
 echo "${SENET_FUSED_CUDA:+SENET_FUSED_CUDA=$SENET_FUSED_CUDA }$*" >>"$LOG"
 for flag in --json --plot --roofline; do
@@ -44,7 +48,14 @@ case "$*" in
   *"${FAILING:-nothing fails}"*) exit 1 ;;
 esac
 """
-PARTS = "build tests sanitize-cuda sanitize-triton bench-bf16 bench-float32 launches models table".split()
+PARTS = """build tests sanitize-cuda sanitize-triton sanitize-tail-cuda sanitize-tail-triton bench-bf16 bench-float32
+    bench-tail-bf16 bench-tail-float32 launches launches-tail models models-compile models-max-autotune table""".split()
+NETWORKS = "legacy_senet154 seresnet50 legacy_seresnext101_32x4d senet154 seresnext101_32x4d".split()
+MODELS = {
+    "eager": "stock graph fused tails tails+graph no-se",
+    "compile": "stock compile tails tails+compile no-se",
+    "max-autotune": "stock max-autotune tails no-se",
+}
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BUILD = "SENET_FUSED_CUDA=1 setup.py -q build_ext --inplace"
 
@@ -99,26 +110,40 @@ def test_all_parts_run_in_order(check):
     assert f"== done: {' '.join(PARTS)}; results in {check.out}" in text
     name = f"{check.out}/nvidia-h200-senet154-batch64"
     assert calls[:3] == [BUILD, "-m senet_fused doctor", "-m pytest"]
-    for backend, found in (("cuda", calls[3:8]), ("triton", calls[8:13])):
-        assert found == [f"benchmarks/gpu_sanitize.py --backend {backend}"] * 5
-        logs = {f"sanitize-{backend}-{tool}.log" for tool in TOOLS}
-        assert {path.name for path in check.out.glob(f"sanitize-{backend}-*")} == logs
+    rest = iter(calls[3:])
+    for what, option in (("cuda", ""), ("triton", ""), ("tail-cuda", " --op tail"), ("tail-triton", " --op tail")):
+        call = f"benchmarks/gpu_sanitize.py --backend {what.removeprefix('tail-')}{option}"
+        assert [next(rest) for _ in range(5)] == [call] * 5
+        logs = {f"sanitize-{what}-{tool}.log" for tool in TOOLS}
+        assert {path.name for path in check.out.glob(f"sanitize-{what}-*")} == logs
     for tool in TOOLS:
-        assert text.count(f"{tool}: ERROR SUMMARY: 0 errors") == 2
-    for call, dtype in zip(calls[13:15], ("bfloat16", "float32"), strict=True):
-        assert call.startswith(f"-m senet_fused bench --problem senet154 --batch 64 --dtype {dtype} ")
-        assert "--layout contiguous channels_last" in call
-        assert "--device cuda --providers eager compile max-autotune fused cuda triton fused+compile --budget 1" in call
-        assert "--direction forward forward+backward" in call and call.endswith(f"--json {name}-{dtype}.json")
-    launches = "benchmarks/gpu_launches.py --problem senet154 --batch 64 --dtype bfloat16 float32"
-    assert calls[15] == f"{launches} --backend cuda triton"
-    assert calls[16].startswith("-m senet_fused bench model seresnet50 legacy_senet154 --mode training --batch 64 ")
-    assert calls[16].endswith(f"--json {check.out}/nvidia-h200-models-batch64.json")
-    assert calls[17] == (
-        f"-m senet_fused bench --from {name}-bfloat16.json {name}-float32.json --plain --plot {name}.png "
-        f"--roofline {name}-roofline.png"
-    )
-    assert len(calls) == 18 and (check.out / "nvidia-h200-senet154-batch64-launches.txt").exists()
+        assert text.count(f"{tool}: ERROR SUMMARY: 0 errors") == 4
+    for op, suffix, directions in (("se", "", "forward forward+backward"), ("tail", "-tail", "forward backward")):
+        for dtype in ("bfloat16", "float32"):
+            call = next(rest)
+            assert call.startswith(f"-m senet_fused bench --op {op} --problem senet154 --batch 64 --dtype {dtype} ")
+            assert f" --layout contiguous channels_last --direction {directions} --device cuda --providers " in call
+            assert " eager compile max-autotune fused cuda triton fused+compile --budget 1 " in call
+            assert call.endswith(f"--json {name}{suffix}-{dtype}.json")
+    for op, suffix in (("se", ""), ("tail", "-tail")):
+        launches = f"benchmarks/gpu_launches.py --op {op} --problem senet154 --batch 64 --dtype bfloat16 float32"
+        assert next(rest) == f"{launches} --backend cuda triton"
+        assert (check.out / f"nvidia-h200-senet154-batch64-launches{suffix}.txt").exists()
+    models, files = f"{check.out}/nvidia-h200-models-batch64", []
+    for what, variants in MODELS.items():
+        for network in NETWORKS:
+            call = next(rest)
+            assert call.startswith(f"-m senet_fused bench model {network} --mode training --batch 64 --dtype bfloat16 ")
+            assert f" --amp --layout channels_last --device cuda --providers {variants} --budget 5 " in call
+            assert call.endswith(f"--json {models}-{what}-{network}.json")
+            files.append(f"{models}-{what}-{network}.json")
+    for base in (name, f"{name}-tail"):
+        assert next(rest) == (
+            f"-m senet_fused bench --from {base}-bfloat16.json {base}-float32.json --plain --plot {base}.png "
+            f"--roofline {base}-roofline.png"
+        )
+    assert next(rest) == f"-m senet_fused bench --from {' '.join(sorted(files))} --plain"
+    assert list(rest) == []
 
 
 @needs_bash
@@ -128,17 +153,25 @@ def test_the_calls_are_what_the_programs_take(check):
 
     parser = command.argparse.ArgumentParser()
     model.add_arguments(parser)
-    _, _, (call,) = check("models", TIME_LIMIT="60")
-    models = parser.parse_args(call.split()[4:])
-    assert (models.device, models.amp, models.time_limit, models.mode) == ("cuda", True, 60, ["training"])
+    _, _, calls = check("models", "models-compile", "models-max-autotune", TIME_LIMIT="60", MODELS="seresnet50")
+    assert len(calls) == 3
+    for call, variants in zip(calls, MODELS.values(), strict=True):
+        models = parser.parse_args(call.split()[4:])
+        assert (models.device, models.amp, models.time_limit, models.mode) == ("cuda", True, 60, ["training"])
+        assert (models.models, models.layout, models.batch) == (["seresnet50"], ["channels_last"], [64])
+        assert models.providers == variants.split()
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)
-    _, _, calls = check("bench-bf16", "table", BUDGET="0.5", TIME_LIMIT="60")
-    bench, table = (parser.parse_args(call.split()[3:]) for call in calls)
-    assert (bench.device, bench.batch, bench.budget, bench.time_limit) == ("cuda", [64], 0.5, 60)
-    assert bench.dtype == ["bfloat16"] and tuple(bench.providers) == command.PROVIDERS
-    assert [path.name for path in table.saved] == ["nvidia-h200-senet154-batch64-bfloat16.json"]
-    assert table.plot and table.roofline
+    _, _, calls = check("bench-bf16", "bench-tail-bf16", "table", BUDGET="0.5", TIME_LIMIT="60")
+    *benches, table, tails, of_models = (parser.parse_args(call.split()[3:]) for call in calls)
+    for bench, op in zip(benches, ("se", "tail"), strict=True):
+        assert (bench.op, bench.device, bench.batch, bench.budget, bench.time_limit) == (op, "cuda", [64], 0.5, 60)
+        assert bench.dtype == ["bfloat16"] and tuple(bench.providers) == command.PROVIDERS
+    for shown, suffix in ((table, ""), (tails, "-tail")):
+        assert [path.name for path in shown.saved] == [f"nvidia-h200-senet154-batch64{suffix}-bfloat16.json"]
+        assert shown.plot and shown.roofline
+    assert len(of_models.saved) == 3 and not of_models.plot
+    assert check("table", FAILING="-tail-bfloat16.json")[0] == 1  # and the others are shown
 
 
 @needs_bash
@@ -146,6 +179,20 @@ def test_a_part_that_fails_is_named_and_the_others_run(check):
     code, text, calls = check("bench-bf16", "bench-float32", "table", FAILING="--dtype bfloat16")
     assert code == 1 and len(calls) == 3
     assert "== failed: bench-bf16; results in" in text and "== bench-bf16: exit status 1 after" in text
+
+
+@needs_bash
+def test_each_network_is_a_process_of_its_own_within_the_parts_limit(check):
+    code, text, calls = check("models", FAILING="legacy_senet154")
+    assert code == 1 and len(calls) == len(NETWORKS) and "== failed: models;" in text
+    limits = [int(call.split("--time-limit ")[1].split()[0]) for call in calls]
+    assert 0 < min(limits) <= max(limits) <= 560
+    code, text, calls = check("models", MODELS="seresnet50 senet154", MODELS_LIMIT="10")
+    assert code == 1 and not calls and "senet154: out of time, not begun" in text
+    code, text, calls = check("models", NO_TIMM="1")
+    assert code == 0 and not calls and "timm is not installed: skipped" in text
+    code, text, calls = check("models", MODELS="none")
+    assert code == 1 and not calls and "timm has none of none" in text
 
 
 @needs_bash
@@ -190,9 +237,10 @@ def python(*arguments, **environment):
     )
 
 
-def sanitized(backend):
+def sanitized(backend, *options):
     """The lines of gpu_sanitize.py, and the strategies with the forms that it has met."""
-    done = python("benchmarks/gpu_sanitize.py", "--device", "cpu", "--backend", backend, TRITON_INTERPRET="1")
+    argv = ("--device", "cpu", "--backend", backend, *options)
+    done = python("benchmarks/gpu_sanitize.py", *argv, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     assert all(line.startswith(f"{backend}: ") and line.endswith(": ok") for line in lines)
@@ -216,6 +264,77 @@ def test_every_strategy_and_form_of_the_cuda_plans_runs_and_is_right():
     assert any("2 and 2 samples" in line for line in lines)
 
 
+@needs_tails("triton")
+@needs_triton
+def test_every_strategy_and_form_of_the_triton_plans_of_tails_runs_and_is_right():
+    lines, met = sanitized("triton", "--op", "tail")
+    assert met == {(s, f) for s in STRATEGIES for f in ("channels_last", "planes")}
+    assert {"batch", "given"} == {norm for norm in ("batch", "given") if any(f"{norm} statistics" in x for x in lines)}
+
+
+@needs_tails("cuda")
+@needs_cuda_host
+def test_every_strategy_and_form_of_the_cuda_plans_of_tails_runs_and_is_right():
+    lines, met = sanitized("cuda", "--op", "tail")
+    assert met == {(s, f) for s in STRATEGIES for f in ("channels_last", "planes", "tile_of_planes")}
+    assert any("2 and 2 samples" in line for line in lines)
+
+
+@needs_interpreter
+def test_tails_are_planned_run_and_held_against_float64(program, monkeypatch, capsys):
+    """By the CPU kernels where the Triton backend has none."""
+    gpu_sanitize = program("gpu_sanitize")
+    stand_in(monkeypatch, "triton")
+    from senet_fused.backends.triton import plan as planner
+
+    if "norm" not in planner.Problem.__dataclass_fields__:
+        from senet_fused import tune
+
+        monkeypatch.setattr(gpu_sanitize.planner, "Problem", tune.Problem)
+        few = gpu_sanitize.TAILS[:6]  # SE's planner knows no layer without a gate
+    else:
+        few = gpu_sanitize.TAILS
+    layers, variants, wanted = gpu_sanitize.TAIL_BACKENDS["triton"]
+    assert len(layers) == 12
+    monkeypatch.setattr(gpu_sanitize, "TAIL_BACKENDS", {"triton": (few, variants, wanted | {"circles"})})
+    argv = ["gpu_sanitize.py", "--device", "cpu", "--backend", "triton", "--op", "tail"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert gpu_sanitize.main() == 1
+    output = capsys.readouterr()
+    assert output.err == "gpu_sanitize: triton: not met: circles\n"
+    first = "triton: 3 x 40/12 @ 7x7 bfloat16 contiguous batch statistics: "
+    lines = [line for line in output.out.splitlines() if line.startswith("triton: ")]
+    assert lines[0].startswith(first) and all(line.endswith(": ok") for line in lines)
+
+
+@pytest.mark.parametrize("off", ["y", "dw1", "dweight", "dresidual", "running var"])
+def test_a_wrong_tail_is_found(program, monkeypatch, off):
+    gpu_sanitize = program("gpu_sanitize")
+    real = gpu_sanitize.block_tail
+
+    def block_tail(x, mean, var, weight, bias, *, backend, **options):
+        def turned(t):
+            return t + 0.2 * (t - t.detach()) if t is not None else None
+
+        if backend == "reference":
+            return real(x, mean, var, weight, bias, backend=backend, **options)
+        weight = turned(weight) if off == "dweight" else weight
+        names = {"dw1": "w1", "dresidual": "residual"}
+        options |= {names[off]: turned(options[names[off]])} if off in names else {}
+        y = real(x, mean, var, weight, bias, backend="reference", **options)
+        if off == "running var":
+            var.mul_(1.2)
+        return y * 1.2 if off == "y" else y
+
+    monkeypatch.setattr(gpu_sanitize, "block_tail", block_tail)
+    layer = gpu_sanitize.TAILS[2]
+    torch.manual_seed(0)
+    found = gpu_sanitize.wrong(layer, "cpu", torch.device("cpu"))
+    name = f"d {off[1:]}" if off.startswith("d") else off
+    assert any(complaint.startswith(f"{name} is off by ") for complaint in found)
+    assert off == "y" or len(found) == 1
+
+
 @needs_cuda_host
 def test_a_strategy_or_form_that_was_not_met_is_missed(program, monkeypatch, capsys):
     gpu_sanitize = program("gpu_sanitize")
@@ -223,7 +342,7 @@ def test_a_strategy_or_form_that_was_not_met_is_missed(program, monkeypatch, cap
     contiguous = tuple(layer for layer in layers[:3] if not layer.channels_last)
     monkeypatch.setattr(gpu_sanitize, "BACKENDS", {"cuda": (contiguous, variants, wanted)})
     monkeypatch.setattr(gpu_sanitize, "wrong", lambda layer, backend, device: [])
-    monkeypatch.setattr(gpu_sanitize.gpu_backends, "refusal", lambda backend, device: None)
+    monkeypatch.setattr(gpu_sanitize.gpu_backends, "refusal", lambda backend, device, op: None)
     monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--device", "cpu", "--backend", "cuda"])
     assert gpu_sanitize.main() == 1
     assert capsys.readouterr().err == "gpu_sanitize: cuda: not met: channels_last\n"
@@ -248,6 +367,76 @@ def test_the_launches_of_a_layer_are_counted():
     assert forward.startswith("  cuda    forward   partials   2 launches: ")
     assert set(forward.split(": ")[1].split(", ")) == {"squeeze_tile_of_planes_kernel", "scale_planes_kernel"}
     assert "squeeze_backward_tile_of_planes_kernel" in backward
+
+
+@needs_tails("cuda")
+@needs_tails("triton")
+@needs_cuda_host
+@needs_triton
+def test_the_launches_of_a_tail_are_counted():
+    shapes = ("--shape", "2,16,4,5,7", "2,24,4,7,7", "--calls", "1")
+    done = python("benchmarks/gpu_launches.py", "--device", "cpu", "--op", "tail", *shapes, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "4 tails, cuda and triton: all as promised"
+    assert all(" 3 launches: " in line for line in lines if "partials" in line)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("times", [3, 4])
+def test_a_tail_is_called_for_its_launches(program, monkeypatch, capsys, times):
+    """As often as asked for, on vectors in float32 and without running statistics; three launches are promised."""
+    gpu_launches = program("gpu_launches")
+    stand_in(monkeypatch, "triton")
+    seen, real = [], gpu_launches.block_tail
+    monkeypatch.setattr(gpu_launches, "block_tail", lambda *a, **kw: seen.append((a, kw)) or real(*a, **kw))
+
+    def observe(call, calls, device, backend):
+        assert (call(), calls, backend)[1:] == (2, "triton")
+        return [gpu_launches.Launch("kernel", times, None)]
+
+    monkeypatch.setattr(gpu_launches, "observe", observe)
+    monkeypatch.setattr(gpu_launches.gpu_backends, "strategy", lambda *asked: "partials")
+    argv = ["--device", "cpu", "--backend", "triton", "--op", "tail", "--shape", "2,16,4,5,7", "--calls", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu_launches.py", *argv])
+    assert gpu_launches.main() == (0 if times == 3 else 1)
+    promised = "2 tails, triton: all as promised" if times == 3 else "triton: 4 + 4 launches, promised 3 + 3"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(promised)
+    assert len(seen) == 2 * 2  # for the backward, and the forward that is observed
+    for (x, mean, var, weight, bias), how in seen:
+        assert x.dtype == how["w1"].dtype == torch.bfloat16 and mean is var is None and how["training"]
+        assert {t.dtype for t in (weight, bias, how["b1"], how["b2"])} == {torch.float32}
+        assert how["residual"].requires_grad and how["post_act"] == "relu"
+
+
+@needs_triton
+def test_the_strategy_of_a_tail_is_its_own_problems(program, monkeypatch):
+    gpu_backends = program("gpu_backends")
+    stand_in(monkeypatch, "triton", "cuda")
+    from senet_fused.backends import cuda
+    from senet_fused.backends.triton import launch
+    from senet_fused.bench.problems import cases
+
+    asked = []
+    plan = types.SimpleNamespace(strategy="partials")
+    monkeypatch.setattr(launch, "plan_of", lambda problem, facts: asked.append(problem) or plan)
+    monkeypatch.setattr(cuda, "plan_of", lambda problem, facts: asked.append(problem) or plan)
+    monkeypatch.setattr(cuda, "device_facts", lambda device: None)
+    (case,) = cases([], ["2,16,4,5,7"], op="tail")
+    for name in ("triton", "cuda"):
+        assert gpu_backends.strategy(name, case, True, torch.device("cpu")) == "partials"
+    assert [(p.norm, p.backward, p.channels) for p in asked] == [("batch", True, 16)] * 2 and asked[1].n == 2
+
+
+@pytest.mark.parametrize("name", ["gpu_sanitize", "gpu_launches"])
+def test_a_backend_without_tails_is_refused_for_them(program, monkeypatch, capsys, name):
+    loaded = program(name)
+    monkeypatch.delitem(senet_fused.tails.OPERATORS, "triton", raising=False)
+    argv = [name, "--device", "cpu", "--backend", "triton", "--op", "tail"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert loaded.main() == 2
+    why = "'triton' cannot run with --device cpu: it has no kernels for block tails"
+    assert capsys.readouterr().err.startswith(f"{name}: {why}")
 
 
 @pytest.mark.parametrize("name", ["gpu_sanitize", "gpu_launches"])
@@ -353,3 +542,18 @@ def test_more_launches_than_planned_are_a_broken_promise(gpu_launches, strategie
     directions = ("forward", "backward")
     found = {d: [gpu_launches.Launch("a", count, 1.0)] for d, count in zip(directions, counts, strict=True)}
     assert gpu_launches.check(found, dict(zip(directions, strategies, strict=True))) == complaint
+
+
+@pytest.mark.parametrize(
+    ("strategies", "counts", "complaint"),
+    [
+        (("partials", "last_block"), (3, 3), None),
+        (("launches", "launches"), (4, 4), None),
+        (("partials", "launches"), (4, 4), "4 + 4 launches, promised 3 + 4"),
+        (("launches", "launches"), (4, 5), "4 + 5 launches, promised 4 + 4"),
+    ],
+)
+def test_a_tail_may_launch_one_kernel_more(gpu_launches, strategies, counts, complaint):
+    directions = ("forward", "backward")
+    found = {d: [gpu_launches.Launch("a", count, 1.0)] for d, count in zip(directions, counts, strict=True)}
+    assert gpu_launches.check(found, dict(zip(directions, strategies, strict=True)), "tail") == complaint

@@ -40,7 +40,7 @@ PYTHON = {
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tails", "tune"},
     "bench": {"senet_fused", "backends", "machine", "modules", "tails"},
-    "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference"},
+    "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "bench"},
     "train": {"senet_fused", "machine", "select", "tails"},
     "cli": {"senet_fused", "bench", "doctor", "fuse_check", "train", "tune"},

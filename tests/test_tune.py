@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from tail_standin import needs_tails, stand_in
 
 import senet_fused
 from senet_fused import cli, tune
@@ -297,6 +298,73 @@ def test_the_command_end_to_end(path, capsys):
     for new in ours:
         assert set(new["timed"]) == {"on", "layer", "us", "default_us", "torch", "triton", "date"}
         assert new["plan"]["reason"].startswith("timed on ") and new["timed"]["torch"] == torch.__version__
+
+
+# ---------------------------------------------------------------------------------------------------- block tails
+
+
+def test_the_problem_of_a_tail_says_whose_statistics_it_takes(monkeypatch):
+    stand_in(monkeypatch, "triton")
+    for direction, norm in (("forward", "batch"), ("backward", "batch"), ("eval-forward", "given")):
+        (case,) = cases([], [SHAPE], op="tail", directions=[direction])
+        for backward in (False, True):
+            problem = tune.problem_of(case, backward)
+            assert (problem.norm, problem.relu, problem.residual, problem.backward) == (norm, True, True, backward)
+            native = tune.cuda_problem(3, problem)
+            assert (native.n, native.norm, native.channels, native.backward) == (3, norm, 16, backward)
+    (case,) = cases([], [SHAPE])
+    assert getattr(tune.problem_of(case, False), "norm", "") == ""
+
+
+@runs
+def test_tails_are_tuned(path, capsys, monkeypatch):
+    stand_in(monkeypatch, "triton")
+    assert tuning(path, "--op", "tail", "--candidates", "2", "--dtype", "float32") == 0
+    output = capsys.readouterr()
+    assert "2 x 16/4 @ 3x5 float32 channels_last tail  backward " in output.out
+    found = tuned.read(path)
+    assert {(problem.norm, problem.backward) for _, problem in found} == {("batch", False), ("batch", True)}
+    assert all(problem.relu and problem.residual for _, problem in found)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("direction", "number", "name"), [("forward", 0, "y"), ("forward", 1, "statistics"), ("backward", 1, "dweight")]
+)
+def test_a_wrong_default_plan_of_a_tail_is_an_error(path, monkeypatch, capsys, direction, number, name):
+    stand_in(monkeypatch, "triton")
+    real = tune._Tail.call
+
+    def wrong(self, inputs, kept):
+        outputs = real(self, inputs, kept)
+        outputs[number].mul_(1.02)
+        return outputs
+
+    monkeypatch.setattr(tune._Tail, "call", wrong)
+    argv = ("--op", "tail", "--dtype", "float32", "--candidates", "1", "--direction", direction)
+    assert tuning(path, *argv) == 1
+    assert f"ERROR RuntimeError: the default plan is wrong: {name} is off by" in capsys.readouterr().out
+
+
+@needs_tails("triton")
+@runs
+def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "plan_of", lambda problem, facts: asked.append(problem) or planner.plan(problem, facts))
+    shapes = ("2,8,2,3,3", "2,8,3,7,7")
+    for case in cases([], shapes, op="tail", dtypes=DTYPES[:2], layouts=("contiguous", "channels_last")):
+        asked.clear()
+        tail = tune._Tail(case, True, torch.device(DEVICE))
+        inputs = tune._Tuner(torch.device(DEVICE), H200, 1)._check_inputs(tail)
+        with torch.no_grad(), launch.using({}):
+            tail.call(inputs, tail.forward(inputs))
+        assert asked == [tune.problem_of(case, backward) for backward in (False, True)], case
+
+
+def test_without_kernels_for_tails_there_is_nothing_to_tune(path, capsys, monkeypatch):
+    monkeypatch.delitem(senet_fused.tails.OPERATORS, "triton", raising=False)
+    assert tuning(path, "--op", "tail") == 2
+    assert "--op tail: the Triton backend has no kernels for block tails" in capsys.readouterr().err
 
 
 @runs

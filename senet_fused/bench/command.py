@@ -47,12 +47,17 @@ _EAGER = {
 _PASSES = {
     "se": "the tensor-sized reads and writes that the case needs at least",
     "tail": "the tensor-sized reads and writes of two sweeps over x each way: forward 4 (x twice, residual, y), "
-    "backward 6 (dy and x twice, dx, dresidual), where eager makes 11 and 18, torch.compile 6.5 to 7.5 and 8.5 to 9.5; "
-    "eval-forward needs 3",
+    "backward 6 (dy and x twice, dx, dresidual), together 10, where eager makes 11 and 18, torch.compile 6.5 to "
+    "7.5 and 8.5 to 9.5; eval-forward needs 3",
 }
 
+_KEPT_GRAPH = (
+    "torch.autograd.grad with retain_graph=True on the graph of one forward per input, which has run before; "
+    "torch.compile without donated buffers, as its backward runs more than once"
+)
+
 _EPILOG = """\
-Every run is checked before it is timed: outputs, with forward+backward every gradient for a random dy, and with
+Every run is checked before it is timed: outputs, where there is a backward every gradient for a random dy, and with
 --op tail BatchNorm's running statistics, against a float64 oracle in plain PyTorch. The providers fused, cuda and
 triton may be off by twice stock PyTorch's own error in the same dtype plus one unit in the last place, the others by
 16 times and 16 units; one that is off by more gets an error instead of a time. fused+compile is held to the first
@@ -64,7 +69,7 @@ examples:
       --direction forward forward+backward --json out.json --plot out.png
   senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused
   senet-fused bench --device cuda --batch 64 --dtype bfloat16 --providers eager compile cuda triton
-  senet-fused bench --op tail --direction forward forward+backward eval-forward --dtype bfloat16
+  senet-fused bench --op tail --direction forward backward eval-forward --dtype bfloat16
   senet-fused bench --from out.json --plot out.png --roofline roofline.png
 
 whole networks, and two runs side by side:
@@ -141,8 +146,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["forward"],
         choices=TAIL_DIRECTIONS,
-        help="forward is timed under no_grad (default); a tail's BatchNorm is in training, with statistics updated, "
-        "but for eval-forward, which only --op tail has",
+        help="forward is timed under no_grad (default); backward runs alone, again and again on the kept graph of one "
+        "forward; a tail's BatchNorm is in training, with statistics updated, but for eval-forward, which only --op "
+        "tail has",
     )
     what.add_argument(
         "--bias",
@@ -365,6 +371,7 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
         **({"left_out": left_out} if left_out else {}),
         "cache": "; ".join(texts[cache] for cache in options.caches),
         "cache_bytes": options.cache_bytes,
+        **({"backward": _KEPT_GRAPH} if "backward" in args.direction else {}),
         "byte_model": f"passes = {_PASSES[args.op]}; GB/s = passes x bytes / median",
         "copy": "x.clone() under the same rotation: 2 passes; copies = median / copy's median; "
         "of copy = GB/s / copy's GB/s",

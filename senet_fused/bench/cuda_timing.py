@@ -3,19 +3,24 @@
 Each contender is captured as one graph of as many calls as there are buffers. Cold: a scratch block of twice
 the L2 is overwritten before a replay, outside the timed span, and no call reads a buffer that another call of
 the replay has read. Warm: all calls of the graph read the same buffer.
+
+Everything that is timed, its preparation and the wall time too, runs in one stream of its own: nothing can be captured
+in the default one, and autograd runs a backward in the stream of its forward.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 
 from .timing import Outcome, Settings, Statistics, describe
 
-__all__ = ["l2_bytes", "replay"]
+__all__ = ["l2_bytes", "own_stream", "replay"]
 
 _WARM_UP_CALLS = (
     3  # outside the capture: lazy initialisation, autotuning and cuBLAS workspaces are not capturable
@@ -27,16 +32,30 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
+@lru_cache(maxsize=1)
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def own_stream() -> Iterator[None]:
+    """Within the block the current stream is the one that is timed; around it, it waits and is waited for."""
+    stream, outer = _stream(), torch.cuda.current_stream()
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
+        torch.cuda.synchronize()
+
+
 def _capture(call: Callable[[int], object], numbers: list[int]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for number in numbers[:_WARM_UP_CALLS]:
-            call(number)
-    torch.cuda.current_stream().wait_stream(side)
+    for number in numbers[:_WARM_UP_CALLS]:
+        call(number)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for number in numbers:
             call(number)
     graph.replay()
@@ -53,7 +72,7 @@ def replay(
     cold: bool,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Outcome]:
-    """Times the contenders' graphs, round by round in a shuffled order.
+    """Times the contenders' graphs, round by round in a shuffled order. Called within :func:`own_stream`.
 
     Args:
         calls: call(buffer number) by name; it may not synchronise or read on the host.

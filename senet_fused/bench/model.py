@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-VARIANTS = ("stock", "compile", "fused", "fused+compile", "tails", "tails+compile", "no-se", "no-se+compile")
+VARIANTS = (
+    "stock", "compile", "max-autotune", "graph", "fused", "fused+compile", "tails", "tails+compile", "tails+graph",
+    "no-se", "no-se+compile",
+)  # fmt: skip
+GRAPHS = ("graph", "tails+graph")
+_BY_DEFAULT = tuple(name for name in VARIANTS if name not in (*GRAPHS, "max-autotune"))
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
 _BUDGET_S = 10.0
@@ -35,6 +40,8 @@ variants:
   no-se              the twin: a copy with nn.Identity for every SE layer, where each returns its scaled input
   compile, fused+compile, tails+compile, no-se+compile
                      these four under torch.compile (default options, static shapes)
+  max-autotune       stock under torch.compile in that mode, on a GPU with CUDA graphs of its own; takes minutes
+  graph, tails+graph stock and tails on a GPU, all that is timed, the optimizer's step too, as one CUDA graph
 The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without. All
 are held against the same one, the twin of stock that is not compiled.
 
@@ -62,6 +69,7 @@ examples:
   senet-fused bench model seresnet50 --batch 8
   senet-fused bench model torchvision:mobilenet_v3_large --mode inference --batch 1 32 --layout channels_last
   senet-fused bench model seresnext101_32x4d senet154 --device cuda --dtype float16 --amp --batch 64 --json out.json
+  senet-fused bench model legacy_senet154 --device cuda --mode training --providers stock graph tails+graph no-se
   senet-fused bench model my_net.py:make --size 1,28,28 --providers stock fused no-se --quick
   senet-fused bench compare before.json after.json
 
@@ -91,7 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, help="of weights, inputs and labels (default 0)")
 
     who = parser.add_argument_group("who computes it")
-    who.add_argument("--providers", nargs="+", choices=VARIANTS, help="the variants (default: all)")
+    who.add_argument(
+        "--providers",
+        nargs="+",
+        choices=VARIANTS,
+        help="the variants (default: all but max-autotune, graph, tails+graph)",
+    )
     who.add_argument(
         "--backend",
         metavar="NAME",
@@ -114,7 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive(float),
         default=float("inf"),
         metavar="SECONDS",
-        help="begin no case after so long; what is done is reported and written, as after an interruption",
+        help="begin no case after so long, and no variant of the one at hand (those that compile come last); what is "
+        "done is reported and written, as after an interruption",
     )
     how.add_argument("--quick", action="store_true", help="a first look: three samples or little more")
 
@@ -169,6 +183,13 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     if args.json is not None:
         require_writable(args.json)
     check_device(args)
+    names = tuple(name for name in VARIANTS if name in (args.providers or _BY_DEFAULT))
+    graphs = [name for name in GRAPHS if name in names]
+    if graphs and args.device != "cuda":
+        raise RequestError(
+            f"provider {graphs[0]!r} is a CUDA graph and cannot run with --device {args.device}; use --device cuda, or "
+            "leave it out of --providers"
+        )
 
     from . import model_report, model_run, report, timing, zoo
     from .progress import open_progress
@@ -185,7 +206,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     if args.budget is not None:
         settings = dataclasses.replace(settings, budget_s=args.budget)
     options = model_run.Options(
-        variants=tuple(name for name in VARIANTS if name in (args.providers or VARIANTS)),
+        variants=names,
         backend=args.backend,
         device=args.device,
         seed=args.seed,
@@ -203,8 +224,9 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
         except KeyboardInterrupt:
             interrupted = True
     done = len(rows) // len(options.variants)
-    if interrupted or (args.time_limit < float("inf") and done < total):
-        header["interrupted"] = f"after {done} of {total} cases"
+    left = sum(model_run.OUT_OF_TIME in (row["note"] or "") for row in rows)
+    if interrupted or left or (args.time_limit < float("inf") and done < total):
+        header["interrupted"] = f"after {done} of {total} cases" + (f", {left} variants not begun" if left else "")
     summary = model_report.summarise(rows)
     model_report.render(header, rows, summary, sys.stdout, args.plain)
     if args.json is not None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import senet_fused
 
+from .model_graph import capture
 from .model_memory import Saved, peak_bytes
 from .oracle import relative_error
 from .variants import ModelCase, Network, Variant
@@ -99,24 +100,48 @@ class Cell:
         """One forward, in training with a backward, from the same random state for every variant."""
         before = Counter(senet_fused.call_counts())
         torch.manual_seed(self.seed + 2)
+        outputs = self._replayed(variant) if variant.graphed else self._forward_and_backward(variant)
+        gradients: list[Tensor | None] = []
+        statistics: list[Tensor] = []
+        if self.case.training:
+            gradients = [parameter.grad for parameter in variant.model.parameters()]
+            variant.model.zero_grad(set_to_none=True)
+            statistics = list(_statistics(variant.model))
+        variant.require_a_graph()
+        ran = {key.rpartition(".")[0] for key, n in (Counter(senet_fused.call_counts()) - before).items() if n}
+        variant.backend = "+".join(sorted(ran)) or ("inductor" if variant.compiled else "aten")
+        return Results(outputs, gradients, statistics)
+
+    def _forward_and_backward(self, variant: Variant) -> list[Tensor]:
+        """The outputs; in training every parameter has its gradient afterwards."""
         with self._modes():
             output = variant.call(self.x)
             if self.case.training:
                 if self.loss is None:
                     self.loss = _loss(output, self.seed + 3)
                 loss = self.loss(output)
-        gradients: list[Tensor | None] = []
-        statistics: list[Tensor] = []
         if self.case.training:
             loss.backward()
-            gradients = [parameter.grad for parameter in variant.model.parameters()]
+        return [tensor.detach() for tensor in _tensors(output)]
+
+    def _replayed(self, variant: Variant) -> list[Tensor]:
+        """The same by one replay of a CUDA graph, from the buffers that the network has now."""
+
+        def call() -> list[Tensor]:
             variant.model.zero_grad(set_to_none=True)
-            statistics = list(_statistics(variant.model))
-        outputs = [tensor.detach() for tensor in _tensors(output)]
-        variant.require_a_graph()
-        ran = {key.rpartition(".")[0] for key, n in (Counter(senet_fused.call_counts()) - before).items() if n}
-        variant.backend = "+".join(sorted(ran)) or ("inductor" if variant.compiled else "aten")
-        return Results(outputs, gradients, statistics)
+            return self._forward_and_backward(variant)
+
+        buffers = [(buffer, buffer.clone()) for buffer in variant.model.buffers()]
+        captured = capture(call)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.manual_seed(self.seed + 2)
+        captured.replay()
+        # The next capture takes the graph's memory.
+        for parameter in variant.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+        return [tensor.clone() for tensor in captured.result]
 
     def is_stochastic(self, stock: Variant, found: Results) -> bool:
         """Whether another random state gives stock another output, as dropout does."""
@@ -196,15 +221,23 @@ class Cell:
     def timed(self, variant: Variant) -> Callable[..., object]:
         """The call that is timed. Its argument, a buffer's number, means nothing here: there is one input.
 
-        In training it takes a context for its forward as well.
+        In training it takes a context for its forward as well, but for a CUDA graph: that is captured here.
         """
-        if not self.case.training:
+        call = self._step(variant) if self.case.training else self._inference(variant)
+        if not variant.graphed:
+            return call
+        captured = capture(lambda: call(0))
+        variant.peak_bytes = captured.peak_bytes if self.case.training else None
+        return lambda number: captured.replay()
 
-            def forward(number: int) -> object:
-                with self._modes():
-                    return variant.call(self.x)
+    def _inference(self, variant: Variant) -> Callable[[int], object]:
+        def forward(number: int) -> object:
+            with self._modes():
+                return variant.call(self.x)
 
-            return forward
+        return forward
+
+    def _step(self, variant: Variant) -> Callable[..., None]:
         optimizer = torch.optim.SGD(variant.model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
         plain = contextlib.nullcontext()
 
@@ -218,7 +251,16 @@ class Cell:
         return step
 
     def measure_memory(self, variant: Variant, step: Callable[..., object]) -> None:
-        """Notes the memory of one more step, the timed call in training. The optimizer has its own already."""
+        """Notes the memory of one more step, the timed call in training. The optimizer has its own already.
+
+        Of a CUDA graph its capture has told the peak. The allocator does not know what the graphs of torch.compile's
+        max-autotune use in a replay.
+        """
+        if variant.graphed:
+            return
+        if variant.name == "max-autotune" and self.device == "cuda":
+            variant.remark("its memory is that of torch.compile's CUDA graphs, which is not told")
+            return
         saved = Saved((self.x, *variant.model.parameters(), *variant.model.buffers()))
         variant.peak_bytes = peak_bytes(lambda: step(0, saved), self.device)
         variant.saved_bytes = saved.bytes

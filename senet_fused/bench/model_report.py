@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from .report import geometric_mean
-from .tables import Table, error_label, megabytes_label, ratio_label, show, show_header, time_label
+from .tables import Table, error_label, megabytes_label, rate_label, ratio_label, show, show_header, time_label
 
 __all__ = ["dtype_label", "input_label", "render", "summarise"]
 
@@ -60,6 +60,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
                 "ran on": row["backend"] or "-",
                 "median": time_label(row["median_s"]),
                 "IQR": time_label(row["iqr_s"]),
+                "images/s": rate_label(row["batch"] / row["median_s"] if row["median_s"] else None),
                 "vs stock": ratio_label(row["speedup_vs_stock"]),
                 "price of SE": ratio_label(row["price_of_se"]),
                 **(_memory_cells(row) if row["mode"] == "training" else {}),

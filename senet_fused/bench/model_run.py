@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,18 @@ from .runner import Progress
 from .timing import Outcome, Rotation, Settings, describe, interleave
 from .variants import ModelCase, Network, NoVariant, Variant
 
-__all__ = ["Options", "Row", "cases", "run"]
+__all__ = ["OUT_OF_TIME", "Options", "Row", "cases", "run"]
 
 Row = dict[str, Any]
+OUT_OF_TIME = "not begun: out of time"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which variants, in this order, and how; backend is what fuse is given. After time_limit_s no case is begun."""
+    """Which variants, in this order, and how; backend is what fuse is given.
+
+    After time_limit_s no case is begun, and in the case at hand no further variant: those that are built are timed.
+    """
 
     variants: Sequence[str]
     backend: str | None = None
@@ -47,16 +51,28 @@ def cases(name: str, size: tuple[int, ...], args: argparse.Namespace) -> list[Mo
     ]
 
 
-def _check(network: Network, cell: Cell, options: Options, progress: Progress) -> list[Variant]:
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Those that the others are compared with first, and last those that take long to compile."""
+    references = [Variant(name).reference for name in names]
+    patient = sorted(names, key=lambda name: (name == "max-autotune", Variant(name).compiled))
+    return list(dict.fromkeys([*references, *patient]))
+
+
+def _check(
+    network: Network, cell: Cell, options: Options, progress: Progress, deadline: float = math.inf
+) -> list[Variant]:
     """The variants, built and compared: those that stopped on the way have an error or a note, and no model."""
     checked: dict[str, Variant] = {}
     wanted: dict[str, Results] = {}
     stochastic = False
-    references = [Variant(name).reference for name in options.variants]
-    for name in dict.fromkeys([*references, *options.variants]):
+    for name in _in_order(options.variants):
         progress.stage(f"checking {name}")
         variant = Variant(name)
         reference = variant.reference
+        if time.monotonic() > deadline and name != reference:
+            variant.remark(OUT_OF_TIME)
+            checked[name] = variant
+            continue
         try:
             if reference in checked and checked[reference].error is not None:
                 raise RuntimeError(f"nothing to compare with: {reference} failed, {checked[reference].error}")
@@ -81,12 +97,21 @@ def _check(network: Network, cell: Cell, options: Options, progress: Progress) -
     return [checked[name] for name in options.variants]
 
 
-def _measure(network: Network, case: ModelCase, options: Options, progress: Progress) -> list[Row]:
+def _measure(
+    network: Network, case: ModelCase, options: Options, progress: Progress, deadline: float = math.inf
+) -> list[Row]:
     forget_compiled()
     cell = Cell(case, options.device, options.seed)
-    variants = _check(network, cell, options, progress)
-    running = {variant.name: variant for variant in variants if variant.model is not None}
-    calls = {name: cell.timed(variant) for name, variant in running.items()}
+    variants = _check(network, cell, options, progress, deadline)
+    running: dict[str, Variant] = {}
+    calls: dict[str, Callable[..., object]] = {}
+    for variant in variants:
+        if variant.model is not None:
+            try:
+                calls[variant.name] = cell.timed(variant)
+                running[variant.name] = variant
+            except Exception as error:  # what cannot be captured, say
+                variant.error, variant.model = describe(error), None
     progress.stage(f"timing {', '.join(running)}")
     outcomes = interleave(
         calls,
@@ -129,6 +154,7 @@ def _rows(
             "iqr_s": None,
             "samples": 0,
             "calls_per_sample": 0,
+            "images_per_s": None,
             "speedup_vs_stock": None,
             "price_of_se": None,
             "output_error": variant.output_error if _finite(variant.output_error) else None,
@@ -151,6 +177,7 @@ def _rows(
                 "iqr_s": timing.iqr_s,
                 "samples": timing.samples,
                 "calls_per_sample": timing.inner,
+                "images_per_s": case.batch / timing.median_s,
                 "speedup_vs_stock": _ratio(medians.get("stock"), timing.median_s),
                 "price_of_se": _ratio(timing.median_s, medians.get("no-se")),
             }
@@ -203,7 +230,7 @@ def run(
                 rows += _failed(case, options, trouble)
             else:
                 try:
-                    rows += _measure(network, case, options, progress)
+                    rows += _measure(network, case, options, progress, start + options.time_limit_s)
                 except Exception as error:  # the case as a whole: out of memory, say
                     rows += _failed(case, options, describe(error))
             if options.device == "cuda":

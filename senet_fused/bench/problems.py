@@ -19,8 +19,8 @@ __all__ = [
 OPS = ("se", "tail")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("contiguous", "channels_last")
-DIRECTIONS = ("forward", "forward+backward")
-# BatchNorm normalises by the batch's statistics in the first two and by the running ones in the last.
+DIRECTIONS = ("forward", "backward", "forward+backward")
+# BatchNorm normalises by the running statistics in the last, by the batch's in the others.
 TAIL_DIRECTIONS = (*DIRECTIONS, "eval-forward")
 POST_ACTS = ("none", "relu")
 ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish", "tanh", "sigmoid")
@@ -84,7 +84,13 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        return self.direction == "forward+backward"
+        """Whether there is a backward: alone, or behind its forward."""
+        return self.direction in ("backward", "forward+backward")
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the backward alone is timed, again and again on the graph of one forward."""
+        return self.direction == "backward"
 
     @property
     def training(self) -> bool:
@@ -103,9 +109,10 @@ class Case:
         twice over what it reads for them. Forward: x twice, residual, y. Backward: dy and x twice, dx, dresidual.
         """
         if self.op == "tail":
-            return 3 if not self.training else 10 if self.backward else 4
-        forward = 2 + self.residual
-        return forward + (3 + (self.residual and self.post_act == "relu") if self.backward else 0)
+            forward, backward = 4 if self.training else 3, 6
+        else:
+            forward, backward = 2 + self.residual, 3 + (self.residual and self.post_act == "relu")
+        return (not self.keeps_graph) * forward + self.backward * backward
 
 
 @lru_cache(maxsize=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from .oracle import InputSet, Weights
 from .problems import GPU_BACKENDS, Case
 
 __all__ = [
-    "BUILDERS", "STOCK_FORMS", "FusedTail", "Provider", "StockSE", "StockTail", "copy_ceiling", "eager",
-    "forget_compiled", "is_ours", "results", "step", "under_compile",
+    "BUILDERS", "STOCK_FORMS", "FusedTail", "Provider", "StockSE", "StockTail", "backward_of", "compiling_for",
+    "copy_ceiling", "eager", "forget_compiled", "is_ours", "results", "step", "under_compile",
 ]  # fmt: skip
 
 STOCK_FORMS = ("linear", "conv")
@@ -174,6 +175,21 @@ def forget_compiled() -> None:
         torch._dynamo.reset()
 
 
+@contextlib.contextmanager
+def compiling_for(case: Case) -> Iterator[None]:
+    """Within the block torch.compile makes, and runs, graphs whose backward can run as often as the case asks for.
+
+    What it compiles for a backward that runs once takes the memory of saved tensors for its own results.
+    """
+    if not case.keeps_graph:
+        yield
+        return
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
 def under_compile(
     module: nn.Module, mode: str | None = None, fullgraph: bool = True
 ) -> tuple[nn.Module, Callable[[], None]]:
@@ -293,9 +309,19 @@ def copy_ceiling() -> Provider:
 def step(provider: Provider, inputs: InputSet) -> tuple[Tensor, Sequence[Tensor]]:
     """Forward and backward with a given dy. Nothing accumulates: autograd.grad returns fresh gradients."""
     y = provider.forward(inputs.x, inputs.residual)
+    return y, torch.autograd.grad(y, _differentiated(provider, inputs), inputs.dy)
+
+
+def _differentiated(provider: Provider, inputs: InputSet) -> tuple[Tensor, ...]:
     if inputs.residual is None:
-        return y, torch.autograd.grad(y, (inputs.x, *provider.parameters), inputs.dy)
-    return y, torch.autograd.grad(y, (inputs.x, inputs.residual, *provider.parameters), inputs.dy)
+        return (inputs.x, *provider.parameters)
+    return (inputs.x, inputs.residual, *provider.parameters)
+
+
+def backward_of(provider: Provider, inputs: InputSet) -> Callable[[], Sequence[Tensor]]:
+    """The backward alone, as often as it is called: the graph of one forward, which runs now, is kept."""
+    y, wanted, dy = provider.forward(inputs.x, inputs.residual), _differentiated(provider, inputs), inputs.dy
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
 def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tensor]:

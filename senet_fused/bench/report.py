@@ -18,7 +18,7 @@ __all__ = [
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "cache", "byte_model", "copy", "baseline",
-           "left_out", "interrupted")  # fmt: skip
+           "backward", "left_out", "interrupted")  # fmt: skip
 # What a row has to have for tables and pictures, by the kind of run that the header names; without a name it is layers.
 _NEEDED = {
     "layers": (
@@ -277,6 +277,6 @@ def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
                 raise RequestError(f"{path} and {paths[0]} differ in {key}: {found[key]} and {headers[0][key]}")
         rows += more
     several = {}
-    for key in ("command", "revision", "warning", "interrupted", "byte_model", "baseline"):
+    for key in ("command", "revision", "warning", "interrupted", "byte_model", "baseline", "backward"):
         several[key] = "; ".join(dict.fromkeys(found[key] for found in headers if found.get(key))) or None
     return headers[0] | several, rows

@@ -16,7 +16,19 @@ from . import cuda_timing
 from .buffers import BufferPool, check_inputs, make_weights, torch_dtype
 from .oracle import InputSet, Weights, judge, oracle, relative_error, yardstick
 from .problems import LAYOUTS, Case
-from .providers import BUILDERS, STOCK_FORMS, Provider, copy_ceiling, eager, forget_compiled, is_ours, results, step
+from .providers import (
+    BUILDERS,
+    STOCK_FORMS,
+    Provider,
+    backward_of,
+    compiling_for,
+    copy_ceiling,
+    eager,
+    forget_compiled,
+    is_ours,
+    results,
+    step,
+)
 from .timing import Rotation, Settings, Statistics, describe, interleave
 
 __all__ = ["Judge", "Options", "Progress", "Row", "appoint", "bind", "computing", "run"]
@@ -133,10 +145,17 @@ def appoint(case: Case, weights: Weights, device: torch.device) -> Judge:
 
 
 def bind(provider: Provider, sets: list[InputSet], case: Case) -> Callable[[int], object]:
-    """The timed call on one buffer set. Grad mode is the caller's: on for forward+backward only."""
+    """The timed call on one buffer set. Grad mode is the caller's: on where there is a backward.
+
+    For a backward alone the forwards run here, in the current stream: autograd runs each backward in its forward's, so
+    on a GPU it can be captured in that stream only.
+    """
     if provider.name == "copy":
         tensors = [inputs.x.detach() for inputs in sets]
         return lambda number: tensors[number].clone()
+    if case.keeps_graph:
+        backwards = [backward_of(provider, inputs) for inputs in sets]
+        return lambda number: backwards[number]()
     if case.backward:
         return lambda number: step(provider, sets[number])
 
@@ -161,7 +180,8 @@ class _Runner:
         contenders = [_Contender(name) for name in self.options.providers]
         copy = _Contender("copy", copy_ceiling(), max_error=0.0)
         try:
-            self._measure(case, contenders, copy)
+            with compiling_for(case):
+                self._measure(case, contenders, copy)
         except Exception as error:  # the case as a whole: out of memory, or no yardstick
             for contender in [*contenders, copy]:
                 contender.error = contender.error or describe(error)
@@ -209,9 +229,9 @@ class _Runner:
         """The form of the stock layer that a short interleaved trial finds faster: the honest baseline."""
         if len(forms) == 1:
             return forms[0]
-        calls = {form: bind(eager(case, weights, form), sets, case) for form in forms}
         trial = Settings(budget_s=0.0, min_rounds=5, sample_s=5e-4)
-        with torch.set_grad_enabled(case.backward):
+        with self._stream(), torch.set_grad_enabled(case.backward):
+            calls = {form: bind(eager(case, weights, form), sets, case) for form in forms}
             if self.cuda:
                 outcomes = cuda_timing.replay(calls, [0] * 5, trial, device=self.device, cold=False)
             else:
@@ -229,8 +249,23 @@ class _Runner:
             return self.pool.sets(case, 0)
         return self.pool.sets(case, least_bytes, _MIN_COLD_BUFFERS)
 
+    def _stream(self) -> contextlib.AbstractContextManager[None]:
+        return cuda_timing.own_stream() if self.cuda else contextlib.nullcontext()
+
     def _time(self, case: Case, contenders: list[_Contender], sets: list[InputSet]) -> None:
-        calls = {contender.name: bind(contender.provider, sets, case) for contender in contenders}
+        with self._stream():
+            self._time_in_stream(case, contenders, sets)
+
+    def _time_in_stream(self, case: Case, contenders: list[_Contender], sets: list[InputSet]) -> None:
+        calls: dict[str, Callable[[int], object]] = {}
+        for contender in contenders:
+
+            def bind_it(contender: _Contender = contender) -> None:
+                with torch.set_grad_enabled(case.backward):
+                    calls[contender.name] = bind(contender.provider, sets, case)
+
+            contender.guard(bind_it)
+        contenders = [contender for contender in contenders if contender.error is None]
         settings, tick = self.options.settings, self.progress.tick
         if self.cuda:
             settings = dataclasses.replace(settings, budget_s=settings.budget_s / 2)

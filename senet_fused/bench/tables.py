@@ -8,14 +8,14 @@ from typing import Any, TextIO
 
 from .problems import GPU_BACKENDS
 
-__all__ = ["Table", "error_label", "megabytes_label", "ratio_label", "share_label", "show", "show_header",
-           "time_label"]  # fmt: skip
+__all__ = ["Table", "error_label", "megabytes_label", "rate_label", "ratio_label", "share_label", "show",
+           "show_header", "time_label"]  # fmt: skip
 
 _TEXT_COLUMNS = {"N x C/R @ plane", "layout", "cache", "provider", "ran on", "problem", "dtype", "direction",
                  "slowest cell", "variant", "model", "mode", "verdict"}  # fmt: skip
 # What a narrow terminal can do without, first to go first.
-_DISPENSABLE = ("GB/s", "IQR", "ran on", "behind", "max error", "of copy", "peak MB", "saved MB", "gradients",
-                "output")  # fmt: skip
+_DISPENSABLE = ("GB/s", "IQR", "ran on", "images/s", "behind", "max error", "of copy", "peak MB", "saved MB",
+                "gradients", "output")  # fmt: skip
 # Who stands out: this package's own.
 _OURS = ("fused", "tails", *GPU_BACKENDS)
 
@@ -30,6 +30,11 @@ def time_label(seconds: float | None) -> str:
                 f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
             )
     raise AssertionError
+
+
+def rate_label(value: float | None) -> str:
+    """How many in a second."""
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def ratio_label(value: float | None) -> str:

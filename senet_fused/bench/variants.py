@@ -1,4 +1,4 @@
-"""The variants of a network: stock, its twin without SE, fused, and tails, each as it is and under torch.compile."""
+"""The variants of a network: stock, its twin without SE, fused, and tails, as they are, compiled, or a CUDA graph."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class NoVariant(Exception):
 
 @dataclasses.dataclass
 class Variant:
-    """One variant on its way through one case: built, checked, timed. What is called is the model, compiled if need be.
+    """One variant on its way through one case: built, checked, timed. What is called is the model, compiled if need be;
+    a CUDA graph is made of such calls.
 
     reference: whom it is compared with. fused: how many SE layers are. blocks, tails: the blocks around SE layers, and
     how many of them run with tails.
@@ -76,11 +77,17 @@ class Variant:
 
     @property
     def compiled(self) -> bool:
-        return self.name.endswith("compile")
+        return self.name == "max-autotune" or self.name.endswith("compile")
+
+    @property
+    def graphed(self) -> bool:
+        """Whether what is called is a CUDA graph of ours."""
+        return self.name.endswith("graph")
 
     @property
     def prototype(self) -> str:
-        return {"compile": "stock"}.get(self.name, self.name.removesuffix("+compile"))
+        name, _, how = self.name.rpartition("+")
+        return name or ("stock" if how in ("compile", "max-autotune", "graph") else how)
 
     @property
     def reference(self) -> str:
@@ -160,7 +167,8 @@ class Network:
         variant.model = variant.call = model
         if variant.compiled:
             # Not as one graph: a network may have breaks of its own.
-            variant.call, variant.require_a_graph = under_compile(model, fullgraph=False)
+            mode = "max-autotune" if variant.name == "max-autotune" else None
+            variant.call, variant.require_a_graph = under_compile(model, mode, fullgraph=False)
 
 
 def _count_fused(variant: Variant, model: nn.Module) -> None:
