@@ -53,7 +53,10 @@ CORE = (
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {"triton", "matplotlib", "rich", "sklearn", "onnx", "pandas", "PIL", "pytest"}
 # The Triton kernels and what launches them: imported when the first one is launched.
-OF_TRITON = {f"backends/triton/{name}.py" for name in ("elementwise", "excite", "kernels", "launch", "tiles")}
+OF_TRITON = {
+    f"backends/triton/{name}.py"
+    for name in ("elementwise", "excite", "kernels", "launch", "sweeps", "tail_kernels", "tiles")
+}
 
 # Files of csrc/ -> the local headers they may include. library -> host file -> {check, plan, kernel}.
 CPP = {
