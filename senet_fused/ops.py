@@ -32,7 +32,7 @@ from . import reference
 from .backends import cuda, native, triton
 
 __all__ = [
-    "OPERATORS", "Operator", "call_counts", "count_call", "empty_like", "in_layout", "infer_at_once",
+    "OPERATORS", "Operator", "call_counts", "count_call", "empty_like", "gradient_target", "in_layout", "infer_at_once",
     "is_channels_last", "kernel_vector", "kernel_weights", "layout_of", "loop_vmap", "mask_of", "reset_call_counts",
     "uncounted", "unpack_mask", "watched",
 ]  # fmt: skip
@@ -200,11 +200,26 @@ def kernel_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return w1.contiguous(), w2.contiguous()
 
 
-def kernel_vector(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
-    """A bias, or another small vector, as kernels read it: contiguous, in the accumulation dtype."""
-    if bias is None or (bias.dtype == wide and bias.is_contiguous()):
-        return bias
-    return bias.to(wide).contiguous()
+def kernel_vector(
+    bias: Tensor | None, wide: torch.dtype, others: tuple[torch.dtype, ...] = ()
+) -> Tensor | None:
+    """A bias, or another small vector, as kernels read it: contiguous, in the accumulation dtype or one of the others
+    that the backend reads (its VECTOR_DTYPES), because on a GPU each conversion is a launch."""
+    if bias is None:
+        return None
+    dtype = bias.dtype
+    if dtype != wide and dtype not in others:
+        bias = bias.to(wide)
+    return bias.contiguous()
+
+
+def gradient_target(
+    gradient: Tensor, dtype: torch.dtype | None, wide: torch.dtype, others: tuple[torch.dtype, ...]
+) -> Tensor:
+    """Where kernels write a gradient: itself, or a tensor of the dtype in which they write it (None: as vectors)."""
+    if dtype is None:
+        dtype = gradient.dtype if gradient.dtype in others else wide
+    return gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -249,11 +264,11 @@ def watched(*gradients: Tensor | None) -> bool:
 def _define(
     backend: str,
     dispatch_keys: tuple[str, ...],
-    launch_forward: Callable[..., None],
-    launch_backward: Callable[..., None],
+    kernels: Any,
 ) -> Operator:
     name = f"senet_fused::squeeze_excite_{backend}"
     counted_forward, counted_backward = f"{backend}.forward", f"{backend}.backward"
+    vector_dtypes = kernels.VECTOR_DTYPES
 
     def fill(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs):
         if channels_last or not x.is_contiguous():
@@ -263,8 +278,8 @@ def _define(
         w1, w2 = kernel_weights(x, w1, w2)
         if b1 is not None or b2 is not None:
             wide = reference.accumulate_dtype(x)
-            b1, b2 = kernel_vector(b1, wide), kernel_vector(b2, wide)
-        launch_forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
+            b1, b2 = kernel_vector(b1, wide, vector_dtypes), kernel_vector(b2, wide, vector_dtypes)
+        kernels.forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, channels_last, outputs)
         _counts[counted_forward] += 1
 
     def forward(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save):
@@ -293,14 +308,15 @@ def _define(
         kw1, kw2 = kernel_weights(x, w1, w2)
         dx, *dweights, dresidual = outputs
         targets = [dx if need_x else None, None, None, None, None, dresidual if need_res else None]
-        # Kernels write weight gradients in the dtype in which they read the weights, bias gradients in gate's.
+        # Weights' gradients are written in the dtype in which the weights are read, biases' in that of a vector.
         if need_weights:
-            for i, (d, dtype) in enumerate(zip(dweights, (kw1.dtype, gate.dtype, kw2.dtype, gate.dtype), strict=True)):
-                if i % 2 == 0 or (b1, b2)[i // 2] is not None:
-                    targets[1 + i] = d if d.dtype == dtype else torch.empty_like(d, dtype=dtype)
+            for i, (d, t) in enumerate(zip(dweights, (w1, b1, w2, b2), strict=True)):
+                if t is not None:
+                    dtype = kw1.dtype if i % 2 == 0 else None
+                    targets[1 + i] = gradient_target(d, dtype, gate.dtype, vector_dtypes)
         if dgate is not None:
             dgate = dgate.to(gate.dtype).contiguous()
-        launch_backward(
+        kernels.backward(
             dy, dgate, x, kw1, kw2, gate, saved, mask, act, gate_fn, squeeze, post_act, channels_last, targets
         )
         for d, target in zip(dweights, targets[1:5], strict=True):
@@ -478,10 +494,10 @@ def loop_vmap(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any,
 
 
 OPERATORS: dict[str, Operator] = {
-    backend: _define(backend, keys, forward, backward)
-    for backend, keys, forward, backward in (
-        ("cuda", ("CUDA", "CPU"), cuda.forward, cuda.backward),
-        ("triton", ("CUDA", "CPU"), triton.forward, triton.backward),
-        ("cpu", ("CPU",), native.forward, native.backward),
+    backend: _define(backend, keys, kernels)
+    for backend, keys, kernels in (
+        ("cuda", ("CUDA", "CPU"), cuda),
+        ("triton", ("CUDA", "CPU"), triton),
+        ("cpu", ("CPU",), native),
     )
 }

@@ -28,11 +28,13 @@ except ImportError:
     _plan = None
 
 __all__ = [
-    "DTYPES", "Problem", "architectures", "backward", "device_facts", "facts_of_h200", "forward", "load_host",
-    "plan_of", "problem", "using",
+    "DTYPES", "VECTOR_DTYPES", "Problem", "architectures", "backward", "device_facts", "facts_of_h200", "forward",
+    "load_host", "plan_of", "problem", "using",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Biases and other vectors are read in the accumulation dtype alone.
+VECTOR_DTYPES: tuple[torch.dtype, ...] = ()
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 
 _REINSTALL = "reinstall where there is nvcc, with SENET_FUSED_CUDA=1"

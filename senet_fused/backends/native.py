@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .codes import codes_of
 
-__all__ = ["backward", "forward", "instruction_set", "problem", "tail_backward", "tail_forward"]
+__all__ = ["VECTOR_DTYPES", "backward", "forward", "instruction_set", "problem", "tail_backward", "tail_forward"]
 
+# Biases and other vectors are read in the accumulation dtype alone.
+VECTOR_DTYPES: tuple[torch.dtype, ...] = ()
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 _problem: str | None = None

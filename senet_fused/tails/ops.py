@@ -26,6 +26,7 @@ from ..ops import (
     Operator,
     count_call,
     empty_like,
+    gradient_target,
     in_layout,
     is_channels_last,
     kernel_vector,
@@ -109,6 +110,10 @@ def _process_group(name: str) -> Any:
 def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Operator:
     name = f"senet_fused::block_tail_{backend}"
     counted_forward, counted_backward = f"{backend}.tail_forward", f"{backend}.tail_backward"
+    vector_dtypes = kernels.VECTOR_DTYPES
+
+    def as_read(wide, *vectors):
+        return (kernel_vector(t, wide, vector_dtypes) for t in vectors)
 
     def forward(
         x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, act, gate_fn, post_act, group, save
@@ -120,14 +125,14 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         x = in_layout(x, channels_last)
         if residual is not None:
             residual = in_layout(residual, channels_last)
-        weight, bias, factor, b1, b2 = (kernel_vector(t, wide) for t in (weight, bias, factor, b1, b2))
+        weight, bias, factor, b1, b2 = as_read(wide, weight, bias, factor, b1, b2)
         if w1 is None:
             gate = saved = None
         else:
             w1, w2 = kernel_weights(x, w1, w2)
         given = together = None
         if mean is not None:
-            given = kernel_vector(mean, wide), kernel_vector(var, wide)
+            given = tuple(as_read(wide, mean, var))
         elif group:
             count = x.shape[0] * math.prod(x.shape[2:])
             together = functools.partial(_bring_together, statistics, count, eps, group)
@@ -152,9 +157,9 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         outputs = _allocate_backward(x, *given, need_x, need_weights, need_residual, channels_last)
         dx, *dparameters, dresidual = outputs
         x, dy = in_layout(x, channels_last), in_layout(dy, channels_last)
-        weight, bias, factor = (kernel_vector(t, wide) for t in (weight, bias, factor))
-        # Kernels write weight gradients in the dtype in which they read the weights, those of vectors in the wide one.
-        dtypes = [wide] * 6
+        weight, bias, factor = as_read(wide, weight, bias, factor)
+        # Kernels write weight gradients in the dtype in which they read the weights, the others in that of a vector.
+        dtypes = [None] * 6
         kw1, kw2 = w1, w2
         if w1 is not None:
             kw1, kw2 = kernel_weights(x, w1, w2)
@@ -164,7 +169,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         targets = []
         for t, d, dtype in zip(given, dparameters, dtypes, strict=True):
             wanted = need_weights and t is not None
-            targets.append((d if d.dtype == dtype else torch.empty_like(d, dtype=dtype)) if wanted else None)
+            targets.append(gradient_target(d, dtype, wide, vector_dtypes) if wanted else None)
         count = float(x.shape[0] * math.prod(x.shape[2:])) if batch else 0.0
         together = functools.partial(_share, count=count, group=group) if batch and group else None
         kernels.tail_backward(

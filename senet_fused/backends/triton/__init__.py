@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "backward", "forward", "problem", "tail_backward", "tail_forward"]
+__all__ = ["DTYPES", "VECTOR_DTYPES", "backward", "forward", "problem", "tail_backward", "tail_forward"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Biases and other vectors are read, and their gradients written, in whatever dtype they have.
+VECTOR_DTYPES = (*DTYPES, torch.float64)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton's interpreter before 3.7 converts arrays of one element to numbers, which numpy 2.4 refuses.

@@ -223,9 +223,9 @@ def weight_gradients(
         m_r = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_pooled = tl.load(pooled + n * pooled_stride + o_c[None, :], mask=m_c, other=0.0)
         if slope is not None:
-            b_pooled *= tl.load(slope + o_c, mask=o_c < C, other=0.0)[None, :]
+            b_pooled *= tl.load(slope + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
         if offset is not None:
-            b_pooled += tl.load(offset + o_c, mask=o_c < C, other=0.0)[None, :]
+            b_pooled += tl.load(offset + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
         b_dlogit = sum_splits(dlogit, S * C, o_n, o_c, N, S, C, SINGLY)
         at = tl.load(preact + n * preact_stride + o_r[None, :], mask=m_r, other=0.0)
         b_dpreact = dpreact_of(shares, dpreact, preact, preact_stride, o_n, o_r, N, T, R, READY, ACT, ACT_A, SINGLY)

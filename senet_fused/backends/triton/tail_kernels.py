@@ -39,7 +39,7 @@ def _vector(v, o, SIZE: tl.constexpr, DEFAULT: tl.constexpr):
     """v[o] as a row; DEFAULT everywhere where there is no v."""
     row = tl.full([1, o.shape[0]], DEFAULT, tl.float32)
     if v is not None:
-        row = tl.load(v + o, mask=o < SIZE, other=0.0)[None, :]
+        row = tl.load(v + o, mask=o < SIZE, other=0.0).to(tl.float32)[None, :]
     return row
 
 
@@ -70,7 +70,7 @@ def _keep(statistics, mu, rstd, var, o_c, C: tl.constexpr):
 def _branch(factor, b_gate, o_n, N):
     """What multiplies BatchNorm's output: gate * factor, [samples, channels] or [1, channels]."""
     if factor is not None:
-        b_gate = b_gate * tl.load(factor + o_n, mask=o_n < N, other=0.0)[:, None]
+        b_gate = b_gate * tl.load(factor + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
     return b_gate
 
 
