@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import native
+from ..backends import cuda, native
 from ..ops import (
     Operator,
     count_call,
@@ -289,5 +289,9 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 
 
 OPERATORS: dict[str, Operator] = {
-    backend: _define(backend, keys, kernels) for backend, keys, kernels in (("cpu", ("CPU",), native),)
+    backend: _define(backend, keys, kernels)
+    for backend, keys, kernels in (
+        ("cuda", ("CUDA", "CPU"), cuda),
+        ("cpu", ("CPU",), native),
+    )
 }
