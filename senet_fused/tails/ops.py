@@ -155,7 +155,6 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         dx, *dparameters, dresidual = outputs
         x, dy = in_layout(x, channels_last), in_layout(dy, channels_last)
         weight, bias, factor = (kernel_vector(t, wide) for t in (weight, bias, factor))
-        c = x.shape[1]
         # Kernels write weight gradients in the dtype in which they read the weights, those of vectors in the wide one.
         dtypes = [wide] * 6
         kw1, kw2 = w1, w2
