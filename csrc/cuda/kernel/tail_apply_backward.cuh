@@ -14,11 +14,24 @@ struct TailApplyBackwardArguments : ScaleBackwardSweep {
   float inv_m, inv_count;  // inv_count: 1 / m of (T7)
 };
 
-__device__ __forceinline__ float sum_groups(const float* parts, int64_t groups, int c) {
-  float sum = 0.0f;
+// (T6) of the tile's channels: the sums of both parts over the groups of samples, in an order that the tile decides.
+// Ends behind a barrier.
+__device__ __forceinline__ void sum_groups(const TailApplyBackwardArguments& a, const TileAt& at, float* dweight,
+                                           float* dbias) {
+  const int items = 2 * at.channels, lanes = max(1, min(32, kThreads / power_at_least(items)));
+  const int lane = thread_index() % lanes;
+  for (int i0 = 0; i0 < items; i0 += kThreads / lanes) {
+    const int i = i0 + thread_index() / lanes, k = i < at.channels ? i : i - at.channels;
+    const float* parts = (i < at.channels ? a.parts_weight : a.parts_bias) + at.c0 + k;
+    float sum = 0.0f;
+    if (i < items) {
 #pragma unroll 8
-  for (int64_t group = 0; group < groups; ++group) sum += __ldcg(parts + group * c);
-  return sum;
+      for (int64_t group = lane; group < a.groups; group += lanes) sum += __ldcg(parts + group * a.g.c);
+    }
+    sum = group_sum(sum, lanes, nullptr);
+    if (lane == 0 && i < items) (i < at.channels ? dweight : dbias)[k] = sum;
+  }
+  __syncthreads();
 }
 
 // The vectors of a tile in shared memory: P and T of (T7), [samples][channels], mu, Q and dbias / m, [channels], each
@@ -27,19 +40,16 @@ template <int kSize>
 __device__ __forceinline__ void gradient_columns(const TailApplyBackwardArguments& a, const TileAt& at,
                                                  float* vectors) {
   float *gate = vectors, *even = vectors + kSize, *shift = vectors + 4 * kSize;
-  const bool stores = at.split == 0 && at.group == 0;
+  const bool stores = at.split == 0 && at.group == 0, sums = a.parts_weight != nullptr && (a.centred || stores);
+  float* slope = vectors + 3 * kSize;
+  if (sums) sum_groups(a, at, slope, shift);
   for (int k = thread_index(); k < at.channels; k += kThreads) {
     const int c = at.c0 + k;
-    float dweight = 0.0f, dbias = 0.0f;
-    if (a.parts_weight != nullptr && (a.centred || stores)) {
-      dweight = sum_groups(a.parts_weight + c, a.groups, a.g.c);
-      dbias = sum_groups(a.parts_bias + c, a.groups, a.g.c);
-    }
+    const float dweight = sums ? slope[k] : 0.0f, dbias = sums ? shift[k] : 0.0f, rstd = a.norm.rstd_at(c);
     if (stores && a.dweight != nullptr) a.dweight[c] = dweight;
     if (stores && a.dbias != nullptr) a.dbias[c] = dbias;
-    const float rstd = a.norm.rstd_at(c);
     vectors[2 * kSize + k] = a.norm.mean_at(c);
-    vectors[3 * kSize + k] = -(a.norm.weight_at(c) * (rstd * rstd)) * (dweight * a.inv_count);
+    slope[k] = -(a.norm.weight_at(c) * (rstd * rstd)) * (dweight * a.inv_count);
     shift[k] = a.centred ? dbias * a.inv_count : 0.0f;
   }
   __syncthreads();
@@ -47,9 +57,9 @@ __device__ __forceinline__ void gradient_columns(const TailApplyBackwardArgument
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, k = i % at.channels, c = at.c0 + k, own = s * a.g.channels + k;
     const int64_t n = at.n0 + s, nc = n * a.g.c + c;
-    const float slope = a.norm.weight_at(c) * a.norm.rstd_at(c);
-    gate[own] = (a.gate != nullptr ? a.gate[nc] : 1.0f) * a.norm.factor_at(n) * slope;
-    even[own] = slope * ((a.gate != nullptr ? a.dpooled[nc] * a.inv_m : 0.0f) - shift[k]);
+    const float scale = a.norm.weight_at(c) * a.norm.rstd_at(c);
+    gate[own] = (a.gate != nullptr ? a.gate[nc] : 1.0f) * a.norm.factor_at(n) * scale;
+    even[own] = scale * ((a.gate != nullptr ? a.dpooled[nc] * a.inv_m : 0.0f) - shift[k]);
   }
   __syncthreads();
 }

@@ -33,7 +33,7 @@ constexpr int kMergeStride = kTailC + 1;              // so that a warp's thread
 template <bool kWide>
 __device__ __forceinline__ void merge_parts(const TailExciteArguments& a, const Patch& at, float* base, float* counts,
                                             float* scratch) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kWide ? 4 : 2;
   const int k = thread_index() % (kTailC / 4) * 4, part = thread_index() / (kTailC / 4);
   const bool there = k < at.channels;
   const int64_t c = at.c0 + (there ? k : 0);
@@ -52,20 +52,21 @@ __device__ __forceinline__ void merge_parts(const TailExciteArguments& a, const 
       const int r = min(row + u * kMergeParts, rows - 1);
       shift[u] = load(a.shifts, r), mean[u] = load(a.means, r), square[u] = load(a.squares, r);
     }
+    // The last row again in place of any behind it, which counts nothing: a branch would keep the loads apart.
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (row + u * kMergeParts >= rows) break;
       const float shifts[4] = {shift[u].x, shift[u].y, shift[u].z, shift[u].w};
       const float means[4] = {mean[u].x, mean[u].y, mean[u].z, mean[u].w};
       const float m2[4] = {square[u].x, square[u].y, square[u].z, square[u].w};
-      const float positions = a.positions_of((row + u * kMergeParts) % a.splits);
+      const float is_there = row + u * kMergeParts < rows ? 1.0f : 0.0f;
+      const float positions = is_there * a.positions_of((row + u * kMergeParts) % a.splits);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float mean_j = (shifts[j] - from[j]) + means[j];
         if (row == part && u == 0) about[j] = finite_or_zero(mean_j);
         const float d = mean_j - about[j];
         sum[j] += positions * d;
-        squares[j] += m2[j] + positions * (d * d);
+        squares[j] += is_there * m2[j] + positions * (d * d);
       }
       count += positions;
     }
