@@ -335,6 +335,22 @@ def test_launches_that_nobody_needs_are_not_made():
                 assert sum(launches().values()) == expected, (names, strategy)
 
 
+@pytest.mark.parametrize("strategy", GATED)
+@pytest.mark.parametrize("kind", FORMS)
+def test_given_statistics_are_kept(kind, strategy):
+    """As those of a batch are, for the backward."""
+    case, strategy = with_gate(KINDS[kind].replace(training=False), strategy)
+    t = {k: on_device(v) for k, v in draw(case, 0).items()}
+    mean, var = t["running_mean"].float(), t["running_var"].float()
+    with cuda.using(planning(strategy)):
+        _, statistics, *_ = torch.ops.senet_fused.block_tail_cuda(
+            t["x"], t["weight"], t["bias"], mean, var, *(t.get(k) for k in ("w1", "b1", "w2", "b2")), None, None,
+            case.eps, case.act, case.gate, "", "", True,
+        )  # fmt: skip
+    assert torch.equal(statistics[0], mean) and torch.equal(statistics[2], var)
+    torch.testing.assert_close(statistics[1], (var + case.eps).rsqrt(), rtol=3e-7, atol=0.0)
+
+
 # ---------------------------------------------------------------------------------------------------- together
 
 
@@ -351,7 +367,7 @@ def call_forward(case: Tail, t: Tensors, together) -> list[torch.Tensor]:
     own = {k: on_device(t[k]) for k in ("w1", "w2", "residual")}
     own |= {k: on_device(t[k]).float() for k in ("weight", "bias", "b1", "b2", "factor")}
     cuda.tail_forward(
-        x, own["weight"], own["bias"], statistics, False, None if together is None else lambda: together(statistics),
+        x, own["weight"], own["bias"], statistics, None, None if together is None else lambda: together(statistics),
         own["w1"], own["b1"], own["w2"], own["b2"], own["residual"], own["factor"], case.eps, case.act, case.gate,
         "relu", last, (y, gate, saved, mask),
     )  # fmt: skip
@@ -505,15 +521,16 @@ def library_arguments(backward: bool):
     mask = torch.zeros(3, 16, 2, dtype=torch.uint8, device=DEVICE)
     if not backward:
         found = {
-            "x": x, "weight": None, "bias": make(16), "statistics": statistics, "given": False, "w1": w1, "b1": None,
-            "w2": w2, "b2": None, "residual": None, "factor": make(3), "eps": 1e-5, **functions, "y": make(3, 16, 4, 4),
-            "gate": gate, "saved": saved, "mask": mask, **last,
+            "x": x, "weight": None, "bias": make(16), "statistics": statistics, "mean": None, "var": None,
+            "w1": w1, "b1": None, "w2": w2, "b2": None, "residual": None, "factor": make(3), "eps": 1e-5,
+            **functions, "y": make(3, 16, 4, 4), "gate": gate, "saved": saved, "mask": mask, **last,
         }  # fmt: skip
     else:
         found = {
             "dy": make(3, 16, 4, 4), "x": x, "mask": mask, "weight": None, "bias": make(16), "statistics": statistics,
             "w1": w1, "w2": w2, "factor": make(3), "gate": gate, "saved": saved, **functions, "count": 48.0,
-            "shared_dweight": None, "shared_dbias": None, "dx": make(3, 16, 4, 4), "dweight": make(16), "dbias": make(16),
+            "shared_dweight": None, "shared_dbias": None, "dx": make(3, 16, 4, 4), "dweight": make(16),
+            "dbias": make(16),
             "dw1": make(4, 16), "db1": None, "dw2": make(16, 4), "db2": None, "dresidual": None, **last,
         }  # fmt: skip
     return found, cuda._operators[DEVICE][3 if backward else 2]
@@ -533,6 +550,8 @@ BAD = {
     "statistics": ({"statistics": (2, 16)}, r"statistics must be \[3, 16\]"),
     "bias": ({"bias": (15,)}, r"bias must be \[16\]"),
     "factor": ({"factor": (16,)}, r"factor must be \[3\]"),
+    "mean alone": ({"mean": (16,)}, "mean and var go together"),
+    "var": ({"mean": (16,), "var": (1,)}, r"var must be \[16\]"),
     "mask": ({"mask": (3, 16, 1)}, r"mask must be \[3, 16, 2\]"),
     "stages": ({"stages": 3}, "stages must be 0, 1 or 2"),
     "unknown strategy": ({"strategy": 3}, "unknown plan"),
@@ -553,8 +572,12 @@ OF_THE_BACKWARD = (
 )  # fmt: skip
 
 
+OF_THE_FORWARD = ("mean alone", "var")
+
+
 @pytest.mark.parametrize(
-    ("name", "backward"), [(n, b) for n in BAD for b in (False, True) if b or n not in OF_THE_BACKWARD]
+    ("name", "backward"),
+    [(n, b) for n in BAD for b in (False, True) if n not in (OF_THE_FORWARD if b else OF_THE_BACKWARD)],
 )
 def test_the_library_refuses_what_does_not_fit(name, backward):
     changes, message = BAD[name]

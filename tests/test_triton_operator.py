@@ -168,7 +168,7 @@ def test_a_plan_of_another_layout_is_refused():
 def test_cpu_tensors_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        launch._on_device(torch.ones(1))
+        launch.on_device(torch.ones(1))
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="about NVIDIA's TF32")

@@ -32,7 +32,7 @@ def no_plans(monkeypatch, tmp_path):
     def forget():
         tuned._from_file.cache_clear()
         if backend.problem(DEVICE) is None:
-            launch._recipe.cache_clear()
+            launch.forget_recipes()
 
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -236,7 +236,7 @@ def test_the_problem_is_the_one_that_a_call_looks_up(monkeypatch):
         residual, post_act = next(tails)
         case = dataclasses.replace(case, residual=residual, post_act=post_act)
         asked.clear()
-        launch._recipe.cache_clear()
+        launch.forget_recipes()
         dtype, relu = getattr(torch, case.dtype), "relu" if post_act == "relu" else None
         call(case.size, case.shape.rd_channels, dtype, case.layout, relu, residual)
         assert asked == [tune.problem_of(case, backward) for backward in (False, True)], case
@@ -251,7 +251,7 @@ def test_a_call_runs_the_tuned_plan(path, monkeypatch):
     for file, pushes in (("", 0), (str(path), 1)):
         monkeypatch.setenv(tuned.VARIABLE, file)
         tuned._from_file.cache_clear()
-        launch._recipe.cache_clear()
+        launch.forget_recipes()
         launch.launches.clear()
         call()
         assert launch.launches["squeeze_kernel"] == launch.launches["squeeze_backward_kernel"] == 1

@@ -50,12 +50,13 @@ struct BackwardCall : Call {
 struct TailNorm {
   const float *weight, *bias, *factor;  // [c], [c], [n], or null
   float* statistics;                    // [3, c]
+  const float *mean, *var;              // [c], forward with given statistics; or null
+  float eps;
 };
 
 // parts is not used: shifts, means and squares take its place (with given statistics, means alone).
 struct TailForwardCall : ForwardCall {
   TailNorm norm;
-  float eps;
   float *shifts, *means, *squares;  // the workspace
 };
 

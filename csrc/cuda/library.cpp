@@ -34,8 +34,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
       "bool channels_last, Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, "
       "Tensor(f!)? dresidual, " SENET_PLAN ") -> ()");
   m.def(
-      SENET_OPERATOR("tail_forward") "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) statistics, bool given, "
-      "Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? residual, Tensor? factor, float eps, int act, float "
+      SENET_OPERATOR("tail_forward") "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) statistics, Tensor? mean, "
+      "Tensor? var, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? residual, Tensor? factor, float eps, int act, float "
       "act_p0, int gate_fn, float gate_p0, float gate_p1, int squeeze, int relu, bool channels_last, Tensor(b!) y, "
       "Tensor(c!)? gate, Tensor(d!)? saved, Tensor(e!)? mask, int stages, " SENET_PLAN ") -> ()");
   m.def(

@@ -73,16 +73,19 @@ void fill_gate(Call& call, const std::optional<Tensor>& w1, const std::optional<
 }  // namespace
 
 void tail_forward_cuda(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor statistics,
-                       bool given, std::optional<Tensor> w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
-                       std::optional<Tensor> b2, std::optional<Tensor> residual, std::optional<Tensor> factor,
-                       double eps, int64_t act, double act_p0, int64_t gate_fn, double gate_p0, double gate_p1,
-                       int64_t squeeze, int64_t relu, bool channels_last, Tensor y, std::optional<Tensor> gate,
-                       std::optional<Tensor> saved, std::optional<Tensor> mask, int64_t stages, Tensor workspace,
-                       std::optional<Tensor> counters, int64_t strategy, int64_t form, int64_t samples,
-                       int64_t channels, int64_t positions, int64_t lanes, bool dependent_launch, bool stream_stores) {
+                       std::optional<Tensor> mean, std::optional<Tensor> var, std::optional<Tensor> w1,
+                       std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                       std::optional<Tensor> residual, std::optional<Tensor> factor, double eps, int64_t act,
+                       double act_p0, int64_t gate_fn, double gate_p0, double gate_p1, int64_t squeeze, int64_t relu,
+                       bool channels_last, Tensor y, std::optional<Tensor> gate, std::optional<Tensor> saved,
+                       std::optional<Tensor> mask, int64_t stages, Tensor workspace, std::optional<Tensor> counters,
+                       int64_t strategy, int64_t form, int64_t samples, int64_t channels, int64_t positions,
+                       int64_t lanes, bool dependent_launch, bool stream_stores) {
   check_place(x);
   check_codes(act, gate_fn, squeeze, relu);
   const Stages wanted = stages_of(stages);
+  const bool given = mean.has_value();
+  STD_TORCH_CHECK(var.has_value() == given, "senet_fused: mean and var go together");
   const CudaProblem p = problem_of(x, w1, w2, given ? CudaNorm::given : CudaNorm::batch, relu, residual.has_value(),
                                    channels_last, false);
   TailForwardCall call{};
@@ -91,7 +94,9 @@ void tail_forward_cuda(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   fill_functions(call, act, act_p0, gate_fn, gate_p0, gate_p1);
   fill_gate(call, w1, w2, gate, saved, x);
   fill_norm(call.norm, p, weight, bias, factor, statistics, x);
-  call.eps = static_cast<float>(eps);
+  call.norm.mean = vector(mean, "mean", {p.c}, x);
+  call.norm.var = vector(var, "var", {p.c}, x);
+  call.norm.eps = static_cast<float>(eps);
   call.b1 = vector(b1, "b1", {p.r}, x);
   call.b2 = vector(b2, "b2", {p.c}, x);
   if (residual.has_value()) call.residual = input(*residual, "residual", x, call, call.residual_stride);

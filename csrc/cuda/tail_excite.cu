@@ -22,7 +22,6 @@ std::string launch_tail_excite(const TailForwardCall& call, bool merges, bool pu
   a.norm = norm_of(call.norm, p);
   a.merges = merges;
   a.pushes = pushes;
-  a.eps = call.eps;
   a.inv_m = inverse(static_cast<double>(p.m));
   a.inv_count = inverse(count);
   a.inv_less_one = count > 1 ? inverse(count - 1) : 0.0f;

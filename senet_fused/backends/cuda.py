@@ -367,7 +367,7 @@ def tail_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
-    given: bool,
+    given: tuple[Tensor, Tensor] | None,
     together: Callable[[], None] | None,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -382,26 +382,25 @@ def tail_forward(
     channels_last: bool,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills y, gate, saved, mask and, unless they are given,
-    statistics.
+    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills statistics, y, gate, saved, mask.
 
-    together: called once the statistics are there, which it changes in place; or None.
+    given: the mean and variance to use, or None. together: called once the statistics are there, which it changes in
+    place; or None.
     """
     operator = _operator(x, 2)
     shape = x.shape
     if shape[0] == 0:
-        if not given:
-            statistics.zero_()
+        statistics.zero_()
         if together is not None:  # the other processes have samples, and wait for this one
             together()
         return
     reduced, weight_size = (0, x.element_size()) if w1 is None else (w1.shape[0], w1.element_size())
     recipe = _tail_recipe(
         x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), x.element_size(), weight_size, channels_last,
-        post_act == "relu", residual is not None, False, "given" if given else "batch",
+        post_act == "relu", residual is not None, False, "batch" if given is None else "given",
     )  # fmt: skip
     arguments = (
-        x, weight, bias, statistics, given, w1, b1, w2, b2, residual, factor, eps,
+        x, weight, bias, statistics, *(given or (None, None)), w1, b1, w2, b2, residual, factor, eps,
         *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
     )  # fmt: skip
     memory = _memory_of(x, recipe)

@@ -100,7 +100,7 @@ def tail_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
-    given: bool,
+    given: tuple[Tensor, Tensor] | None,
     together: Callable[[], None] | None,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -115,14 +115,18 @@ def tail_forward(
     channels_last: bool,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills y, gate, saved, mask and, unless they are given,
-    statistics.
+    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills statistics, y, gate, saved, mask.
 
-    together: called once the statistics are there, which it changes in place; or None.
+    given: the mean and variance to use, or None. together: called once the statistics are there, which it changes in
+    place; or None.
     """
     library, saved = torch.ops.senet_fused, outputs[2]
-    if not given or saved is not None:
-        library._cpu_tail_moments.default(x, eps, channels_last, saved, None if given else statistics)
+    if given is not None:
+        statistics[0].copy_(given[0])
+        statistics[2].copy_(given[1])
+        torch.add(statistics[2], eps, out=statistics[1]).rsqrt_()
+    if given is None or saved is not None:
+        library._cpu_tail_moments.default(x, eps, channels_last, saved, statistics if given is None else None)
     if together is not None:
         together()
     library._cpu_tail_forward.default(

@@ -72,8 +72,8 @@ def block_tail(
             gets no gradient.
         group: processes whose samples share the statistics in training (synchronised BatchNorm), None for this one
             alone. All of them have to make the same calls.
-        backend: as in :func:`senet_fused.squeeze_excite`; block tails have kernels for "cpu" so far. "auto" takes the
-            reference elsewhere.
+        backend: as in :func:`senet_fused.squeeze_excite`; "auto" takes the reference where no backend has kernels for
+            block tails.
 
     Returns:
         y with x's shape and memory layout, and dtype ``torch.result_type(x, residual)``. Sums, statistics and the
@@ -124,13 +124,22 @@ def block_tail(
         if not x.is_contiguous() and layout_of(x) is None:
             y = torch.empty_like(x).copy_(y)
     if training and running_mean is not None:
-        with torch.no_grad():
-            for running, now in ((running_mean, statistics[0]), (running_var, statistics[2])):
-                if running.dtype == now.dtype:
-                    running.lerp_(now, momentum)
-                else:
-                    running.copy_(torch.lerp(running.to(now.dtype), now, momentum))
+        _track(running_mean, running_var, statistics, momentum, at_once=x.is_cuda and not compiling)
     return y
+
+
+@torch.no_grad()
+def _track(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float, at_once: bool) -> None:
+    """Moves the running statistics towards those of the batch, in place. at_once: in one launch, if it can be."""
+    running, now = [running_mean, running_var], [statistics[0], statistics[2]]
+    if at_once and running_mean.dtype == running_var.dtype == statistics.dtype:
+        torch._foreach_lerp_(running, now, momentum)
+        return
+    for r, s in zip(running, now, strict=True):
+        if r.dtype == s.dtype:
+            r.lerp_(s, momentum)
+        else:
+            r.copy_(torch.lerp(r.to(s.dtype), s, momentum))
 
 
 def route(x: Tensor, backend: str | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cuda, native
+from ..backends import cuda, native, triton
 from ..ops import (
     Operator,
     count_call,
@@ -125,16 +125,14 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             gate = saved = None
         else:
             w1, w2 = kernel_weights(x, w1, w2)
-        together = None
+        given = together = None
         if mean is not None:
-            statistics[0].copy_(mean)
-            statistics[2].copy_(var)
-            torch.add(statistics[2], eps, out=statistics[1]).rsqrt_()
+            given = kernel_vector(mean, wide), kernel_vector(var, wide)
         elif group:
             count = x.shape[0] * math.prod(x.shape[2:])
             together = functools.partial(_bring_together, statistics, count, eps, group)
         kernels.tail_forward(
-            x, weight, bias, statistics, mean is not None, together, w1, b1, w2, b2, residual, factor, eps, act,
+            x, weight, bias, statistics, given, together, w1, b1, w2, b2, residual, factor, eps, act,
             gate_fn, post_act, channels_last, (y, gate, saved, mask if mask.dim() > 1 else None),
         )  # fmt: skip
         count_call(counted_forward)
@@ -291,6 +289,7 @@ OPERATORS: dict[str, Operator] = {
     backend: _define(backend, keys, kernels)
     for backend, keys, kernels in (
         ("cuda", ("CUDA", "CPU"), cuda),
+        ("triton", ("CUDA", "CPU"), triton),
         ("cpu", ("CPU",), native),
     )
 }

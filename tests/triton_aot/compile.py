@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from senet_fused import ops  # noqa: E402
+from senet_fused.backends import triton as triton_backend  # noqa: E402
 from senet_fused.backends.triton import launch, plan  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +48,8 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One SE layer to compile forward and backward: sizes as in the problem table, options as in the operator."""
+    """One SE layer, or block tail, to compile forward and backward: sizes as in the problem table, options as in the
+    operator."""
 
     channels: int
     reduced: int
@@ -60,10 +62,12 @@ class Layer:
     gate: str = "sigmoid"
     weights: str | None = None
     variant: str = "all"  # "infer": forward alone; "no dx", "no dw": a gradient that is not wanted; "no biases"
+    norm: str = ""  # "batch", "given": a block tail in training, in evaluation; reduced is 0 without a gate
 
     @property
     def name(self) -> str:
-        options = [self.dtype, self.layout]
+        options = [f"tail, {self.norm}"] if self.norm else []
+        options += [self.dtype, self.layout]
         options += [self.squeeze] if self.squeeze != "avg" else []
         options += ["residual+relu"] if self.tail else []
         options += [self.act] if self.act != "relu" else []
@@ -91,6 +95,15 @@ LAYERS = [
     Layer(3024, 308, 7),
     Layer(30, 7, 5, act="gelu"),
     Layer(30, 7, 5, "float32", "contiguous", act="gelu"),
+    *(Layer(*stage, layout=layout, tail=True, norm="batch") for stage in STAGES for layout in LAYOUTS),
+    *(Layer(*stage, "float32", layout, tail=True, norm="batch") for stage in STAGES[::3] for layout in LAYOUTS),
+    Layer(*STAGES[2], "float16", norm="batch", variant="no dx"),
+    Layer(*STAGES[2], norm="given", tail=True),
+    Layer(*STAGES[0], "float16", "contiguous", norm="given", variant="no dw"),
+    Layer(256, 0, 56, tail=True, norm="batch"),
+    Layer(512, 0, 7, "float32", "contiguous", norm="given", variant="no biases"),
+    Layer(3024, 308, 7, norm="batch"),
+    Layer(30, 7, 5, act="gelu", norm="batch", variant="together"),
 ]  # fmt: skip
 
 
@@ -127,15 +140,62 @@ def compiling_for(name: str) -> Iterator[dict[str, Any]]:
     with (
         mock.patch.object(launch.Kernel, "__call__", compile_kernel),
         mock.patch.object(launch, "device_facts", lambda device: facts),
-        mock.patch.object(launch, "_on_device", lambda x: contextlib.nullcontext()),
+        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
         mock.patch.object(launch, "tickets_for", lambda x, count: torch.zeros(count, dtype=torch.int32)),
     ):
-        launch._recipe.cache_clear()
-        for kernel in vars(launch.kernels).values():
-            if hasattr(kernel, "device_caches"):
-                kernel.device_caches.clear()
+        launch.forget_recipes()
+        for module in (launch.kernels, launch.tail_kernels):
+            for kernel in vars(module).values():
+                if hasattr(kernel, "device_caches"):
+                    kernel.device_caches.clear()
         yield found
-    launch._recipe.cache_clear()
+    launch.forget_recipes()
+
+
+Weights = torch.Tensor | None
+
+
+def run_layer(
+    layer: Layer, x: torch.Tensor, w1: Weights, b1: Weights, w2: Weights, b2: Weights, residual: Weights, post_act: str,
+    wanted: tuple[bool, bool, bool],
+) -> None:  # fmt: skip
+    """Forward and backward of an SE layer."""
+    operator, options = ops.OPERATORS["triton"], (layer.act, layer.gate, layer.squeeze, post_act)
+    if layer.variant == "infer":
+        operator.infer(x, w1, b1, w2, b2, residual, *options, False)
+        return
+    _, gate, saved, mask = operator.registered(x, w1, b1, w2, b2, residual, *options, True)
+    backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
+    backward(torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, *wanted)
+
+
+def run_tail(
+    layer: Layer, x: torch.Tensor, w1: Weights, b1: Weights, w2: Weights, b2: Weights, residual: Weights, post_act: str,
+    wanted: tuple[bool, bool, bool],
+) -> None:  # fmt: skip
+    """Forward and backward of a block tail, with a factor but for "no biases"; "together": as with other processes."""
+    n, c = x.shape[:2]
+    mean, var, weight, bias = torch.empty(4, c)
+    if layer.variant == "no biases":
+        weight = bias = None
+    factor = None if layer.variant == "no biases" else torch.empty(n)
+    gated, channels_last = w1 is not None, layer.layout == "channels_last"
+    given, statistics = (mean, var) if layer.norm == "given" else None, torch.empty(3, c)
+    y, mask = torch.empty_like(x), ops.mask_of(x, channels_last, layer.tail)
+    gate, saved = (torch.empty(n, c), torch.empty(n, c + w1.shape[0])) if gated else (None, None)
+    functions = (layer.act, layer.gate, post_act, channels_last)
+    triton_backend.tail_forward(
+        x, weight, bias, statistics, given, (lambda: None) if layer.variant == "together" else None, w1, b1, w2, b2,
+        residual, factor, 1e-5, *functions, (y, gate, saved, mask if layer.tail else None),
+    )  # fmt: skip
+    need_x, need_weights, need_residual = wanted
+    dweights = [torch.empty_like(t) if need_weights and t is not None else None for t in (weight, bias, w1, b1, w2, b2)]
+    count = float(x.numel() // c) if given is None else 0.0
+    triton_backend.tail_backward(
+        torch.empty_like(x), x, mask if layer.tail else None, weight, bias, statistics, w1, w2, factor, gate, saved,
+        *functions, count, (lambda *own: own) if layer.variant == "together" else None,
+        (torch.empty_like(x) if need_x else None, *dweights, torch.empty_like(x) if need_residual else None),
+    )  # fmt: skip
 
 
 def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
@@ -145,23 +205,19 @@ def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
     memory_format = torch.channels_last if layer.layout == "channels_last" else torch.contiguous_format
     x = torch.empty(batch, c, layer.size, layer.size, dtype=dtype).contiguous(memory_format=memory_format)
     weight = getattr(torch, layer.weights or layer.dtype)
-    w1, w2, b1, b2 = (torch.empty(size, dtype=weight) for size in ((r, c), (c, r), (r,), (c,)))
+    w1, w2, b1, b2 = (torch.empty(size, dtype=weight) if r else None for size in ((r, c), (c, r), (r,), (c,)))
     if layer.variant == "no biases":
         b1 = b2 = None
     residual, post_act = (torch.empty_like(x), "relu") if layer.tail else (None, "")
-    operator = ops.OPERATORS["triton"]
-    options = (layer.act, layer.gate, layer.squeeze, post_act)
+    wanted = (layer.variant != "no dx", layer.variant != "no dw", layer.tail)
     with torch.no_grad():
-        if layer.variant == "infer":
-            operator.infer(x, w1, b1, w2, b2, residual, *options, False)
+        if layer.norm:
+            run_tail(layer, x, w1, b1, w2, b2, residual, post_act, wanted)
         else:
-            _, gate, saved, mask = operator.registered(x, w1, b1, w2, b2, residual, *options, True)
-            backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
-            wanted = (layer.variant != "no dx", layer.variant != "no dw", layer.tail)
-            backward(torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, *wanted)
+            run_layer(layer, x, w1, b1, w2, b2, residual, post_act, wanted)
     problem = plan.Problem(
         c, r, layer.size**2, dtype.itemsize, weight.itemsize, layer.layout == "channels_last", layer.squeeze,
-        layer.tail, layer.tail,
+        layer.tail, layer.tail, norm=layer.norm,
     )  # fmt: skip
     facts = launch.device_facts(x.device)
     return tuple(

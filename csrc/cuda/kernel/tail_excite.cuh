@@ -12,10 +12,10 @@ struct TailExciteArguments {
   const float *shifts, *means, *squares;  // [n, splits, c]; with given statistics, means alone
   bool wide;                              // they can be read four at a time
   Norm norm;
-  bool merges;                                // the statistics are made here, by each group of samples for itself
-  bool pushes;                                // and the shares
-  float eps, inv_m, inv_count, inv_less_one;  // 1 / m, 1 / (n m), 1 / (n m - 1) or 0
-  float* pooled;                              // what is kept in place of pooled: the mean of xhat
+  bool merges;                           // the statistics are made here, by each group of samples for itself
+  bool pushes;                           // and the shares
+  float inv_m, inv_count, inv_less_one;  // 1 / m, 1 / (n m), 1 / (n m - 1) or 0
+  float* pooled;                         // what is kept in place of pooled: the mean of xhat
   int64_t saved_stride;
   Bottleneck excite;
   int* counters;  // "last_block": one for each group of samples
@@ -105,12 +105,8 @@ __device__ __forceinline__ void merge_moments(const TailExciteArguments& a, cons
   if (lane != 0) return;
   // From here on mean is what float32 has of it.
   mean[k] += apart;
-  rstd[k] = 1.0f / sqrtf(squares * a.inv_count + a.eps);
-  if (!stored || k >= at.channels) return;
-  float* to = a.norm.statistics + at.c0 + k;
-  to[0] = mean[k];
-  to[a.norm.c] = rstd[k];
-  to[2 * static_cast<int64_t>(a.norm.c)] = squares * a.inv_less_one;
+  rstd[k] = a.norm.rstd_of(squares * a.inv_count);
+  if (stored && k < at.channels) a.norm.keep(at.c0 + k, mean[k], rstd[k], squares * a.inv_less_one);
 }
 
 // The mean of x - mu over a plane.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "backward", "forward", "problem"]
+__all__ = ["DTYPES", "backward", "forward", "problem", "tail_backward", "tail_forward"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,3 +80,17 @@ def backward(*arguments: Any) -> None:
     from . import launch
 
     launch.backward(*arguments)
+
+
+def tail_forward(*arguments: Any) -> None:
+    """Fills y, gate, saved, mask and statistics of a block tail; see tail_launch.py."""
+    from . import tail_launch
+
+    tail_launch.tail_forward(*arguments)
+
+
+def tail_backward(*arguments: Any) -> None:
+    """Fills dx, the gradients of all weights, and dresidual of a block tail; see tail_launch.py."""
+    from . import tail_launch
+
+    tail_launch.tail_backward(*arguments)

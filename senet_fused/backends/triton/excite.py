@@ -11,8 +11,8 @@ import triton.language as tl
 from .elementwise import apply, through_act
 
 __all__ = [
-    "SINGLY", "SUM_BLOCK", "dpooled_of", "dpreact_of", "gate_of", "load_w1", "load_w2", "preact_of", "push_dhidden",
-    "push_preact", "sum_splits", "times", "times_transposed", "weight_gradients",
+    "SINGLY", "SUM_BLOCK", "dpooled_of", "finish_dpreact", "finish_preact", "gate_of", "is_last", "load_w1", "load_w2",
+    "push_dhidden", "push_preact", "sum_splits", "times", "times_transposed", "weight_gradients",
 ]  # fmt: skip
 
 # How many shares or splits are read as one block, and summed as a tree. Larger tiles have no registers for that: they
@@ -100,12 +100,15 @@ def times(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def push_preact(pooled, w1, shares, o_n, o_c, t, N, T, C: tl.constexpr, R: tl.constexpr, REDUCED: tl.constexpr):
-    """A sweep's tile pushes its share of w1 @ pooled (E2): shares[n, t, :]."""
+def push_preact(
+    pooled, w1, shares, o_n, o_c, t, N, T, C: tl.constexpr, R: tl.constexpr, REDUCED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile pushes its share of w1 @ pooled (E2): shares[n, t, :]."""
     row = (o_n.to(tl.int64)[:, None] * T + t) * R
     for r0 in range(0, R, REDUCED):
         o_r = r0 + tl.arange(0, REDUCED)
-        share = times_transposed(pooled, load_w1(w1, o_r, o_c, C, R), "direct")
+        share = times_transposed(pooled, load_w1(w1, o_r, o_c, C, R), PRECISION)
         tl.store(shares + row + o_r[None, :], share, mask=(o_n < N)[:, None] & (o_r < R)[None, :])
 
 
@@ -117,6 +120,42 @@ def push_dhidden(dlogit, w2, shares, o_n, o_c, t, N, T, C: tl.constexpr, R: tl.c
         o_r = r0 + tl.arange(0, REDUCED)
         share = times(dlogit, load_w2(w2, o_c, o_r, C, R), "direct")
         tl.store(shares + row + o_r[None, :], share, mask=(o_n < N)[:, None] & (o_r < R)[None, :])
+
+
+@triton.jit
+def is_last(tickets, i, COUNT):
+    """Whether this program is the last of COUNT to come here with ticket i; what the others stored before is then
+    visible. The ticket is at zero before the first and after the last."""
+    tl.debug_barrier()  # all of this program's stores are done before its ticket is drawn
+    last = tl.atomic_add(tickets + i, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    if last:
+        tl.store(tickets + i, 0)
+    return last
+
+
+@triton.jit
+def finish_preact(
+    shares, preact, preact_stride, b1, o_n, N, T, R: tl.constexpr, REDUCED: tl.constexpr
+):
+    """(E2) for a group of samples, by the last of their tiles."""
+    for r0 in range(0, R, REDUCED):
+        o_r = r0 + tl.arange(0, REDUCED)
+        v = preact_of(shares, preact, preact_stride, b1, o_n, o_r, N, T, R, False, SUM_BLOCK)
+        m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
+        tl.store(preact + o_n.to(tl.int64)[:, None] * preact_stride + o_r[None, :], v, mask=m_nr)
+
+
+@triton.jit
+def finish_dpreact(
+    shares, dpreact, preact, preact_stride, o_n, N, T, R: tl.constexpr, REDUCED: tl.constexpr,
+    ACT: tl.constexpr, ACT_A: tl.constexpr,
+):  # fmt: skip
+    """(B4) for a group of samples, by the last of their tiles."""
+    for r0 in range(0, R, REDUCED):
+        o_r = r0 + tl.arange(0, REDUCED)
+        v = dpreact_of(shares, dpreact, preact, preact_stride, o_n, o_r, N, T, R, False, ACT, ACT_A, SUM_BLOCK)
+        m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
+        tl.store(dpreact + o_n.to(tl.int64)[:, None] * R + o_r[None, :], v, mask=m_nr)
 
 
 @triton.jit
@@ -162,11 +201,13 @@ def dpooled_of(
 
 @triton.jit
 def weight_gradients(
-    i, pooled, pooled_stride, dlogit, shares, dpreact, preact, preact_stride, dw1, db1, dw2, db2, N, S, T,
+    i, pooled, pooled_stride, slope, offset, dlogit, shares, dpreact, preact, preact_stride, dw1, db1, dw2, db2,
+    N, S, T,
     C: tl.constexpr, R: tl.constexpr, READY: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(B7) for the i-th block of channels and squeezed channels, summed over all samples in their order."""
+    """(B7) for the i-th block of channels and squeezed channels, summed over all samples in their order. slope, offset:
+    [C] or None, what to do to pooled first."""
     i_c = i // ((R + REDUCED - 1) // REDUCED)
     i_r = i % ((R + REDUCED - 1) // REDUCED)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
@@ -181,6 +222,10 @@ def weight_gradients(
         m_c = (o_n < N)[:, None] & (o_c < C)[None, :]
         m_r = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_pooled = tl.load(pooled + n * pooled_stride + o_c[None, :], mask=m_c, other=0.0)
+        if slope is not None:
+            b_pooled *= tl.load(slope + o_c, mask=o_c < C, other=0.0)[None, :]
+        if offset is not None:
+            b_pooled += tl.load(offset + o_c, mask=o_c < C, other=0.0)[None, :]
         b_dlogit = sum_splits(dlogit, S * C, o_n, o_c, N, S, C, SINGLY)
         at = tl.load(preact + n * preact_stride + o_r[None, :], mask=m_r, other=0.0)
         b_dpreact = dpreact_of(shares, dpreact, preact, preact_stride, o_n, o_r, N, T, R, READY, ACT, ACT_A, SINGLY)

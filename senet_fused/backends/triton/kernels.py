@@ -25,11 +25,12 @@ from .excite import (
     SINGLY,
     SUM_BLOCK,
     dpooled_of,
-    dpreact_of,
+    finish_dpreact,
+    finish_preact,
     gate_of,
+    is_last,
     load_w1,
     load_w2,
-    preact_of,
     push_dhidden,
     push_preact,
     sum_splits,
@@ -37,7 +38,8 @@ from .excite import (
     times_transposed,
     weight_gradients,
 )  # fmt: skip
-from .tiles import inside, load_mask, offsets_of, over_positions, store_mask, tile_of
+from .sweeps import load_gradient, scale_backward_tile, scale_tile
+from .tiles import inside, offsets_of, over_positions, tile_of
 
 # Compiled once for all their values: a new batch size or image size is no new kernel.
 _INTEGERS = (
@@ -94,16 +96,10 @@ def squeeze_kernel(
         tl.store(peaks + row, top, mask=m_nc)
         tl.store(ties + row, tl.sum(at_top, AXIS), mask=m_nc)
     if STRATEGY != "launches":
-        push_preact(pooled, w1, shares, o_n, o_c, t, N, BLOCKS * S, C, R, REDUCED)
+        push_preact(pooled, w1, shares, o_n, o_c, t, N, BLOCKS * S, C, R, REDUCED, "direct")
     if STRATEGY == "last_block":
-        tl.debug_barrier()  # all of this program's shares are stored before its ticket is drawn
-        if tl.atomic_add(tickets + i_n, 1, sem="acq_rel", scope="gpu") == BLOCKS * S - 1:
-            tl.store(tickets + i_n, 0)
-            for r0 in range(0, R, REDUCED):
-                o_r = r0 + tl.arange(0, REDUCED)
-                v = preact_of(shares, preact, preact_stride, b1, o_n, o_r, N, BLOCKS * S, R, False, SUM_BLOCK)
-                m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
-                tl.store(preact + o_n.to(tl.int64)[:, None] * preact_stride + o_r[None, :], v, mask=m_nr)
+        if is_last(tickets, i_n, BLOCKS * S):
+            finish_preact(shares, preact, preact_stride, b1, o_n, N, BLOCKS * S, R, REDUCED)
 
 
 # ---------------------------------------------------------------------------------------------------- excite
@@ -232,25 +228,10 @@ def scale_kernel(
             if i_s == 0:
                 b_pooled = sum_splits(parts, S * C, o_n, o_c, N, S, C, SUM_BLOCK)
                 tl.store(pooled + n[:, None] * pooled_stride + o_c[None, :], b_pooled, mask=m_nc)
-    b_gate = over_positions(b_gate, CHANNELS_LAST)
-    for j in range(0, STEPS):
-        i = STEPS - 1 - j if REVERSED else j
-        p0 = (i_s * STEPS + i) * POSITIONS
-        o_p = p0 + tl.arange(0, POSITIONS)
-        o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
-        m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
-        b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0, eviction_policy=EVICT)
-        b_y = b_x.to(tl.float32) * b_gate
-        if residual is not None:
-            at = residual + n[:, None, None] * residual_stride * ALIGN + o
-            b_y += tl.load(at, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        if RELU:
-            keep = tl.where(b_y <= 0, 0, 1)
-            b_y = tl.where(keep == 0, 0.0, b_y)
-            if mask is not None:
-                keep = tl.where(m, keep, 0)
-                store_mask(mask, keep, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
-        tl.store(y + n[:, None, None] * y_stride * ALIGN + o, b_y.to(y.dtype.element_ty), mask=m)
+    scale_tile(
+        x, x_stride, residual, residual_stride, y, y_stride, mask, None, b_gate, None, o_n, o_c, i_c, i_s, N, M, STEPS,
+        C, ALIGN, CHANNELS_LAST, WIDE, RELU, SAMPLES, CHANNELS, POSITIONS, REVERSED, EVICT,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- squeeze, backward
@@ -282,11 +263,11 @@ def squeeze_backward_kernel(
         o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
         b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0, eviction_policy=EVICT_X)
-        b_dy = tl.load(dy + n[:, None, None] * dy_stride * ALIGN + o, mask=m, other=0.0).to(tl.float32)
-        if RELU:
-            keep = load_mask(mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
-            b_dy = tl.where(keep == 0, 0.0, b_dy)
-        total += b_x.to(tl.float32) * b_dy
+        g = load_gradient(
+            dy, dy_stride, mask, o, m, o_n, i_c, p0, N, M, C, ALIGN, CHANNELS_LAST, RELU, SAMPLES, CHANNELS, POSITIONS,
+            "",
+        )  # fmt: skip
+        total += b_x.to(tl.float32) * g
     b_dgate = tl.sum(total, AXIS)
     m_nc = (o_n < N)[:, None] & (o_c < C)[None, :]
     if dgate is not None:
@@ -299,16 +280,8 @@ def squeeze_backward_kernel(
         dlogit = tl.where(m_nc, dlogit, 0.0)
         push_dhidden(dlogit, w2, shares, o_n, o_c, t, N, BLOCKS * S, C, R, REDUCED)
     if STRATEGY == "last_block":
-        tl.debug_barrier()
-        if tl.atomic_add(tickets + i_n, 1, sem="acq_rel", scope="gpu") == BLOCKS * S - 1:
-            tl.store(tickets + i_n, 0)
-            for r0 in range(0, R, REDUCED):
-                o_r = r0 + tl.arange(0, REDUCED)
-                v = dpreact_of(
-                    shares, dpreact, preact, preact_stride, o_n, o_r, N, BLOCKS * S, R, False, ACT, ACT_A, SUM_BLOCK
-                )
-                m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
-                tl.store(dpreact + n[:, None] * R + o_r[None, :], v, mask=m_nr)
+        if is_last(tickets, i_n, BLOCKS * S):
+            finish_dpreact(shares, dpreact, preact, preact_stride, o_n, N, BLOCKS * S, R, REDUCED, ACT, ACT_A)
 
 
 # ---------------------------------------------------------------------------------------------------- excite, backward
@@ -353,8 +326,9 @@ def excite_backward_kernel(
     if tl.program_id(0) < WEIGHT_TILES:
         if dw1 is not None:
             weight_gradients(
-                tl.program_id(0), pooled, saved_stride, parts, shares, None, preact, saved_stride, dw1, db1, dw2, db2,
-                N, S, T, C, R, False, ACT, ACT_A, SAMPLES, WEIGHT_CHANNELS, WEIGHT_REDUCED, PRECISION,
+                tl.program_id(0), pooled, saved_stride, None, None, parts, shares, None, preact, saved_stride,
+                dw1, db1, dw2, db2, N, S, T, C, R, False, ACT, ACT_A,
+                SAMPLES, WEIGHT_CHANNELS, WEIGHT_REDUCED, PRECISION,
             )  # fmt: skip
     elif dpooled is not None:
         BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -393,7 +367,7 @@ def scale_backward_kernel(
     if tl.program_id(0) < WEIGHT_TILES:
         if dw1 is not None:
             weight_gradients(
-                tl.program_id(0), pooled, saved_stride, parts, shares, dpreact, preact, saved_stride,
+                tl.program_id(0), pooled, saved_stride, None, None, parts, shares, dpreact, preact, saved_stride,
                 dw1, db1, dw2, db2, N, S, T, C, R, READY, ACT, ACT_A,
                 WEIGHT_SAMPLES, WEIGHT_CHANNELS, WEIGHT_REDUCED, PRECISION,
             )  # fmt: skip
@@ -415,6 +389,7 @@ def scale_backward_kernel(
                 )  # fmt: skip
             b_gate = tl.load(gate + o_nc, mask=m_nc, other=0.0)
             even = b_dpooled * inv_m  # the part of dx that every position gets
+            top, each = even, even
             if SQUEEZE != "avg":
                 top = tl.load(peak + n[:, None] * saved_stride + o_c[None, :], mask=m_nc, other=0.0)
                 count = tl.load(tied + n[:, None] * saved_stride + o_c[None, :], mask=m_nc, other=1.0)
@@ -422,33 +397,19 @@ def scale_backward_kernel(
                 if SQUEEZE == "avgmax":
                     even = even * 0.5
                     each = each * 0.5
-                top = over_positions(top, CHANNELS_LAST)
-                each = over_positions(each, CHANNELS_LAST)
-            b_gate = over_positions(b_gate, CHANNELS_LAST)
-            even = over_positions(even, CHANNELS_LAST)
-        for j in range(0, STEPS):
-            i = STEPS - 1 - j if REVERSED else j
-            p0 = (i_s * STEPS + i) * POSITIONS
-            o_p = p0 + tl.arange(0, POSITIONS)
-            o = offsets_of(o_c, o_p, M, C, CHANNELS_LAST, WIDE)
-            m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
-            at_out = n[:, None, None] * dx_stride * ALIGN + o
-            at_dy = n[:, None, None] * dy_stride * ALIGN + o
-            g = tl.load(dy + at_dy, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
-            if RELU:
-                keep = load_mask(mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
-                g = tl.where(keep == 0, 0.0, g)
-                if dresidual is not None:
-                    tl.store(dresidual + at_out, g.to(dresidual.dtype.element_ty), mask=m)
-            if dx is not None:
-                b_dx = g * b_gate
-                if SQUEEZE != "max":
-                    b_dx += even
-                if SQUEEZE != "avg":
-                    at_x = n[:, None, None] * x_stride * ALIGN + o
-                    b_x = tl.load(x + at_x, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
-                    b_dx += tl.where(b_x == top, each, each * 0.0)
-                tl.store(dx + at_out, b_dx.to(dx.dtype.element_ty), mask=m)
+                else:
+                    even = tl.zeros_like(even)
+            scale_backward_tile(
+                x, x_stride, dy, dy_stride, dx, dresidual, dx_stride, mask, b_gate, even, top, each,
+                "none" if SQUEEZE == "avg" else "peak", o_n, o_c, i_c, i_s, N, M, STEPS,
+                C, ALIGN, CHANNELS_LAST, WIDE, RELU, SAMPLES, CHANNELS, POSITIONS, REVERSED, EVICT,
+            )  # fmt: skip
+        else:
+            scale_backward_tile(
+                x, x_stride, dy, dy_stride, None, dresidual, dx_stride, mask, None, None, None, None, "none",
+                o_n, o_c, i_c, i_s, N, M, STEPS,
+                C, ALIGN, CHANNELS_LAST, WIDE, RELU, SAMPLES, CHANNELS, POSITIONS, REVERSED, EVICT,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- rows of planes

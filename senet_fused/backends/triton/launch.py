@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...activations import Activation
 from ..tickets import tickets_for
-from . import kernels, tuned
+from . import kernels, tail_kernels, tuned
 from .plan import (
     EXCITE_CHANNELS,
     EXCITE_REDUCED,
@@ -33,10 +33,14 @@ from .plan import (
     DeviceFacts,
     Plan,
     Problem,
+    Tile,
     plan,
 )
 
-__all__ = ["INTERPRETED", "backward", "device_facts", "forward", "launches", "plan_of", "using"]
+__all__ = [
+    "INTERPRETED", "Call", "Kernel", "backward", "constants_of", "device_facts", "floats", "forget_recipes", "forward",
+    "launches", "on_device", "plan_of", "precision", "recipes", "reduced_beside", "sample_stride", "using",
+]  # fmt: skip
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # What the interpreter pretends to be: it then runs what an H200 would.
@@ -46,6 +50,8 @@ _INTERPRETED_FACTS = DeviceFacts("cuda", 90, 132)
 # H200's latency takes. The excitation's kernels are few blocks.
 _SWEEP_REGISTERS, _EXCITE_REGISTERS = 128, 255
 
+# The functions that keep recipes.
+recipes: list[Any] = []
 # Kernels launched in this process, by name: a proof of what ran.
 launches: Counter[str] = Counter()
 
@@ -72,11 +78,17 @@ def plan_of(problem: Problem, facts: DeviceFacts) -> Plan:
 def using(plans: Mapping[Problem, Plan]) -> Iterator[None]:
     """Within the block calls of these problems take these plans."""
     with tuned.using(plans):
-        _recipe.cache_clear()
+        forget_recipes()
         try:
             yield
         finally:
-            _recipe.cache_clear()
+            forget_recipes()
+
+
+def forget_recipes() -> None:
+    """The next calls plan anew."""
+    for recipe in recipes:
+        recipe.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------- one kernel
@@ -100,7 +112,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, facts: DeviceFacts, warps: int, waits: bool, **constants: Any) -> None:
-        function = getattr(kernels, name)
+        function = getattr(tail_kernels if name.startswith("tail_") else kernels, name)
         self.name = name
         self.function = function
         pdl = facts.dependent_launch and not INTERPRETED
@@ -110,7 +122,7 @@ class Kernel:
         self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
         if facts.vendor == "cuda":
             # Without a limit ptxas aims for few registers, and puts one or two of those it needs into local memory.
-            self.options["maxnreg"] = _EXCITE_REGISTERS if name.startswith("excite") else _SWEEP_REGISTERS
+            self.options["maxnreg"] = _EXCITE_REGISTERS if "excite" in name else _SWEEP_REGISTERS
         if pdl and waits:
             self.options["launch_pdl"] = True
         self.compiled: dict[Any, Any] = {}
@@ -150,6 +162,21 @@ class Call:
     m_align: int
     precision: str
     save: bool = True  # forward: is anything kept for a backward
+
+
+def constants_of(call: Call, tile: Tile) -> dict[str, Any]:
+    """A sweep's constants: the tile, and how it lies in memory."""
+    p = call.problem
+    return {
+        "ALIGN": call.align, "M_ALIGN": call.m_align, "CHANNELS_LAST": p.channels_last,
+        "WIDE": p.channels * p.positions >= 2**31, "SAMPLES": tile.samples, "CHANNELS": tile.channels,
+        "POSITIONS": tile.positions,
+    }  # fmt: skip
+
+
+def reduced_beside(tile: Tile) -> int:
+    """Squeezed channels of a block of the weights beside a tile: as many elements as a few loads per thread bring."""
+    return max(4, min(EXCITE_REDUCED, 4096 // (tile.samples * tile.channels)))
 
 
 class Recipe:
@@ -214,12 +241,7 @@ class Recipe:
                 self.squeeze = kernel("rows_squeeze_kernel", waits=False, **rows, IN_FLOAT32=INTERPRETED)
             return
 
-        tiles = dict(
-            sizes, ALIGN=call.align, M_ALIGN=call.m_align, CHANNELS_LAST=p.channels_last, WIDE=wide,
-            SAMPLES=tile.samples, CHANNELS=tile.channels, POSITIONS=tile.positions,
-            # A block of the weights beside the tile: as many elements as a few loads per thread bring.
-            REDUCED=max(4, min(EXCITE_REDUCED, 4096 // (tile.samples * tile.channels))),
-        )  # fmt: skip
+        tiles = dict(sizes, **constants_of(call, tile), REDUCED=reduced_beside(tile))
         walk = {"REVERSED": self.plan.reversed, "EVICT": evict}
         if not p.backward:
             self.squeeze = kernel(
@@ -278,11 +300,14 @@ def _recipe(
     )
 
 
-def _floats(x: Tensor, *size: int) -> Tensor:
+recipes.append(_recipe)
+
+
+def floats(x: Tensor, *size: int) -> Tensor:
     return x.new_empty(size, dtype=torch.float32)
 
 
-def _sample_stride(t: Tensor) -> int:
+def sample_stride(t: Tensor) -> int:
     return t.stride(0) if t.shape[0] > 1 else t.numel()
 
 
@@ -300,15 +325,19 @@ def _recipe_of(
     save: bool,
 ) -> Recipe:
     size = x.element_size()
-    tf32 = not INTERPRETED and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _recipe(
         x.device, x.shape[1], w1.shape[0], math.prod(x.shape[2:]), size, w1.element_size(), channels_last, squeeze,
-        post_act == "relu", residual, backward, act, gate_fn, math.gcd(16 // size, *strides),
-        "tf32" if tf32 else "ieee", save,
+        post_act == "relu", residual, backward, act, gate_fn, math.gcd(16 // size, *strides), precision(), save,
     )  # fmt: skip
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def precision() -> str:
+    """Of products of float32 on matrix units: TF32 only where PyTorch's own may use it."""
+    tf32 = not INTERPRETED and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's device the current one, on which Triton launches."""
     if x.device.type == "cpu":
         if not INTERPRETED:
@@ -342,8 +371,8 @@ def forward(
     n = x.shape[0]
     if n == 0:
         return
-    x_stride, y_stride = _sample_stride(x), _sample_stride(y)
-    r_stride = 0 if residual is None else _sample_stride(residual)
+    x_stride, y_stride = sample_stride(x), sample_stride(y)
+    r_stride = 0 if residual is None else sample_stride(residual)
     recipe = _recipe_of(
         x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, y_stride, r_stride),
         residual is not None, False, saved is not None,
@@ -362,24 +391,24 @@ def forward(
             peak, tied = saved[:, c + r :], saved[:, 2 * c + r :]
     preact_stride = saved_stride
     if preact is None and plan.strategy == "last_block":
-        preact, preact_stride = _floats(x, n, r), r
+        preact, preact_stride = floats(x, n, r), r
     parts = parts_stride = peaks = ties = None
     if recipe.direct:
         parts, parts_stride = saved, saved_stride
     elif launched or saved is not None:
-        parts, parts_stride = _floats(x, n, splits, c), splits * c
+        parts, parts_stride = floats(x, n, splits, c), splits * c
     if squeeze != "avg":
-        peaks, ties = _floats(x, n, splits, c), _floats(x, n, splits, c)
+        peaks, ties = floats(x, n, splits, c), floats(x, n, splits, c)
     if launched and gate is None:
-        gate = _floats(x, n, c)
+        gate = floats(x, n, c)
     if mask is not None and mask.dim() == 1:
         mask = None
     groups = -(-n // tile.samples)
     inv_m = 1.0 / p.positions
 
-    with _on_device(x):
+    with on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
-        shares = _floats(x, n, recipe.parts if launched else recipe.tiles, r)
+        shares = floats(x, n, recipe.parts if launched else recipe.tiles, r)
         tickets = tickets_for(x, groups) if plan.strategy == "last_block" else None
         steps = (p.positions // call.m_align, splits, tile.steps)
         if tile.form == "rows":
@@ -436,8 +465,8 @@ def backward(
                 t.zero_()
         return
     out = dx if dx is not None else dresidual
-    x_stride, dy_stride = _sample_stride(x), _sample_stride(dy)
-    out_stride = 0 if out is None else _sample_stride(out)
+    x_stride, dy_stride = sample_stride(x), sample_stride(dy)
+    out_stride = 0 if out is None else sample_stride(out)
     recipe = _recipe_of(
         x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, dy_stride, out_stride),
         dresidual is not None, True, True,
@@ -455,16 +484,16 @@ def backward(
     inv_m = 1.0 / p.positions
     mask = mask if p.relu else None
 
-    with _on_device(x):
+    with on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
-        parts, shares, dpreact, dpooled, tickets = _floats(x, n, splits, c), None, None, None, None
+        parts, shares, dpreact, dpooled, tickets = floats(x, n, splits, c), None, None, None, None
         if launched:
-            shares = _floats(x, n, recipe.parts, r)
-            dpooled = _floats(x, n, c) if dx is not None else None
+            shares = floats(x, n, recipe.parts, r)
+            dpooled = floats(x, n, c) if dx is not None else None
         else:
-            shares = _floats(x, n, recipe.tiles, r)
+            shares = floats(x, n, recipe.tiles, r)
             if plan.strategy == "last_block":
-                dpreact, tickets = _floats(x, n, r), tickets_for(x, groups)
+                dpreact, tickets = floats(x, n, r), tickets_for(x, groups)
         steps = (p.positions // call.m_align, splits, tile.steps)
         if tile.form == "rows":
             recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)

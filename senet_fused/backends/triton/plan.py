@@ -10,6 +10,11 @@ between the two sweeps over the tensor, forward and backward alike (forward's wo
 * ``launches``: the first launch only sums x; two small launches between the sweeps do the excitation for 16 samples
   at a time. For tiles of one sample in late or wide layers, and for every squeeze that is not a plain sum.
 
+Block tails (``senet_fused.tails``) have a launch between the sweeps in any case, for what needs all samples: forward,
+the statistics of the batch and a block of channels' share of w1 @ pooled; backward, dpooled, the gradients of the
+weights and the sums over the samples. So theirs are three launches, and four by ``launches``, which then means the same
+as above; the other strategies say who sums the shares.
+
 Which one is decided by counting bytes. Nothing here depends on the batch size, so a sample's result does not depend on
 the batch that it is in: costs are counted for a batch of :data:`NOMINAL_BATCH`.
 """
@@ -23,12 +28,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 __all__ = [
-    "FORMS", "STRATEGIES", "DeviceFacts", "Plan", "Problem", "Tile", "candidates", "cost",
+    "FORMS", "NORMS", "STRATEGIES", "DeviceFacts", "Plan", "Problem", "Tile", "allows", "candidates", "cost",
     "count_bytes", "plan",
 ]  # fmt: skip
 
 STRATEGIES = ("partials", "last_block", "launches")
 FORMS = ("channels_last", "planes", "rows")
+NORMS = ("", "batch", "given")
 
 NOMINAL_BATCH = 64
 # A tile reads about this much of the tensor: on an H200 that makes four tiles per multiprocessor of SENet-154's
@@ -42,6 +48,9 @@ LAUNCH_BYTES = 4 * 2**20
 EXCITE_SAMPLES, EXCITE_CHANNELS, EXCITE_REDUCED = 16, 64, 32
 # One program of "launches" makes the share of this many channels of the first product, in steps of so many.
 EXCITE_SPLIT, EXCITE_STEP = 128, 32
+# Channels of one program of the launch between a tail's sweeps, forward. More would leave an H200 idle in early layers,
+# fewer would make more shares.
+TAIL_CHANNELS = 32
 # A tile of the weight gradients, which one program sums over all samples. Larger ones take the registers of the sweep
 # that they share a kernel with.
 WEIGHT_CHANNELS, WEIGHT_REDUCED = 32, 32
@@ -78,11 +87,12 @@ class DeviceFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One direction of one SE layer.
+    """One direction of one SE layer, or of one block tail.
 
     positions: M, the product of the spatial sizes. element_size, weight_size: bytes of an element of x and of a
     weight. relu: behind the layer, with a bit mask that is written forward and read backward. residual: read forward,
-    its gradient written backward (only behind a ReLU: otherwise it is dy itself).
+    its gradient written backward (only behind a ReLU: otherwise it is dy itself). norm: "" for an SE layer; for a tail
+    "batch" (the statistics are those of x) or "given". reduced: 0 for a tail without a gate.
     """
 
     channels: int
@@ -95,6 +105,20 @@ class Problem:
     relu: bool = False
     residual: bool = False
     backward: bool = False
+    norm: str = ""
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if self.norm and self.squeeze != "avg":
+            raise ValueError(f"a block tail squeezes by 'avg', got {self.squeeze!r}")
+        if self.reduced < (0 if self.norm else 1):
+            raise ValueError(f"reduced must be positive (0 for a block tail without a gate), got {self.reduced}")
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is an excitation."""
+        return self.reduced > 0
 
     @property
     def vector(self) -> int:
@@ -105,8 +129,9 @@ class Problem:
     def passes(self) -> int:
         """Tensor-sized reads and writes of the two sweeps (the mask's 1/16 or less is left out)."""
         if not self.backward:
-            return 3 + self.residual
-        reads_x_again = self.squeeze != "avg"
+            reads_x_once = self.norm == "given" and not self.gated
+            return 3 - reads_x_once + self.residual
+        reads_x_again = self.squeeze != "avg" or self.norm == "batch"
         return 4 + reads_x_again + (self.residual and self.relu)
 
 
@@ -175,7 +200,8 @@ def _split(tile_bytes: int, chunks: int) -> tuple[int, int]:
 
 
 def _step_elements(p: Problem, warps: int, facts: DeviceFacts) -> int:
-    return warps * facts.warp_size * p.vector * LOADS_IN_FLIGHT
+    # A tail's sweeps read two tensors, but for the first one.
+    return warps * facts.warp_size * p.vector * (LOADS_IN_FLIGHT // 2 if p.norm else LOADS_IN_FLIGHT)
 
 
 def _channels_last_tiles(p: Problem, facts: DeviceFacts) -> Iterator[Tile]:
@@ -216,7 +242,7 @@ def _planes_tile(p: Problem, facts: DeviceFacts) -> Tile:
 
 def _rows_tile(p: Problem, facts: DeviceFacts) -> Tile | None:
     """None where the form does not fit."""
-    if p.element_size != 2 or p.squeeze != "avg" or p.relu or not facts.matrix_units:
+    if p.element_size != 2 or p.squeeze != "avg" or p.norm or p.relu or not facts.matrix_units:
         return None
     planes = next(k for k in (1, 2, 4, 8) if k * p.positions % 8 == 0)
     fits = planes > 1 and p.channels % planes == 0 and 16 <= p.positions <= MAX_ROW_POSITIONS
@@ -250,6 +276,8 @@ def count_bytes(p: Problem, tile: Tile, strategy: str, batch: int = NOMINAL_BATC
         "tensor": p.passes * n * c * p.positions * p.element_size,
         "mask": (2 if p.backward else 1) * n * lines * _ceil(plane, 8) if p.relu else 0,
     }
+    if p.norm:
+        return counted | _count_between(p, tile, strategy, n)
     vectors = n * c * 4
     if strategy == "launches":
         excite = _ceil(n, EXCITE_SAMPLES)
@@ -267,6 +295,33 @@ def count_bytes(p: Problem, tile: Tile, strategy: str, batch: int = NOMINAL_BATC
     return counted
 
 
+def _count_between(p: Problem, tile: Tile, strategy: str, n: int) -> dict[str, int]:
+    """What :func:`count_bytes` counts of a block tail beside the tensor."""
+    c, r, splits = p.channels, p.reduced, tile.splits
+    tiles, groups, excite = tile.blocks(c) * splits, _ceil(n, tile.samples), _ceil(n, EXCITE_SAMPLES)
+    vectors, hidden = n * c * 4, n * r * 4
+    if p.backward:
+        # g0, g1 and dlogit; dpooled.
+        counted = {"vectors": vectors * (2 * (2 + p.gated) * splits + 2 * p.gated)}
+        made = _ceil(c, EXCITE_SPLIT) if strategy == "launches" else tiles
+        readers = _ceil(c, EXCITE_CHANNELS)
+    else:
+        # Shift, mean and squares of each split, or the mean alone, which each group of samples reads for all; xbar and
+        # the gate.
+        parts, again = (3, excite if p.gated else 1) if p.norm == "batch" else (1, 1)
+        made = _ceil(c, TAIL_CHANNELS)
+        readers = _ceil(c, EXCITE_CHANNELS) if strategy == "launches" else tiles
+        counted = {"vectors": vectors * (parts * splits * (1 + again) + 2 * p.gated)}
+        if p.norm == "given" and not p.gated:
+            counted["vectors"] = 0
+    counted["weights"] = c * r * p.weight_size * (excite + (excite if strategy == "launches" else groups * splits))
+    if strategy == "last_block":
+        counted["shares"] = hidden * (2 * made + 1 + readers)
+    else:
+        counted["shares"] = hidden * made * (1 + readers)
+    return counted
+
+
 def cost(p: Problem, tile: Tile, strategy: str, facts: DeviceFacts) -> float:
     """The bytes of :func:`count_bytes` as time, in bytes of device memory: the tensor's weighted by how well the tiles
     fill the device and the vectors, the others by the L2's speed, and what waiting costs."""
@@ -277,9 +332,16 @@ def cost(p: Problem, tile: Tile, strategy: str, facts: DeviceFacts) -> float:
         fill = _fill(p.channels, tile.channels) * _fill(p.positions, tile.positions * tile.steps * tile.splits)
     else:
         fill = _fill(p.positions, tile.positions) if tile.form == "planes" else 1.0
-    waits = {"partials": 0, "last_block": 1, "launches": 2}[strategy]
+    waits = {"partials": 0, "last_block": 1, "launches": 1 if p.norm else 2}[strategy]
     tensor = counted.pop("tensor") * idle * (1 + 0.25 * (1 / fill - 1))
     return tensor + sum(counted.values()) / L2_SPEED + waits * LAUNCH_BYTES
+
+
+def allows(p: Problem, tile: Tile, strategy: str) -> bool:
+    """Whether a problem with such tiles can take a strategy."""
+    if not p.gated:  # there is nothing to decide
+        return strategy == "partials"
+    return strategy == "launches" or (tile.form != "rows" and p.squeeze == "avg")
 
 
 def candidates(p: Problem, facts: DeviceFacts) -> list[Plan]:
@@ -290,7 +352,7 @@ def candidates(p: Problem, facts: DeviceFacts) -> list[Plan]:
             # On AMD a barrier does not wait for the stores of other waves, which the last block would have to see.
             if strategy == "last_block" and facts.vendor == "hip":
                 continue
-            if strategy == "launches" or (tile.form != "rows" and p.squeeze == "avg"):
+            if allows(p, tile, strategy):
                 found.append((cost(p, tile, strategy, facts), strategy, tile))
     found.sort(key=lambda entry: entry[0])
     cheapest = {}
@@ -302,7 +364,9 @@ def candidates(p: Problem, facts: DeviceFacts) -> list[Plan]:
 def _reason(p: Problem, strategy: str, tiles: dict[str, Tile]) -> str:
     """Why this strategy, from the tile that each strategy would take."""
     tile = tiles[strategy]
-    if p.squeeze != "avg":
+    if not p.gated:
+        why = "there is no gate to make"
+    elif p.squeeze != "avg":
         why = f"the {p.squeeze} of a plane is not a sum of shares"
     elif tile.form == "rows":
         why = "a row of planes leaves no room for a share of the products"

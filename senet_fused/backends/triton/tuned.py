@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .plan import DeviceFacts, Plan, Problem, Tile, candidates
+from .plan import DeviceFacts, Plan, Problem, Tile, allows, candidates
 
 __all__ = [
     "VARIABLE", "default_path", "lookup", "merge", "misfit", "path_in_use", "plans_in_use", "read", "using", "write",
@@ -64,8 +64,11 @@ def misfit(p: Problem, plan: Plan, facts: DeviceFacts) -> str | None:
         return f"{tile.warps} warps of {facts.warp_size} are more than {_MAX_THREADS} threads"
     if p.channels_last != (tile.form == "channels_last"):
         return f"tiles of {tile.form!r} do not fit {'channels_last' if p.channels_last else 'contiguous'} tensors"
-    if plan.strategy != "launches" and (p.squeeze != "avg" or tile.form == "rows"):
-        return f"the strategy must be 'launches' for {tile.form} and squeeze {p.squeeze!r}, got {plan.strategy!r}"
+    if p.norm and tile.form == "rows":
+        return "block tails have no tiles of 'rows'"
+    if not allows(p, tile, plan.strategy):
+        what = f"{tile.form} and squeeze {p.squeeze!r}" if p.gated else "a block tail without a gate"
+        return f"the strategy must be {'launches' if p.gated else 'partials'} for {what}, got {plan.strategy!r}"
     if plan.strategy == "last_block" and facts.vendor == "hip":
         return "there is no 'last_block' on AMD"
     if tile.form == "rows":
