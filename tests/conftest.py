@@ -15,7 +15,9 @@ if not torch.cuda.is_available():
 import senet_fused  # noqa: E402
 
 # Tests that several modules import.
-pytest.register_assert_rewrite("gpu_contract", "gpu_operator_contract")
+pytest.register_assert_rewrite(
+    "gpu_contract", "gpu_operator_contract", "gpu_tail_contract", "gpu_tail_operator_contract"
+)
 
 # Kernels take their time on a busy machine, so nothing depends on the clock. CI sees the same examples every time.
 hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)

@@ -8,13 +8,14 @@ import math
 import zlib
 from collections.abc import Callable
 
+import pytest
 import torch
-from oracle import EXACT, FUNCTIONS, LAYOUTS, Errors, Tensors, bound, flipped
+from oracle import DTYPES, EXACT, FUNCTIONS, LAYOUTS, Errors, Tensors, bound, flipped
 from torch import Tensor
 from torch.nn import functional as F
 
 import senet_fused
-from senet_fused.tails import block_tail, reference
+from senet_fused.tails import block_tail, ops, reference
 
 CONSTANT = ("running_mean", "running_var", "factor")
 RAN = {"cpu.tail_forward": 1, "cpu.tail_backward": 1}
@@ -214,3 +215,111 @@ def check(
         if not wrong or repeat * draws * math.prod(case.shape) > 10**7:
             break
     assert not wrong, f"{case}: {wrong}"
+
+
+def assert_same_bits(found: Tensors, expected: Tensors, what: object) -> None:
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), f"{name}: {what}"
+
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+f32, bf16, f16, f64 = DTYPES
+VECTORS = ("weight", "bias", "running_mean", "running_var", "b1", "b2", "w1", "w2")
+MIXED = [
+    (bf16, dict.fromkeys(VECTORS, f32)),
+    (f16, dict.fromkeys(VECTORS, f32)),
+    (f32, dict.fromkeys(VECTORS, bf16)),
+    (f32, dict.fromkeys(VECTORS, f64)),
+    (f64, dict.fromkeys(VECTORS, f32)),
+    (bf16, {"w1": f16, "w2": f32, "b1": f64, "weight": f64}),
+    (bf16, {"running_mean": f32, "running_var": f64}),
+    (f32, {"running_mean": bf16, "running_var": f16, "factor": bf16}),
+    (bf16, {"residual": f32, "weight": f32, "bias": f32}),
+    (f32, {"residual": bf16}),
+    (f16, {"residual": bf16, "factor": f64}),
+    (f64, {"residual": f16}),
+]
+
+MEAN = 1e4
+
+
+def far_from_zero(t: Tensors) -> None:
+    t["x"].add_(MEAN)
+
+
+def far_first_pixels(t: Tensors) -> None:
+    """What deviations are taken from at first is far from nearly all the rest."""
+    t["x"][0].flatten(1)[:, :4] += 300
+    t["x"][-1].flatten(1)[:, :64] -= 50
+    t["x"][:, 0] += MEAN
+
+
+def samples_apart(t: Tensors) -> None:
+    """Each sample has a mean of its own, far from the others'."""
+    t["x"] += 1e3 * torch.arange(len(t["x"])).reshape(-1, *(1,) * (t["x"].dim() - 1))
+
+
+def constant_channels(t: Tensors) -> None:
+    values = torch.tensor([0.0, 1.0, 0.3, -MEAN, MEAN / 3])
+    t["x"][:, :5] = values.reshape(1, 5, 1, 1)
+
+
+CHANGES = {f.__name__: f for f in (far_from_zero, far_first_pixels, samples_apart, constant_channels)}
+
+
+def variance_error(t: Tensors, variance: torch.Tensor) -> float:
+    exact = t["x"].double().transpose(0, 1).flatten(1).var(1)
+    return ((variance.double() - exact) / exact).abs().max().item()
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+INPUTS = ("x", "weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2", "residual", "factor")
+
+
+def operators(backend: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """A backend's, forward and backward."""
+    namespace, name = torch.ops.senet_fused, f"block_tail_{backend}"
+    return getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default
+
+
+def forward_arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object, ...]:
+    left_out = ("running_mean", "running_var") if case.training else ()
+    tensors = (None if name in left_out else t.get(name) for name in INPUTS)
+    return *tensors, case.eps, case.act, case.gate, case.post_act or "", "", save
+
+
+def backward_arguments(
+    case: Tail, t: Tensors, outputs: tuple[Tensor, ...], needs: tuple[bool, bool, bool] | None = None
+) -> tuple[object, ...]:
+    """outputs: the forward's. needs: gradients of x, of parameters, of the residual; None for what there are."""
+    given = (t.get(k) for k in ("x", "weight", "bias", "w1", "b1", "w2", "b2", "factor"))
+    options = case.eps, case.act, case.gate, case.post_act or "", "", case.training
+    needs = needs or (True, True, case.residual and case.post_act is not None)
+    return t["dy"], *given, *outputs[1:], *options, *needs
+
+
+def operator_outputs(backend: str, case: Tail, t: Tensors) -> tuple[Tensor, ...]:
+    """All that a backend's operators return forward and backward, what is kept in between included."""
+    forward, backward = operators(backend)
+    outputs = forward(*forward_arguments(case, t))
+    return *outputs, *backward(*backward_arguments(case, t, outputs))
+
+
+def fill_outputs(monkeypatch: pytest.MonkeyPatch, number: float, byte: int) -> None:
+    """Has the operators allocate tensors of this number; masks, of this byte."""
+
+    def filled(allocate):
+        def allocate_and_fill(*arguments):
+            outputs = allocate(*arguments)
+            for t in outputs:
+                t.fill_(number if t.is_floating_point() else byte)
+            return outputs
+
+        return allocate_and_fill
+
+    for name in ("_allocate_forward", "_allocate_backward"):
+        monkeypatch.setattr(ops, name, filled(getattr(ops, name)))

@@ -1,16 +1,22 @@
-"""Block tails with statistics of several processes: two of them, on gloo, against one with the whole batch."""
+"""Block tails with statistics of several processes: two of them, on gloo, against one with the whole batch.
+
+GPU backends run on a GPU where there is one, else in Triton's interpreter or compiled for the host, in float32.
+"""
 
 from __future__ import annotations
 
 import itertools
 
+import cuda_runner
 import pytest
 import torch
+from gpu_contract import DEVICE
 from torch import nn
 
 import senet_fused
 from senet_fused import FusedSE
-from senet_fused.tails import FusedSETail, block_tail
+from senet_fused.backends import triton
+from senet_fused.tails import OPERATORS, FusedSETail, block_tail
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
@@ -20,11 +26,22 @@ pytestmark = [
 ]
 
 C, RANKS = 6, 2
-BACKENDS = ("cpu", "reference")
+GPU_PROBLEMS = {"triton": triton.problem(DEVICE), "cuda": cuda_runner.PROBLEM}
+GPU_BACKENDS = tuple(name for name, problem in GPU_PROBLEMS.items() if name in OPERATORS and problem is None)
+BACKENDS = ("cpu", "reference", *GPU_BACKENDS)
 SPLITS = {"even": (3, 3), "uneven": (4, 2), "one value": (5, 1), "none": (6, 0)}
 OPTIONS = {"plain": (True, False), "no gate": (False, True), "everything": (True, True)}
 WAYS = ("module", "function")
-CASES = list(itertools.product(BACKENDS, SPLITS, OPTIONS, WAYS))
+# How the group is named is the same for every backend.
+CASES = [case for case in itertools.product(BACKENDS, SPLITS, OPTIONS, WAYS) if case[0] not in GPU_BACKENDS or
+         case[3] == "module"]  # fmt: skip
+
+
+def venue(backend: str) -> dict[str, object]:
+    """Where and in which dtype a backend is tried."""
+    if backend in GPU_BACKENDS:
+        return {"device": DEVICE, "dtype": torch.float32}
+    return {"device": "cpu", "dtype": torch.float64}
 
 
 def network(gated: bool, relu: bool, norm: type[nn.Module], backend: str | None = None) -> FusedSETail:
@@ -33,7 +50,7 @@ def network(gated: bool, relu: bool, norm: type[nn.Module], backend: str | None 
     for t in (module.norm.weight, module.norm.bias):
         nn.init.normal_(t, 1.0)
     module.backend = backend
-    return module
+    return module if backend is None else module.to(**venue(backend))
 
 
 def inputs(split: str) -> dict[str, torch.Tensor]:
@@ -70,11 +87,13 @@ def worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
+    if "cuda" in GPU_BACKENDS and DEVICE == "cpu":
+        cuda_runner.host()
     results = {}
     for case in CASES:
         backend, split, options, way = case
         module = network(*OPTIONS[options], nn.SyncBatchNorm, backend)
-        t = {k: v.split(SPLITS[split])[rank] for k, v in inputs(split).items()}
+        t = {k: v.split(SPLITS[split])[rank].to(**venue(backend)) for k, v in inputs(split).items()}
         call = module if way == "module" else lambda *a, m=module: by_function(m, *a)
         senet_fused.reset_call_counts()
         results[case] = step(module, call, t), senet_fused.call_counts()
@@ -97,8 +116,10 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
+    if "cuda" in GPU_BACKENDS and DEVICE == "cpu":
+        cuda_runner.host()  # built once
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize(("backend", "split", "options", "way"), CASES)
@@ -117,19 +138,25 @@ def test_two_processes_are_one_with_the_whole_batch(backend, split, options, way
     t = inputs(split)
     expected = step(module, stock, t)
     results = [results[backend, split, options, way] for results in ranks]
+    dtype = venue(backend)["dtype"]
+    narrow = dtype == torch.float32
+
+    def assert_close(found, name, rtol, atol):
+        found, limits = found.double(), {"rtol": 1e-4, "atol": 1e-5} if narrow else {"rtol": rtol, "atol": atol}
+        torch.testing.assert_close(found, expected[name], **limits, msg=lambda m: f"{name}: {m}")
+
     for found, counts in results:
-        names = ["cpu.tail_forward", "cpu.tail_backward"] if backend == "cpu" else ["reference.tail_forward"]
-        assert counts == dict.fromkeys(names, 1)
+        names = [f"{backend}.tail_forward"] + [f"{backend}.tail_backward"] * (backend in OPERATORS)
+        assert counts == dict.fromkeys(names, 1) and all(t is None or t.dtype == dtype for t in found.values())
         for name in ("running_mean", "running_var"):
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+            assert_close(found[name], name, 1e-12, 1e-12)
     for name in ("y", "dx", "dresidual"):
-        whole = torch.cat([found[name] for found, _ in results])
-        torch.testing.assert_close(whole, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(torch.cat([found[name] for found, _ in results]), name, 1e-9, 1e-10)
     for name, _ in module.named_parameters():
-        total = sum(found[name] for found, _ in results)
-        torch.testing.assert_close(total, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(sum(found[name] for found, _ in results), name, 1e-9, 1e-10)
     if way == "module":
-        torch.testing.assert_close(results[0][0]["evaluation"], module.eval()(t["x"][:1]))
+        expected["evaluation"] = module.eval()(t["x"][:1])
+        assert_close(results[0][0]["evaluation"], "evaluation", 1e-7, 1e-7)
 
 
 def test_the_statistics_are_not_those_of_one_process(ranks):
@@ -139,7 +166,8 @@ def test_the_statistics_are_not_those_of_one_process(ranks):
             continue  # the other process has it all
         module = network(*OPTIONS[case[2]], nn.BatchNorm2d)
         module(inputs(case[1])["x"].split(SPLITS[case[1]])[0])
-        assert not torch.allclose(module.norm.running_mean, ranks[0][case][0]["running_mean"], rtol=1e-3)
+        found = ranks[0][case][0]["running_mean"].double()
+        assert not torch.allclose(module.norm.running_mean, found, rtol=1e-3)
 
 
 def test_second_derivatives_across_processes_are_refused(ranks):

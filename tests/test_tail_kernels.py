@@ -15,13 +15,31 @@ import pytest
 import tail_oracle
 import torch
 from oracle import ACTS, DTYPES, GATES, LAYOUTS, Errors, Tensors, bound
-from tail_oracle import EVERYTHING, PLAIN, Tail, check, draw, exact_results, fused, layer, run, run_counted
+from tail_oracle import (
+    CHANGES,
+    EVERYTHING,
+    MIXED,
+    PLAIN,
+    Tail,
+    assert_same_bits,
+    check,
+    draw,
+    exact_results,
+    far_first_pixels,
+    far_from_zero,
+    fill_outputs,
+    fused,
+    layer,
+    operator_outputs,
+    run,
+    run_counted,
+    variance_error,
+)
 from test_determinism import BUILT, missing, run_with
 
 import senet_fused
 from senet_fused import machine
 from senet_fused.backends import native
-from senet_fused.tails import ops
 
 pytestmark = [
     pytest.mark.skipif(native.problem() is not None, reason=str(native.problem())),
@@ -31,11 +49,6 @@ inf, nan = math.inf, math.nan
 f32, bf16, f16, f64 = DTYPES
 DENSE = ("contiguous", "channels_last")
 VENUES = list(itertools.product(DTYPES, DENSE, (True, False)))
-
-
-def assert_same_bits(found: Tensors, expected: Tensors, what: object) -> None:
-    for name, t in expected.items():
-        assert torch.equal(found[name], t), f"{name}: {what}"
 
 
 def test_the_reference_passes_too():
@@ -187,23 +200,6 @@ def test_weights_in_any_form():
 
 # ---------------------------------------------------------------------------------------------------- dtypes
 
-VECTORS = ("weight", "bias", "running_mean", "running_var", "b1", "b2", "w1", "w2")
-MIXED = [
-    (bf16, dict.fromkeys(VECTORS, f32)),
-    (f16, dict.fromkeys(VECTORS, f32)),
-    (f32, dict.fromkeys(VECTORS, bf16)),
-    (f32, dict.fromkeys(VECTORS, f64)),
-    (f64, dict.fromkeys(VECTORS, f32)),
-    (bf16, {"w1": f16, "w2": f32, "b1": f64, "weight": f64}),
-    (bf16, {"running_mean": f32, "running_var": f64}),
-    (f32, {"running_mean": bf16, "running_var": f16, "factor": bf16}),
-    (bf16, {"residual": f32, "weight": f32, "bias": f32}),
-    (f32, {"residual": bf16}),
-    (f16, {"residual": bf16, "factor": f64}),
-    (f64, {"residual": f16}),
-]
-
-
 @pytest.mark.parametrize(("dtype", "others"), MIXED, ids=[f"{x}-{i}" for i, (x, _) in enumerate(MIXED)])
 def test_mixed_dtypes(dtype, others):
     for layout, training, post_act in itertools.product(DENSE, (True, False), (None, "relu")):
@@ -212,33 +208,6 @@ def test_mixed_dtypes(dtype, others):
 
 
 # ------------------------------------------------------------------------------------------- moments that cancel
-
-MEAN = 1e4
-
-
-def far_from_zero(t: Tensors) -> None:
-    t["x"].add_(MEAN)
-
-
-def far_first_pixels(t: Tensors) -> None:
-    """What deviations are taken from at first is far from nearly all the rest."""
-    t["x"][0].flatten(1)[:, :4] += 300
-    t["x"][-1].flatten(1)[:, :64] -= 50
-    t["x"][:, 0] += MEAN
-
-
-def samples_apart(t: Tensors) -> None:
-    """Each sample has a mean of its own, far from the others'."""
-    t["x"] += 1e3 * torch.arange(len(t["x"])).reshape(-1, *(1,) * (t["x"].dim() - 1))
-
-
-def constant_channels(t: Tensors) -> None:
-    values = torch.tensor([0.0, 1.0, 0.3, -MEAN, MEAN / 3])
-    t["x"][:, :5] = values.reshape(1, 5, 1, 1)
-
-
-CHANGES = {f.__name__: f for f in (far_from_zero, far_first_pixels, samples_apart, constant_channels)}
-
 
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("change", CHANGES)
@@ -253,11 +222,6 @@ def test_moments_that_cancel(change, layout):
     for shape in ((4, 13, 7, 7), (3, 12, 40, 40), (2, 200, 9, 9)):
         for reduced, options in ((4, PLAIN), (4, {**EVERYTHING, "momentum": 1.0}), (0, {"affine": False})):
             check(Tail(shape, reduced, layout=layout, **options), 2, ours, CHANGES[change])
-
-
-def variance_error(t: Tensors, variance: torch.Tensor) -> float:
-    exact = t["x"].double().transpose(0, 1).flatten(1).var(1)
-    return ((variance.double() - exact) / exact).abs().max().item()
 
 
 @pytest.mark.parametrize("layout", DENSE)
@@ -345,35 +309,15 @@ def test_only_wanted_gradients_are_computed_with_the_same_bits():
 
 def test_fresh_memory_has_no_say(monkeypatch):
     """Outputs come out the same from NaN as from zeros: those kept for the backward and the mask's last byte, too."""
-
-    def filled(allocate, number, byte):
-        def allocate_and_fill(*arguments):
-            outputs = allocate(*arguments)
-            for t in outputs:
-                t.fill_(number if t.is_floating_point() else byte)
-            return outputs
-
-        return allocate_and_fill
-
-    forward, backward = ops._allocate_forward, ops._allocate_backward
     shapes = [(3, 20, 5, 7), (2, 16, 16), (3, 9, 1, 1)]
     for dtype, layout, shape, training in itertools.product(DTYPES, DENSE, shapes, (True, False)):
         case = Tail(shape, 5, dtype, layout, training, **EVERYTHING)
         t = draw(case, 0)
         runs = []
         for number, byte in ((nan, 255), (0.0, 0)):
-            monkeypatch.setattr(ops, "_allocate_forward", filled(forward, number, byte))
-            monkeypatch.setattr(ops, "_allocate_backward", filled(backward, number, byte))
-            norm, weights = (t["weight"], t["bias"]), [t[k] for k in ("w1", "b1", "w2", "b2")]
-            given = (None, None) if training else (t["running_mean"], t["running_var"])
-            options = case.eps, case.act, case.gate, "relu", ""
-            outputs = torch.ops.senet_fused.block_tail_cpu(
-                t["x"], *norm, *given, *weights, t["residual"], t["factor"], *options, True
-            )
-            gradients = torch.ops.senet_fused.block_tail_cpu_backward(
-                t["dy"], t["x"], *norm, *weights, t["factor"], *outputs[1:], *options, training, True, True, True
-            )
-            runs.append((*outputs, *gradients))
+            fill_outputs(monkeypatch, number, byte)
+            runs.append(operator_outputs("cpu", case, t))
+            monkeypatch.undo()
         for poisoned, clean in zip(*runs, strict=True):
             assert torch.equal(poisoned, clean)
             assert not poisoned.is_floating_point() or poisoned.isfinite().all()

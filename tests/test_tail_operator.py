@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import tail_oracle
 import torch
 from oracle import Tensors
-from tail_oracle import EVERYTHING, RAN, Tail, draw, fused, run
+from tail_oracle import CONSTANT, EVERYTHING, RAN, Tail, draw, fused, run
+from tail_oracle import forward_arguments as arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +22,7 @@ pytestmark = pytest.mark.skipif(
     senet_fused.backends.native.problem() is not None, reason="the compiled CPU library is not installed"
 )
 
-FORWARD = torch.ops.senet_fused.block_tail_cpu.default
-BACKWARD = torch.ops.senet_fused.block_tail_cpu_backward.default
-INPUTS = ("x", "weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2", "residual", "factor")
-CONSTANT = ("running_mean", "running_var", "factor")
+FORWARD, BACKWARD = tail_oracle.operators("cpu")
 PATHS = {"eager": lambda *a: OPERATORS["cpu"].eager(*a), "registered": FORWARD}
 SMALL = (2, 6, 3, 4)
 
@@ -40,13 +39,6 @@ CASES = {
 }
 
 
-def arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object, ...]:
-    """The operator's."""
-    left_out = ("running_mean", "running_var") if case.training else ()
-    tensors = (None if name in left_out else t.get(name) for name in INPUTS)
-    return *tensors, case.eps, case.act, case.gate, case.post_act or "", "", save
-
-
 def leaves_of(t: Tensors) -> Tensors:
     return {k: v.detach().requires_grad_() for k, v in t.items() if k != "dy" and k not in CONSTANT}
 
@@ -58,9 +50,7 @@ def call(path: str, case: Tail, t: Tensors, leaves: Tensors) -> torch.Tensor:
 def backward_arguments(case: Tail, t: Tensors, needs: tuple[bool, bool, bool]) -> tuple[object, ...]:
     with torch.no_grad():
         outputs = FORWARD(*arguments(case, t))
-    given = (t.get(k) for k in ("x", "weight", "bias", "w1", "b1", "w2", "b2", "factor"))
-    options = case.eps, case.act, case.gate, case.post_act or "", "", case.training
-    return t["dy"], *given, *outputs[1:], *options, *needs
+    return tail_oracle.backward_arguments(case, t, outputs, needs)
 
 
 # ---------------------------------------------------------------------------------- torch.library
@@ -401,8 +391,8 @@ BAD = {
     "gate": ({"gate": "silu"}, ValueError, "gate must be one of sigmoid", "silu"),
     "post_act": ({"post_act": "silu"}, ValueError, "post_act must be 'relu' or None", "'silu'"),
     "backend": ({"backend": "gpu"}, ValueError, "choose one of auto, cpu", "'gpu'"),
-    "backend without tails": (
-        {"backend": "triton"}, senet_fused.BackendUnavailableError, "'triton'", "",
+    "backend for other dtypes": (
+        {"x": ones(2, C, 3, 4).double(), "backend": "triton"}, senet_fused.BackendUnavailableError, "'triton'", "",
     ),
 }  # fmt: skip
 
