@@ -17,8 +17,8 @@ from typing import Any
 
 import oracle
 import pytest
-import tail_oracle
 from gpu_contract import DEVICE, on_device
+from gpu_tail_contract import run_on
 from oracle import Case
 from tail_oracle import Tail
 
@@ -73,11 +73,7 @@ def run(case: Case, inputs: oracle.Tensors) -> oracle.Tensors:
 def run_tail(case: Tail, inputs: oracle.Tensors) -> oracle.Tensors:
     """y, every gradient and the running statistics of a block tail by the CUDA kernels, with the proof that it was
     they."""
-    senet_fused.reset_call_counts()
-    moved = {name: on_device(t) for name, t in inputs.items()}
-    results = tail_oracle.run(functools.partial(tail_oracle.fused, backend="cuda"), case, moved)
-    assert senet_fused.call_counts() == {"cuda.tail_forward": 1, "cuda.tail_backward": 1}
-    return {name: t.cpu() for name, t in results.items()}
+    return run_on("cuda", case, inputs)
 
 
 def planning(strategy: str | None = None, **tile: int) -> Callable[[cuda.Problem, Any], Any]:

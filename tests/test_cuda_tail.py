@@ -1,6 +1,7 @@
 """Block tails by the CUDA kernels against the float64 oracle: on a GPU where there is one, else run on the host.
 
-What is CUDA's own: its strategies, tiles, launches, schedules, and its library's operators. All fresh memory is NaN.
+What every backend has to hold to, from gpu_tail_contract.py, and what is CUDA's own: its strategies, tiles, launches,
+schedules, and its library's operators. All fresh memory is NaN.
 """
 
 from __future__ import annotations
@@ -22,10 +23,22 @@ from cuda_runner import (  # noqa: F401
     run_tail,
 )
 from gpu_contract import DEVICE, DTYPES, STRATEGIES, name_of, on_device
-from oracle import ACTS, GATES, LAYOUTS, Tensors
-from tail_oracle import EVERYTHING, PLAIN, Tail, check, draw, fused
+from gpu_tail_contract import *  # noqa: F403
+from oracle import LAYOUTS, Tensors
+from tail_oracle import (
+    CHANGES,
+    EVERYTHING,
+    PLAIN,
+    Tail,
+    assert_same_bits,
+    check,
+    draw,
+    far_first_pixels,
+    far_from_zero,
+    fused,
+    variance_error,
+)
 from test_cuda_kernels import ON_HOST, TILES, form_of
-from test_tail_kernels import CHANGES, far_first_pixels, far_from_zero, variance_error
 
 from senet_fused.backends import cuda
 from senet_fused.backends.codes import codes_of
@@ -34,7 +47,6 @@ pytestmark = [
     pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM)),
     pytest.mark.usefixtures("cuda_kernels", "poisoned"),
 ]
-inf, nan = math.inf, math.nan
 f32, bf16, f16 = DTYPES
 # As the KINDS of test_cuda_kernels, for the same TILES.
 KINDS = {
@@ -46,6 +58,21 @@ KINDS = {
 }
 FORMS = ("channels_last", "planes", "tile_of_planes")
 GATED = (*STRATEGIES, "no gate")
+
+
+@pytest.fixture(name="run")
+def _run():
+    return run_tail
+
+
+@pytest.fixture
+def backend_name():
+    return "cuda"
+
+
+@pytest.fixture
+def using_strategy():
+    return lambda case, strategy: cuda.using(planning(strategy))
 
 
 def counted(case: Tail, inputs: Tensors, strategy: str) -> Tensors:
@@ -77,20 +104,6 @@ def test_every_strategy_with_every_tile(tile, strategy, dtype, training):
             check(case.replace(**options), draws=1, ours=functools.partial(counted, strategy=strategy))
 
 
-PARTS = list(itertools.product((None, "relu"), (False, True), (False, True), (False, True), (False, True)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_options(kind):
-    """Each part of a tail with and without each other one, with every act and gate."""
-    for k, (post_act, residual, factor, affine, training) in enumerate(PARTS):
-        case = KINDS[kind].replace(post_act=post_act, residual=residual, factor=factor, affine=affine)
-        case = case.replace(training=training, act=ACTS[k % len(ACTS)], gate=GATES[k % len(GATES)], bias=k % 3 != 0)
-        case, strategy = with_gate(case.replace(running=k % 5 != 0), GATED[(k + k // 4) % 4])
-        with cuda.using(planning(strategy)):
-            check(case, draws=1, ours=run_tail)
-
-
 @pytest.mark.parametrize("shape", [(2, 9, 33, 35), (1, 6, 71, 73), (2, 5, 3, 4099)], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_large_planes_that_break_alignment(shape, dtype):
@@ -99,19 +112,9 @@ def test_large_planes_that_break_alignment(shape, dtype):
         check(Tail(shape, 3, dtype, training=training, **options), draws=1, ours=run_tail)
 
 
-@pytest.mark.parametrize("reduced", [255, 257, 520])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_wide_bottlenecks(strategy, reduced):
-    """More squeezed channels than are worked on at a time."""
-    for layout, training in (("channels_last", True), ("contiguous", False)):
-        case = Tail((3, 48, 2, 4), reduced, bf16, layout, training, act="gelu")
-        with cuda.using(planning(strategy, **({"samples": 2} if layout == "channels_last" else {}))):
-            check(case, draws=1, ours=run_tail)
-
-
 @pytest.mark.parametrize("channels", [24, 150, 33])
 @pytest.mark.parametrize("strategy", GATED)
-def test_many_samples(strategy, channels):
+def test_many_samples_and_splits(strategy, channels):
     """More samples and splits than are brought together at a time, channels in several blocks, the last one odd."""
     for dtype, training in ((f32, True), (f16, True), (f32, False)):
         case, by = with_gate(Tail((37, channels, 3, 4), 6, dtype, "channels_last", training, **EVERYTHING), strategy)
@@ -140,7 +143,7 @@ def several_tiles(kind: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_moments_that_cancel(change, form):
+def test_moments_that_cancel_in_every_form(change, form):
     """Variances, y and gradients of channels whose mean is large beside their deviation, and of odd ones."""
     left_out = ("running_var",) if change == "far_first_pixels" else ()
 
@@ -158,7 +161,7 @@ def test_moments_that_cancel(change, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_variance_of_each_channel_is_right(form):
+def test_the_variance_of_each_channel_is_right_in_every_form(form):
     """Not only of the largest, which the rule above asks for; and the naive formula would not pass."""
     layout = "channels_last" if form == "channels_last" else "contiguous"
     shape = (4, 13, 7, 7) if form == "tile_of_planes" else (3, 12, 24, 24)
@@ -172,35 +175,7 @@ def test_the_variance_of_each_channel_is_right(form):
         assert variance_error(t, x.square().mean(1) - x.mean(1).square()) > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------- odd values
-
-
-@pytest.mark.parametrize("place", ["x", "weight", "bias", "running_mean", "w1", "b1", "w2", "b2", "residual", "dy"])
-@pytest.mark.parametrize("odd", [nan, inf, -inf], ids=str)
-def test_nan_and_inf_go_where_the_reference_has_them(odd, place):
-    kinds = ("channels_last", "planes", "tile_of_planes")
-    for k, (post_act, kind, training) in enumerate(itertools.product((None, "relu"), kinds, (True, False))):
-        case = KINDS[kind].replace(post_act=post_act, residual=True, training=training)
-        inputs = draw(case, 0)
-        inputs[place][(-1,) * inputs[place].dim() if k % 2 else (0,) * inputs[place].dim()] = odd
-        expected = tail_oracle.run(tail_oracle.by_reference, case, inputs)
-        with cuda.using(planning(STRATEGIES[k % 3])):
-            found = run_tail(case, inputs)
-        for name, t in expected.items():
-            patterns = [torch.isnan, torch.isposinf, torch.isneginf]
-            if place == "dy" and training and name == "dx":
-                # dweight and dbias may both be infinite, and NaN or not is for the signs and the order of terms to say.
-                patterns = [torch.isfinite]
-            for pattern in patterns:
-                assert torch.equal(pattern(found[name]), pattern(t)), f"{case}: {pattern} in {name}"
-
-
 # ---------------------------------------------------------------------------------------------------- bits
-
-
-def assert_same_bits(found: Tensors, expected: Tensors, what: object) -> None:
-    for name, t in expected.items():
-        assert torch.equal(found[name], t), f"{name}: {what}"
 
 
 @ON_HOST
@@ -250,35 +225,6 @@ def test_a_tensor_that_is_not_aligned_gives_the_same_bits(kind, training):
     expected, found = run_tail(case, inputs), run_tail(case, misaligned)
     for name in expected.keys() - {"dweight", "dbias"}:
         assert torch.equal(found[name], expected[name]), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_wanted_gradients_are_computed_with_the_same_bits(kind):
-    parameters = ("weight", "bias", "w1", "b1", "w2", "b2")
-    wanted = [("x",), ("residual",), *((name,) for name in parameters), ("x", "w2"), ("weight", "b1", "residual")]
-    for post_act, training, strategy in itertools.product((None, "relu"), (True, False), ("last_block", "no gate")):
-        case, strategy = with_gate(KINDS[kind].replace(training=training, post_act=post_act, residual=True), strategy)
-        inputs = draw(case, 0)
-        with cuda.using(planning(strategy)):
-            full = run_tail(case, inputs)
-            for names in wanted:
-                if not set(names) <= inputs.keys():
-                    continue
-                leaves = {k: on_device(t).clone().requires_grad_(k in names) for k, t in inputs.items()}
-                fused(case, leaves, "cuda").backward(on_device(inputs["dy"]))
-                for name, leaf in leaves.items():
-                    assert (leaf.grad is not None) == (name in names)
-                    assert leaf.grad is None or torch.equal(leaf.grad.cpu(), full[f"d{name}"]), (case, names, name)
-
-
-def test_inference_gives_the_bits_of_training():
-    for kind, training, strategy in itertools.product(KINDS, (True, False), ("launches", "no gate")):
-        case, strategy = with_gate(KINDS[kind].replace(training=training, running=not training, **EVERYTHING), strategy)
-        inputs = draw(case, 0)
-        with cuda.using(planning(strategy)):
-            expected = run_tail(case, inputs)["y"]
-            with torch.no_grad():
-                assert torch.equal(fused(case, {k: on_device(t) for k, t in inputs.items()}, "cuda").cpu(), expected)
 
 
 def test_a_second_call_plans_nothing(monkeypatch):
@@ -456,17 +402,6 @@ def test_a_process_without_samples(layout):
     gradients = call_backward(case, t, kept, lambda *d: (asked.append([v.clone() for v in d]), d)[1])
     assert len(asked) == 1 and not asked[0][0].any() and not asked[0][1].any()
     assert not any(g.any() for g in gradients)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("reduced", [0, 6])
-def test_empty_batch(layout, reduced):
-    """Of evaluation; training needs two values."""
-    for dtype in DTYPES:
-        case = Tail((0, 24, 4, 4), reduced, dtype, layout, False, **EVERYTHING)
-        results = run_tail(case, draw(case, 0))
-        assert results["y"].shape == results["dx"].shape == case.shape
-        assert not any(results[k].any() for k in ("dweight", "dbias"))
 
 
 # ---------------------------------------------------------------------------------------------------- planted bugs

@@ -104,9 +104,9 @@ __device__ __forceinline__ void finish_shares(const Bottleneck& b, const Patch& 
 // Pushes this tile's share of (E2); the last block of a group of samples, where they are counted, adds them up.
 template <class Size>
 __device__ __forceinline__ void share_preact(const Bottleneck& b, const Patch& at, const float* pooled, int stride,
-                                             float* scratch, int* counter, int blocks) {
+                                             float* scratch, int* counters, int group, int blocks) {
   push_preact<Size>(b, at, pooled, stride);
-  if (counter != nullptr && is_last_block(counter, blocks))
+  if (counters != nullptr && is_last_block(counters + group, blocks))
     finish_shares(b, at, scratch, [&](int s, int r, float sum) {
       if (b.b1 != nullptr) sum += b.b1[r];
       b.preact[(at.n0 + s) * b.preact_stride + r] = sum;
@@ -116,9 +116,9 @@ __device__ __forceinline__ void share_preact(const Bottleneck& b, const Patch& a
 // As share_preact, of (B4). dpreact: [n, r].
 template <class Size>
 __device__ __forceinline__ void share_dhidden(const Bottleneck& b, const Patch& at, const float* dlogit, int stride,
-                                              float* scratch, float* dpreact, int* counter, int blocks) {
+                                              float* scratch, float* dpreact, int* counters, int group, int blocks) {
   push_dhidden<Size>(b, at, dlogit, stride, scratch);
-  if (counter != nullptr && is_last_block(counter, blocks))
+  if (counters != nullptr && is_last_block(counters + group, blocks))
     finish_shares(b, at, scratch, [&](int s, int r, float sum) {
       const int64_t n = at.n0 + s;
       dpreact[n * b.r + r] = through_act(b.act, sum, b.preact[n * b.preact_stride + r]);

@@ -60,8 +60,7 @@ __device__ __forceinline__ void finish_squeeze(const SqueezeArguments& a, const 
           pooled[s * stride + c];
     }
   if (a.excite.shares == nullptr) return;
-  share_preact<InSweep>(a.excite, patch_of(a.g, at), pooled, stride, scratch,
-                        a.counters != nullptr ? a.counters + at.group : nullptr, at.tiles);
+  share_preact<InSweep>(a.excite, patch_of(a.g, at), pooled, stride, scratch, a.counters, at.group, at.tiles);
 }
 
 // The peak and its ties of one channel of the tile.

@@ -36,8 +36,8 @@ __device__ __forceinline__ void finish_squeeze_backward(const SqueezeBackwardArg
   }
   __syncthreads();
   if (a.excite.shares == nullptr) return;
-  share_dhidden<InSweep>(a.excite, patch_of(a.g, at), dgate, stride, scratch, a.dpreact,
-                         a.counters != nullptr ? a.counters + at.group : nullptr, at.tiles);
+  share_dhidden<InSweep>(a.excite, patch_of(a.g, at), dgate, stride, scratch, a.dpreact, a.counters, at.group,
+                         at.tiles);
 }
 
 template <class T>

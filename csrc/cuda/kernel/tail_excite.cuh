@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2) tail_excite_kernel(const TailExci
   }
   pooled[thread_index()] = v;
   __syncthreads();
-  share_preact<ByItself>(a.excite, at, pooled, kTailC, scratch, a.counters != nullptr ? a.counters + group : nullptr,
-                         blocks);
+  share_preact<ByItself>(a.excite, at, pooled, kTailC, scratch, a.counters, group, blocks);
 }
 
 }  // namespace senet::cuda
