@@ -32,7 +32,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
     DISPATCH = ("-DSENET_X86_DISPATCH=1",)
 
-CUDA_KERNELS = ("squeeze", "squeeze_backward", "scale", "scale_backward", "excite")
+CUDA_KERNELS = (
+    *("squeeze", "squeeze_backward", "scale", "scale_backward", "excite"),
+    *("tail_moments", "tail_excite", "tail_apply", "tail_sums", "tail_apply_backward"),
+)
 
 # One entry for each shared object. A library for another kind of device is another entry; the one for CUDA is left
 # out where there is no nvcc.
@@ -53,6 +56,7 @@ LIBRARIES = [
         [
             Unit("csrc/cuda/library.cpp", facts=True),
             Unit("csrc/cuda/squeeze_excite.cpp"),
+            Unit("csrc/cuda/tail.cpp"),
             Unit("csrc/plan/cuda_plan.cpp"),
             *(Unit(f"csrc/cuda/{kernels}.cu") for kernels in CUDA_KERNELS),
         ],

@@ -18,7 +18,9 @@ from typing import Any
 import oracle
 import pytest
 from gpu_contract import DEVICE, on_device
+from gpu_tail_contract import run_on
 from oracle import Case
+from tail_oracle import Tail
 
 import senet_fused
 from senet_fused.backends import cuda
@@ -68,6 +70,12 @@ def run(case: Case, inputs: oracle.Tensors) -> oracle.Tensors:
     return {name: t.cpu() for name, t in results.items()}
 
 
+def run_tail(case: Tail, inputs: oracle.Tensors) -> oracle.Tensors:
+    """y, every gradient and the running statistics of a block tail by the CUDA kernels, with the proof that it was
+    they."""
+    return run_on("cuda", case, inputs)
+
+
 def planning(strategy: str | None = None, **tile: int) -> Callable[[cuda.Problem, Any], Any]:
     """For cuda.using: the cheapest plan with this strategy, where the problem allows it, its tile changed."""
 
@@ -80,7 +88,6 @@ def planning(strategy: str | None = None, **tile: int) -> Callable[[cuda.Problem
     return plan
 
 
-
 def expected_launches(form: str, strategy: str) -> Counter[str]:
     """The kernels of one forward and one backward with every gradient."""
     sweep = "channels_last" if form == "channels_last" else "planes"
@@ -89,3 +96,14 @@ def expected_launches(form: str, strategy: str) -> Counter[str]:
     if strategy == "launches":
         names += ["excite_push_kernel", "excite_gate_kernel", "excite_push_backward_kernel", "excite_backward_kernel"]
     return Counter(names)
+
+
+def expected_tail_launches(form: str, strategy: str, training: bool, gated: bool) -> Counter[str]:
+    """As :func:`expected_launches`, of a block tail."""
+    sweep = "channels_last" if form == "channels_last" else "planes"
+    forward = [f"tail_moments_{form}_kernel", "tail_excite_kernel"] if training or gated else []
+    backward = [f"tail_sums_{form}_kernel", "tail_excite_backward_kernel"]
+    if gated and strategy == "launches":
+        forward.append("excite_gate_kernel")
+        backward.append("excite_push_backward_kernel")
+    return Counter([*forward, f"tail_apply_{sweep}_kernel", *backward, f"tail_apply_backward_{sweep}_kernel"])

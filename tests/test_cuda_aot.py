@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,13 +25,26 @@ RECORDED = json.loads(tool.TABLE.read_text(encoding="utf-8"))
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("channels_last", "planes", "tile_of_planes")
 PEAKS = ("", " peak")
+FIRST_SWEEPS = ("squeeze", "squeeze_backward", "tail_moments", "tail_sums")
+TAIL_SWEEPS = {
+    *(f"{stage}_{form}_kernel {dtype}" for stage in FIRST_SWEEPS[2:] for form in FORMS for dtype in DTYPES),
+    *(f"{stage}_{form}_kernel {dtype}" for stage in ("tail_apply", "tail_apply_backward") for form in FORMS[:2]
+      for dtype in DTYPES),
+}  # fmt: skip
 SWEEPS = {
+    *TAIL_SWEEPS,
     *(f"squeeze_{form}_kernel {dtype}{peak}" for form in FORMS for dtype in DTYPES for peak in PEAKS),
     *(f"squeeze_backward_{form}_kernel {dtype}" for form in FORMS for dtype in DTYPES),
     *(f"scale_{form}_kernel {dtype}" for form in FORMS[:2] for dtype in DTYPES),
     *(f"scale_backward_{form}_kernel {dtype}{peak}" for form in FORMS[:2] for dtype in DTYPES for peak in PEAKS),
 }
-EXCITE = {"excite_push_kernel", "excite_gate_kernel", "excite_push_backward_kernel", "excite_backward_kernel"}
+EXCITE = {
+    "excite_push_kernel", "excite_gate_kernel", "excite_push_backward_kernel", "excite_backward_kernel",
+    "tail_excite_kernel", "tail_excite_backward_kernel",
+}  # fmt: skip
+# What knows nothing of shares, or of weights: with a peak both are the launches' between the sweeps.
+NO_SHARES = ("excite_push", "tail_moments", "tail_apply_backward")
+NO_WEIGHTS = ("tail_moments", "tail_apply_backward")
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,15 +88,15 @@ def test_what_is_recorded():
 
 def test_the_planner_knows_what_staging_leaves():
     """Its tiles and the kernels' own arrays fit into 48 KiB together, for every generation."""
-    for facts in FACTS.values():
-        for positions, size, backward in ((49, 2, False), (49, 2, True), (196, 2, True), (225, 4, True), (9, 4, False)):
-            problem = cuda.Problem(8, 2048, 128, positions, size, size, False, backward=backward)
-            plan = cuda._plan.plan_cuda(problem.native(), facts)
-            assert plan.form == "tile_of_planes"
-            direction, dtype = "backward_" if backward else "", "float32" if size == 4 else "bfloat16"
-            name = f"squeeze_{direction}tile_of_planes_kernel {dtype}"
-            own = RECORDED["architectures"]["sm_90"][name]["shared"]
-            assert (1 + backward) * plan.channels * positions * size + 16 * (1 + backward) + own <= 48 * 1024
+    sizes = ((49, 2, False), (49, 2, True), (196, 2, True), (225, 4, True), (9, 4, False))
+    for facts, (positions, size, backward), norm in itertools.product(FACTS.values(), sizes, ("", "batch", "given")):
+        problem = cuda.Problem(8, 2048, 128, positions, size, size, False, backward=backward, norm=norm)
+        plan = cuda._plan.plan_cuda(problem.native(), facts)
+        assert plan.form == "tile_of_planes"
+        stage = FIRST_SWEEPS[2 * (norm != "") + backward]
+        name = f"{stage}_tile_of_planes_kernel {'float32' if size == 4 else 'bfloat16'}"
+        own = RECORDED["architectures"]["sm_90"][name]["shared"]
+        assert (1 + backward) * plan.channels * positions * size + 16 * (1 + backward) + own <= 48 * 1024
 
 
 def test_sixteen_bytes_at_a_time():
@@ -97,7 +111,7 @@ def test_sixteen_bytes_at_a_time():
         else:
             in_flight = 2 if "float32" in name else 4  # packs under way per thread, of two or one 16-byte vectors
             assert counted["load 128"] >= in_flight * (2 if "float32" in name else 1), (name, counted)
-        if name.startswith("scale"):
+        if not name.startswith(FIRST_SWEEPS):
             assert counted["store 128"] > 0, (name, counted)
 
 
@@ -107,8 +121,15 @@ def test_loads_of_the_excitation_do_not_wait_for_each_other():
     runs = tool.longest_runs(architecture, ("LDG.E.128.STRONG", "LDG.E.64.CONSTANT"))
     for name in sorted(SWEEPS | EXCITE):
         shares, weights = runs[name]
-        peak = name.endswith(" peak")  # its shares and weights are the launches' between the sweeps
-        if not peak and name != "excite_push_kernel" and name != "excite_push_backward_kernel":
+        peak = name.endswith(" peak")
+        if not peak and not name.startswith(NO_SHARES):
             assert shares >= 4, (name, shares)
-        if not peak:
+        if not peak and not name.startswith(NO_WEIGHTS):
             assert weights >= (4 if name in EXCITE else 2), (name, weights)
+
+
+def test_moments_of_a_batch_do_not_wait_for_each_other():
+    """Three vectors of four rows each are under way before the first is used."""
+    architecture = "sm_90" if "sm_90" in built()["architectures"] else next(iter(built()["architectures"]))
+    (loads,) = tool.longest_runs(architecture, ("LDG.E.128.STRONG",))["tail_excite_kernel"]
+    assert loads >= 12, loads

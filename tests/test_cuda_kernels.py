@@ -16,6 +16,7 @@ from cuda_runner import (  # noqa: F401
     PROBLEM,
     cuda_kernels,
     expected_launches,
+    expected_tail_launches,
     host,
     launches,
     planning,
@@ -162,13 +163,13 @@ def test_no_schedule_changes_a_bit(kind, strategy):
 
 @ON_HOST
 def test_every_kernel_has_run():
-    """What the host files can launch is what the tests above launch."""
+    """What the host files can launch is what the tests above and those of block tails launch."""
     sources = (Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cu")
     known = {name for path in sources for name in re.findall(r'"(\w+_kernel)"', path.read_text())}
     met = set()
     for form in ("channels_last", "planes", "tile_of_planes"):
         for strategy in STRATEGIES:
-            met |= set(expected_launches(form, strategy))
+            met |= set(expected_launches(form, strategy)) | set(expected_tail_launches(form, strategy, True, True))
     assert met == known
 
 

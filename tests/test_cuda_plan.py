@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -37,6 +38,14 @@ def problems(n: int = 64):
         yield cuda.Problem(n, c, r, h * w, size, size, last, squeeze, tail, tail, backward)
 
 
+def tails(n: int = 64):
+    for (c, r, h, w), gated, size, last, behind, backward, norm in itertools.product(
+        SHAPES, (True, False), (2, 4), (False, True), (False, True), (False, True), ("batch", "given")
+    ):
+        reduced = r if gated else 0
+        yield cuda.Problem(n, c, reduced, h * w, size, size, last, "avg", behind, behind, backward, norm)
+
+
 def tiles(problem: cuda.Problem, plan: _plan.CudaPlan) -> int:
     return -(-problem.channels // plan.channels) * plan.splits
 
@@ -57,8 +66,22 @@ def test_every_strategy_and_form_serves_real_networks(facts):
 
 
 @pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
+def test_every_strategy_and_form_serves_tails_of_real_networks(facts):
+    met = set()
+    for problem in tails():
+        plan = _plan.plan_cuda(problem.native(), facts)
+        met.add((plan.strategy, plan.form, problem.backward, problem.reduced > 0))
+        assert plan.replace(problem.native()).numbers() == plan.numbers()
+    for backward in (False, True):
+        gated = {form: {s for s, f, b, g in met if (f, b, g) == (form, backward, True)} for _, form, _, _ in met}
+        assert gated["channels_last"] >= {"partials", "last_block"}
+        assert {s for strategies in gated.values() for s in strategies} == {"partials", "last_block", "launches"}
+        assert {(s, f) for s, f, b, g in met if b == backward and not g} == {("partials", form) for form in gated}
+
+
+@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
 def test_what_holds_for_every_plan(facts):
-    for problem in problems():
+    for problem in itertools.chain(problems(), tails()):
         native = problem.native()
         found = _plan.cuda_candidates(native, facts)
         assert found[0].numbers() == _plan.plan_cuda(native, facts).numbers()
@@ -66,6 +89,7 @@ def test_what_holds_for_every_plan(facts):
             assert plan.replace(native).numbers() == plan.numbers()
             assert plan.splits * plan.positions >= problem.positions > (plan.splits - 1) * plan.positions
             assert problem.squeeze == "avg" or plan.strategy == "launches"
+            assert problem.reduced > 0 or plan.strategy == "partials"
             assert plan.form == "channels_last" or plan.samples == 1
             width = min(plan.channels, problem.channels) * problem.element_size
             if plan.form == "channels_last":  # whole lines of the cache, where there are as many channels
@@ -79,7 +103,8 @@ def test_what_holds_for_every_plan(facts):
 def test_the_batch_decides_nothing_but_how_stores_are_marked():
     """So a sample's result does not depend on the batch that it is in."""
     for facts in FACTS.values():
-        for large, small in zip(problems(64), problems(1), strict=True):
+        pairs = (zip(these(64), these(1), strict=True) for these in (problems, tails))
+        for large, small in itertools.chain(*pairs):
             a, b = (_plan.plan_cuda(p.native(), facts).numbers() for p in (large, small))
             assert a[:-1] == b[:-1]
     assert _plan.plan_cuda(cuda.Problem(64, 256, 16, 3136).native(), FACTS["sm_90"]).stream_stores
@@ -118,16 +143,21 @@ def test_bytes_are_counted_as_for_triton(monkeypatch):
     monkeypatch.setattr(triton_plan, "EXCITE_SAMPLES", _plan.EXCITE_SAMPLES)
     monkeypatch.setattr(triton_plan, "EXCITE_SPLIT", _plan.EXCITE_CHANNELS)
     monkeypatch.setattr(triton_plan, "EXCITE_CHANNELS", _plan.EXCITE_CHANNELS)
+    # A problem of the Triton planner has no samples.
+    fields = [field.name for field in dataclasses.fields(triton_plan.Problem)]
+    has_tails = "norm" in fields
+    if has_tails:
+        monkeypatch.setattr(triton_plan, "TAIL_CHANNELS", _plan.TAIL_CHANNELS)
     compared = set()
-    for problem in problems():
+    for problem in itertools.chain(problems(), tails() if has_tails else ()):
         for plan in _plan.cuda_candidates(problem.native(), FACTS["sm_90"]):
             form = "channels_last" if plan.form == "channels_last" else "planes"
             tile = triton_plan.Tile(form, plan.samples, plan.channels, 1, plan.positions, plan.splits, 8)
-            same = triton_plan.Problem(*problem[1:])
+            same = triton_plan.Problem(*problem[1 : 1 + len(fields)])
             expected = triton_plan.count_bytes(same, tile, plan.strategy, batch=48)
             assert _plan.cuda_bytes(problem.native(), plan, 48) == expected, (problem, plan)
-            compared.add((plan.strategy, form))
-    assert len(compared) == 6
+            compared.add((plan.strategy, form, problem.norm))
+    assert len(compared) == (18 if has_tails else 6)
 
 
 def test_bytes_by_hand():
@@ -144,7 +174,116 @@ def test_bytes_by_hand():
     }
 
 
+# 256/16@56x56 in bfloat16, 20 samples in 3 groups of 8, 2 blocks of channels x 7 splits, 8 blocks of 32 channels; the
+# launches' 2 blocks of 128 channels. Vectors in units of [20, 256] floats, weights of [256, 16] matrices.
+TAIL_BYTES = {
+    ("batch", False, "partials"): (4, 1, 3 + 20 * 7, 8 * (1 + 14), 3 * 7 * (1 + 3) + 2),
+    ("batch", False, "last_block"): (4, 1, 3 + 20 * 7, 8 * (1 + 1) + 1 + 14, 3 * 7 * (1 + 3) + 2),
+    ("batch", False, "launches"): (4, 1, 3 + 3, 8 * (1 + 2), 3 * 7 * (1 + 3) + 2),
+    ("given", False, "partials"): (4, 1, 3 + 20 * 7, 8 * (1 + 14), 7 * (1 + 1) + 2),
+    ("batch", True, "partials"): (6, 2, 3 + 20 * 7, 14 * (1 + 2), 2 * 3 * 7 + 2),
+    ("batch", True, "last_block"): (6, 2, 3 + 20 * 7, 14 * (1 + 1) + 1 + 2, 2 * 3 * 7 + 2),
+    ("batch", True, "launches"): (6, 2, 3 + 3, 2 * (1 + 2), 2 * 3 * 7 + 2),
+    ("given", True, "partials"): (5, 2, 3 + 20 * 7, 14 * (1 + 2), 2 * 3 * 7 + 2),
+    ("batch", False, "no gate"): (4, 1, 0, 0, 3 * 7 * (1 + 1)),
+    ("given", False, "no gate"): (3, 1, 0, 0, 0),
+    ("batch", True, "no gate"): (6, 2, 0, 0, 2 * 2 * 7),
+    ("given", True, "no gate"): (5, 2, 0, 0, 2 * 2 * 7),
+}
+
+
+@pytest.mark.parametrize("key", TAIL_BYTES, ids=str)
+def test_bytes_of_tails_by_hand(key):
+    norm, backward, strategy = key
+    passes, masks, weights, shares, vectors = TAIL_BYTES[key]
+    reduced, strategy = (0, "partials") if strategy == "no gate" else (16, strategy)
+    problem = cuda.Problem(20, 256, reduced, 3136, relu=True, residual=True, backward=backward, norm=norm).native()
+    found = _plan.cuda_candidates(problem, FACTS["sm_90"])
+    plan = next(p for p in found if (p.strategy, p.samples, p.channels, p.splits) == (strategy, 1, 128, 7))
+    assert _plan.cuda_bytes(problem, plan, 20) == {
+        "tensor": passes * 20 * 256 * 3136 * 2,
+        "mask": masks * 20 * 256 * 3136 // 8,
+        "weights": weights * 256 * 16 * 2,
+        "shares": shares * 20 * 16 * 4,
+        "vectors": vectors * 20 * 256 * 4,
+    }
+
+
+def test_tensor_passes_of_tails():
+    """What each tail reads and writes of its tensors."""
+
+    def passes(**options):
+        problem = cuda.Problem(1, 64, options.pop("reduced", 4), 64, **options).native()
+        return _plan.cuda_bytes(problem, _plan.plan_cuda(problem, FACTS["sm_90"]), 1)["tensor"] / (64 * 64 * 2)
+
+    for residual in (False, True):
+        assert passes(norm="batch", residual=residual) == passes(norm="given", residual=residual) == 3 + residual
+        assert passes(norm="batch", residual=residual, reduced=0) == 3 + residual
+        assert passes(norm="given", residual=residual, reduced=0) == 2 + residual
+        for relu in (False, True):
+            options = {"residual": residual, "relu": relu, "backward": True}
+            assert passes(norm="batch", **options) == 5 + (residual and relu)
+            assert passes(norm="given", **options) == 4 + (residual and relu)
+
+
 # ---------------------------------------------------------------------------------------------------- limits, words
+
+
+def test_workspace_of_tails():
+    """Moments or parts, shares, and backward what the launches between the sweeps make, in multiples of 4 floats."""
+
+    def size(strategy, **changes):
+        sizes = {"n": 3, "channels": 40, "reduced": 10, "positions": 42, "norm": "batch", **changes}
+        native = cuda.Problem(**sizes).native()
+        plan = next(p for p in _plan.cuda_candidates(native, FACTS["sm_90"]) if p.strategy == strategy)
+        assert plan.splits == 1 and plan.channels >= 40
+        return _plan.cuda_tail_workspace(native, plan)
+
+    vectors, shares = 3 * 40, 60  # forward 2 blocks of 32 channels, each with 3 x 10 floats
+    for strategy in ("partials", "last_block", "launches"):
+        assert size(strategy) == 3 * vectors + shares
+        assert size(strategy, norm="given") == vectors + shares
+        for norm in ("batch", "given"):
+            last = 32 if strategy == "last_block" else 0
+            assert size(strategy, norm=norm, backward=True) == 3 * vectors + 32 + last + vectors + 2 * 40
+    assert size("partials", reduced=0) == 3 * vectors
+    assert size("partials", reduced=0, norm="given") == 0
+    assert size("partials", reduced=0, backward=True) == 2 * vectors + 2 * 40
+
+
+def test_counters():
+    """Backward for the groups of the first sweep's tiles, forward of a tail for those that are brought together."""
+
+    def count(strategy, **options):
+        native = cuda.Problem(20, 2048, 128, 49, **options).native()
+        plan = next(p for p in _plan.cuda_candidates(native, FACTS["sm_90"]) if p.strategy == strategy)
+        return _plan.cuda_counters(native, plan), -(-20 // plan.samples)
+
+    for options in ({}, {"backward": True}, {"backward": True, "norm": "batch"}):
+        found, groups = count("last_block", **options)
+        assert found == groups
+        assert count("partials", **options)[0] == count("launches", **options)[0] == 0
+    assert count("last_block", norm="batch")[0] == count("last_block", norm="given")[0] == 3
+
+
+def test_a_tail_that_there_is_not():
+    for changes, message in (
+        ({"squeeze": "max"}, "block tails squeeze by the mean"),
+        ({"reduced": -1}, "channels, reduced and positions >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.Problem(**{"n": 3, "channels": 8, "reduced": 2, "positions": 4, "norm": "batch", **changes}).native()
+    with pytest.raises(ValueError, match="unknown norm"):
+        _plan.CudaProblem(3, 8, 2, 4, norm=3)
+
+
+def test_reasons_of_tails():
+    def why(*sizes, **options):
+        problem = cuda.Problem(*sizes, **options).native()
+        return _plan.cuda_reason(problem, FACTS["sm_90"], _plan.plan_cuda(problem, FACTS["sm_90"]))
+
+    assert why(64, 256, 0, 3136, norm="batch").startswith("without a gate there are no shares; 256 bytes of each pixel")
+    assert "of the tensor's bytes beside it, against " in why(64, 2048, 128, 49, norm="batch")
 
 
 def test_workspace():

@@ -76,13 +76,17 @@ CPP = {
     "cpu/kernels.cpp": {"cpu/kernels.h", "cpu/kernel/*"},
     "cpu/kernel/*": {"cpu/kernels.h", "cpu/vec.h", "cpu/kernel/*"},
     "cpu/vec.h": set(),
-    "cuda/library.cpp": {"cuda/squeeze_excite.h"},
+    "cuda/library.cpp": {"cuda/squeeze_excite.h", "cuda/tail.h"},
     "cuda/squeeze_excite.h": set(),
-    "cuda/squeeze_excite.cpp": {"cuda/squeeze_excite.h", "cuda/call.h", "check.h"},
+    "cuda/squeeze_excite.cpp": {"cuda/squeeze_excite.h", "cuda/arguments.h"},
+    "cuda/tail.h": set(),
+    "cuda/tail.cpp": {"cuda/tail.h", "cuda/arguments.h"},
+    "cuda/arguments.h": {"cuda/call.h", "check.h"},
     "cuda/call.h": {"plan/cuda_plan.h"},
     # Host code around the kernels: from a call to their arguments and their launch.
-    "cuda/*.cu": {"cuda/kernel/*", "cuda/launch.cuh", "cuda/weights_of.cuh"},
+    "cuda/*.cu": {"cuda/kernel/*", "cuda/launch.cuh", "cuda/weights_of.cuh", "cuda/norm_of.cuh"},
     "cuda/weights_of.cuh": {"cuda/kernel/*", "cuda/launch.cuh"},
+    "cuda/norm_of.cuh": {"cuda/kernel/*", "cuda/launch.cuh"},
     "cuda/launch.cuh": {"cuda/call.h", "cuda/kernel/*"},
     "cuda/kernel/*": {"cuda/kernel/*", "cuda/prim/*", "plan/cuda_plan.h"},
     "cuda/prim/*": {"cuda/prim/*", "plan/plan.h"},
@@ -90,7 +94,7 @@ CPP = {
 TORCH_HEADERS_IN = {
     "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp",
     "cpu/tail.h", "cpu/tail.cpp", "cuda/library.cpp",
-    "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp",
+    "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp", "cuda/tail.h", "cuda/tail.cpp", "cuda/arguments.h",
 }  # fmt: skip
 CUDA_HEADERS_IN = {"cuda/launch.cuh", "cuda/prim/port.cuh"}
 

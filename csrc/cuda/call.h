@@ -46,6 +46,30 @@ struct BackwardCall : Call {
   float *db1, *db2;                  // or null
 };
 
+// BatchNorm's side of a block tail.
+struct TailNorm {
+  const float *weight, *bias, *factor;  // [c], [c], [n], or null
+  float* statistics;                    // [3, c]
+  const float *mean, *var;              // [c], forward with given statistics; or null
+  float eps;
+};
+
+// parts is not used: shifts, means and squares take its place (with given statistics, means alone).
+struct TailForwardCall : ForwardCall {
+  TailNorm norm;
+  float *shifts, *means, *squares;  // the workspace
+};
+
+// parts: of dlogit.
+struct TailBackwardCall : BackwardCall {
+  TailNorm norm;
+  double count;                      // m of (T7); 0 with given statistics
+  float* sums;                       // [2, n, splits, c], the workspace
+  float *parts_weight, *parts_bias;  // [groups, c]
+  int64_t groups;
+  float *dweight, *dbias;  // or null
+};
+
 // Why the driver cannot run what this library was built with; empty if it can. Makes no context.
 std::string driver_problem();
 
@@ -56,5 +80,17 @@ std::string launch_scale(const ForwardCall& call);
 std::string launch_squeeze_backward(const BackwardCall& call);
 std::string launch_excite_backward(const BackwardCall& call);
 std::string launch_scale_backward(const BackwardCall& call);
+
+// The second half of launch_excite and the first of launch_excite_backward.
+std::string launch_excite_gate(const ForwardCall& call);
+std::string launch_excite_push_backward(const BackwardCall& call);
+
+std::string launch_tail_moments(const TailForwardCall& call);
+// merges: makes the statistics. pushes: and what the gate is made from.
+std::string launch_tail_excite(const TailForwardCall& call, bool merges, bool pushes, bool first);
+std::string launch_tail_apply(const TailForwardCall& call, bool first);
+std::string launch_tail_sums(const TailBackwardCall& call);
+std::string launch_tail_excite_backward(const TailBackwardCall& call);
+std::string launch_tail_apply_backward(const TailBackwardCall& call, bool first);
 
 }  // namespace senet::cuda

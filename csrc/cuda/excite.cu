@@ -46,10 +46,21 @@ std::string launch_excite(const ForwardCall& call) {
     a.tied = call.tied;
   }
   a.excite = bottleneck_of(call);
-  a.out = call.gate;
   const std::string error = launch_for(call, "excite_push_kernel", excite_push_kernel, a, patches_of(call), 0, false);
-  if (!error.empty()) return error;
+  return error.empty() ? launch_excite_gate(call) : error;
+}
+
+std::string launch_excite_gate(const ForwardCall& call) {
+  ExciteArguments a = arguments_of(call);
+  a.excite = bottleneck_of(call);
+  a.out = call.gate;
   return launch_for(call, "excite_gate_kernel", excite_gate_kernel, a, patches_of(call), 0, false);
+}
+
+std::string launch_excite_push_backward(const BackwardCall& call) {
+  ExciteArguments a = arguments_of(call);
+  a.excite = bottleneck_of(call);
+  return launch_for(call, "excite_push_backward_kernel", excite_push_backward_kernel, a, patches_of(call), 0, false);
 }
 
 std::string launch_excite_backward(const BackwardCall& call) {
@@ -60,8 +71,7 @@ std::string launch_excite_backward(const BackwardCall& call) {
   a.weight_tiles = call.dw1 == nullptr ? 0 : static_cast<unsigned>(weight_tiles_of(call.problem));
   const int64_t blocks = a.weight_tiles + (call.dpooled == nullptr ? 0 : patches_of(call));
   if (blocks == 0) return "";
-  const std::string error =
-      launch_for(call, "excite_push_backward_kernel", excite_push_backward_kernel, a, patches_of(call), 0, false);
+  const std::string error = launch_excite_push_backward(call);
   if (!error.empty()) return error;
   return launch_for(call, "excite_backward_kernel", excite_backward_kernel, a, blocks, 0, false);
 }

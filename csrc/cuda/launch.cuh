@@ -103,9 +103,10 @@ inline int64_t tiles_of(const Call& call) {
   return (call.problem.n + call.plan.samples - 1) / call.plan.samples * call.plan.tiles(call.problem.c);
 }
 
-// Blocks of the excitation's own launches.
+// Blocks of the excitation's own launches; of kMaxSamples samples each.
+inline int64_t groups_of(const Call& call) { return (call.problem.n + kMaxSamples - 1) / kMaxSamples; }
 inline int64_t patches_of(const Call& call) {
-  return (call.problem.n + kMaxSamples - 1) / kMaxSamples * ((call.problem.c + kExciteChannels - 1) / kExciteChannels);
+  return groups_of(call) * ((call.problem.c + kExciteChannels - 1) / kExciteChannels);
 }
 
 inline int64_t weight_tiles_of(const CudaProblem& p) {
@@ -126,6 +127,7 @@ inline Bottleneck bottleneck_of(const Call& call) {
   b.act = {call.act, call.act_p0, 0.0f};
   b.gate = {call.gate_fn, call.gate_p0, call.gate_p1};
   b.shares = call.shares;
+  b.tiles = static_cast<int>(shares_of_sample(p, call.plan));
   b.preact = call.preact;
   b.preact_stride = call.preact_stride;
   return b;

@@ -10,9 +10,6 @@ inline WeightArguments weights_of(const BackwardCall& call) {
   WeightArguments w{};
   w.n = p.n;
   w.splits = static_cast<int>(call.plan.splits);
-  w.tiles =
-      static_cast<int>(call.plan.strategy == CudaStrategy::launches ? (p.c + kExciteChannels - 1) / kExciteChannels
-                                                                    : call.plan.tiles(p.c));
   w.pooled = call.pooled;
   w.pooled_stride = call.saved_stride;
   w.parts = call.parts;

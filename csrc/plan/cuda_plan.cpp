@@ -37,6 +37,10 @@ double fill(int64_t size, int64_t block) {
 }
 
 int64_t passes(const CudaProblem& p) {
+  if (p.is_tail()) {
+    if (p.backward) return 4 + (p.norm == CudaNorm::batch) + (p.residual && p.relu);
+    return (p.norm == CudaNorm::given && p.r == 0 ? 2 : 3) + p.residual;
+  }
   if (!p.backward) return 3 + p.residual;
   return 4 + (p.squeeze != Squeeze::avg) + (p.residual && p.relu);
 }
@@ -122,6 +126,7 @@ CudaPlan tile_of_planes_tile(const CudaProblem& p, const CudaFacts& facts) {
 }
 
 bool is_allowed(const CudaProblem& p, CudaStrategy strategy) {
+  if (p.r == 0) return strategy == CudaStrategy::partials;  // no products, so no shares
   // The maximum of a plane is not a sum of shares.
   return strategy == CudaStrategy::launches || p.squeeze == Squeeze::avg;
 }
@@ -139,9 +144,29 @@ double cost(const CudaProblem& p, const CudaPlan& plan, const CudaFacts& facts) 
            (static_cast<double>(lanes * rows * plan.samples) / kCudaThreads) *
            fill(std::min(p.m, plan.positions), rows);
   }
-  const int64_t waits = static_cast<int64_t>(plan.strategy);
+  // Between a tail's sweeps there is a launch in any case, so that "launches" means one more and not two.
+  const int64_t waits = std::min<int64_t>(static_cast<int64_t>(plan.strategy), p.is_tail() ? 1 : 2);
   return static_cast<double>(bytes.tensor) * idle * (1 + 0.25 * (1 / full - 1)) +
          static_cast<double>(bytes.beside()) / kL2Speed + static_cast<double>(waits * kLaunchBytes);
+}
+
+void count_tail_bytes(const CudaProblem& p, const CudaPlan& plan, int64_t n, CudaBytes& bytes) {
+  const int64_t vectors = n * p.c * 4, gated = p.r > 0, groups = ceil_div(n, kMaxSamples);
+  const bool launches = plan.strategy == CudaStrategy::launches, last = plan.strategy == CudaStrategy::last_block;
+  const int64_t blocks = ceil_div(p.c, kExciteChannels), shares = shares_of_sample(p, plan);
+  const int64_t in_sweep = ceil_div(n, plan.samples) * plan.splits;
+  bytes.weights = gated * p.c * p.r * p.weight_size * (groups + (launches ? groups : in_sweep));
+  // Who sums the shares: forward the tiles of the second sweep, backward the launch between the sweeps.
+  const int64_t readers = p.backward || launches ? blocks : plan.tiles(p.c);
+  bytes.shares = gated * n * p.r * 4 * shares * (1 + (last ? 1 : readers));
+  if (last) bytes.shares += gated * n * p.r * 4 * (1 + readers);
+  if (p.backward) {
+    bytes.vectors = vectors * (2 * (gated ? 3 : 2) * plan.splits + 2 * gated);
+  } else if (p.norm == CudaNorm::batch || gated) {
+    // The statistics are brought together by every group of samples for itself.
+    const int64_t parts = p.norm == CudaNorm::batch ? 3 : 1;
+    bytes.vectors = vectors * (parts * plan.splits * (1 + (parts == 3 && gated ? groups : 1)) + 2 * gated);
+  }
 }
 
 std::string plural(int64_t count, const char* word) {
@@ -156,6 +181,10 @@ CudaBytes count_bytes(const CudaProblem& p, const CudaPlan& plan, int64_t n) {
   CudaBytes bytes{};
   bytes.tensor = passes(p) * n * p.c * p.m * p.element_size;
   bytes.mask = p.relu ? (p.backward ? 2 : 1) * n * lines * ceil_div(line, 8) : 0;
+  if (p.is_tail()) {
+    count_tail_bytes(p, plan, n, bytes);
+    return bytes;
+  }
   const int64_t vectors = n * p.c * 4;
   if (plan.strategy == CudaStrategy::launches) {
     bytes.weights = 2 * ceil_div(n, kMaxSamples) * p.c * p.r * p.weight_size;
@@ -169,6 +198,16 @@ CudaBytes count_bytes(const CudaProblem& p, const CudaPlan& plan, int64_t n) {
   if (last) bytes.shares += n * p.r * 4 * (1 + tiles);
   bytes.vectors = vectors * (1 + plan.splits);
   return bytes;
+}
+
+int64_t shares_of_sample(const CudaProblem& p, const CudaPlan& plan) {
+  if (p.is_tail() && !p.backward) return ceil_div(p.c, kTailChannels);
+  return plan.strategy == CudaStrategy::launches ? ceil_div(p.c, kExciteChannels) : plan.tiles(p.c);
+}
+
+int64_t counted_groups(const CudaProblem& p, const CudaPlan& plan) {
+  if (plan.strategy != CudaStrategy::last_block) return 0;
+  return ceil_div(p.n, p.is_tail() && !p.backward ? kMaxSamples : plan.samples);
 }
 
 std::vector<CudaPlan> cuda_candidates(const CudaProblem& p, const CudaFacts& facts) {
@@ -203,6 +242,7 @@ CudaPlan plan_cuda(const CudaProblem& problem, const CudaFacts& facts) {
 std::string misfit(const CudaProblem& p, const CudaPlan& plan) {
   const auto within = [](int64_t v, int64_t low, int64_t high) { return v >= low && v <= high; };
   if (p.channels_last != (plan.form == CudaForm::channels_last)) return "the form does not fit the layout";
+  if (p.r == 0 && !is_allowed(p, plan.strategy)) return "without a gate there is nothing to wait for: partials";
   if (!is_allowed(p, plan.strategy)) return "the maximum of a plane is no sum of shares: the strategy must be launches";
   if (plan.channels < 1 || !within(plan.positions, 1, int64_t{1} << 30) || plan.splits != ceil_div(p.m, plan.positions))
     return "the splits do not cover the positions";
@@ -235,6 +275,8 @@ std::string reason(const CudaProblem& p, const CudaFacts& facts, const CudaPlan&
   std::string why;
   if (p.squeeze != Squeeze::avg) {
     why = "the maximum of a plane is not a sum of shares";
+  } else if (p.r == 0) {
+    why = "without a gate there are no shares";
   } else {
     // Each strategy with the tile that it would take.
     std::string here, others;
@@ -285,9 +327,31 @@ CudaWorkspace workspace(const CudaProblem& p, const CudaPlan& plan, bool kept, b
   w.parts = take(p.backward || (!direct && (launches || kept)), plane_parts);
   w.peaks = take(!p.backward && peak, plane_parts);
   w.ties = take(!p.backward && peak, plane_parts);
-  w.shares = take(true, p.n * (launches ? ceil_div(p.c, kExciteChannels) : plan.tiles(p.c)) * p.r);
+  w.shares = take(true, p.n * shares_of_sample(p, plan) * p.r);
   w.vector = take(last && (p.backward || !kept), p.n * p.r);
   w.gate = take(launches && p.backward == gate, p.n * p.c);
+  return w;
+}
+
+CudaTailWorkspace tail_workspace(const CudaProblem& p, const CudaPlan& plan) {
+  const bool gated = p.r > 0, batch = p.norm == CudaNorm::batch;
+  const int64_t plane_parts = p.n * plan.splits * p.c;
+  CudaTailWorkspace w{};
+  const auto take = [&w](bool wanted, int64_t floats) -> int64_t {
+    if (!wanted) return -1;
+    const int64_t at = w.size;
+    w.size += round_up(floats, 4);
+    return at;
+  };
+  w.shifts = take(!p.backward && batch, plane_parts);
+  w.means = take(!p.backward && (batch || gated), plane_parts);
+  w.squares = take(!p.backward && batch, plane_parts);
+  w.sums = take(p.backward, 2 * plane_parts);
+  w.dlogit = take(p.backward && gated, plane_parts);
+  w.shares = take(gated, p.n * shares_of_sample(p, plan) * p.r);
+  w.dpreact = take(p.backward && plan.strategy == CudaStrategy::last_block, p.n * p.r);
+  w.dpooled = take(p.backward && gated, p.n * p.c);
+  w.parts = take(p.backward, 2 * ceil_div(p.n, kMaxSamples) * p.c);
   return w;
 }
 

@@ -14,10 +14,19 @@
 
 namespace senet {
 
+// What an SE layer's x comes from: nothing that is computed here, or BatchNorm with the statistics of the batch or with
+// statistics that are given. With one the problem is a block tail (senet_fused/tails/reference.py).
+enum class CudaNorm : int64_t { none, batch, given };
+constexpr int64_t kCudaNorms = 3;
+
+// r = 0, of block tails only: no gate.
 struct CudaProblem : Problem {
   Squeeze squeeze;
   bool relu;      // behind the layer, with a bit mask that is written forward and read backward
   bool residual;  // read forward; its gradient is written backward where there is a ReLU
+  CudaNorm norm;
+
+  bool is_tail() const { return norm != CudaNorm::none; }
 };
 
 struct CudaFacts {
@@ -64,6 +73,7 @@ constexpr int64_t kMaxSamples = 8;           // of a tile, and of a block of the
 constexpr int64_t kMaxFlatChannels = 1024;   // of a contiguous tile
 constexpr int64_t kMaxFlatElements = 65536;  // of a contiguous tile
 constexpr int64_t kExciteChannels = 128;     // of a block of the excitation's own launches
+constexpr int64_t kTailChannels = 32;        // of a block that brings a block tail's statistics together
 constexpr int64_t kWeightChannels = 64;      // of a tile of the weight gradients
 constexpr int64_t kWeightReduced = 32;
 
@@ -77,6 +87,10 @@ CudaPlan plan_cuda(const CudaProblem& problem, const CudaFacts& facts);
 // Every plan that is considered, the cheapest first.
 std::vector<CudaPlan> cuda_candidates(const CudaProblem& problem, const CudaFacts& facts);
 CudaBytes count_bytes(const CudaProblem& problem, const CudaPlan& plan, int64_t batch);
+// Into how many shares the first product of a sample is cut.
+int64_t shares_of_sample(const CudaProblem& problem, const CudaPlan& plan);
+// Groups of samples for which "last_block" counts blocks.
+int64_t counted_groups(const CudaProblem& problem, const CudaPlan& plan);
 // Why a plan, in words.
 std::string reason(const CudaProblem& problem, const CudaFacts& facts, const CudaPlan& plan);
 // "launches, tile_of_planes, 1 x 256 channels x 49 positions, 1 split"
@@ -98,5 +112,20 @@ struct CudaWorkspace {
 };
 // kept: pooled and preact are kept for a backward (forward). gate: the gate is kept (forward), dx is wanted (backward).
 CudaWorkspace workspace(const CudaProblem& problem, const CudaPlan& plan, bool kept, bool gate);
+
+// As CudaWorkspace, of a block tail.
+struct CudaTailWorkspace {
+  int64_t shifts;   // [n, splits, c]: forward, of the batch: what means and squares are taken from
+  int64_t means;    // [n, splits, c]: forward, also with given statistics: parts of the mean of x - mu
+  int64_t squares;  // [n, splits, c]
+  int64_t sums;     // [2, n, splits, c]: backward, of g and of g * xhat
+  int64_t dlogit;   // [n, splits, c]
+  int64_t shares;   // [n, shares, r]: of w1 @ pooled, or of dlogit @ w2
+  int64_t dpreact;  // [n, r]
+  int64_t dpooled;  // [n, c]
+  int64_t parts;    // [2, groups of kMaxSamples samples, c]: of dweight and dbias
+  int64_t size;
+};
+CudaTailWorkspace tail_workspace(const CudaProblem& problem, const CudaPlan& plan);
 
 }  // namespace senet

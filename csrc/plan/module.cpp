@@ -29,10 +29,12 @@ namespace py = pybind11;
 namespace {
 
 senet::CudaProblem checked(const senet::CudaProblem& p) {
-  if (p.n < 0 || p.c < 1 || p.r < 1 || p.m < 1 || (p.element_size != 2 && p.element_size != 4) ||
+  const bool tail = p.is_tail();
+  if (p.n < 0 || p.c < 1 || p.r < (tail ? 0 : 1) || p.m < 1 || (p.element_size != 2 && p.element_size != 4) ||
       (p.weight_size != 2 && p.weight_size != 4))
     throw py::value_error(
         "CudaProblem: n must be >= 0, channels, reduced and positions >= 1, element_size and weight_size 2 or 4");
+  if (tail && p.squeeze != senet::Squeeze::avg) throw py::value_error("CudaProblem: block tails squeeze by the mean");
   return p;
 }
 
@@ -44,19 +46,22 @@ senet::CudaFacts checked(const senet::CudaFacts& f) {
 }
 
 void bind_cuda(py::module_& m) {
-  py::class_<senet::CudaProblem>(m, "CudaProblem", "One direction of one SE layer, as the CUDA planner sees it.")
+  py::class_<senet::CudaProblem>(m, "CudaProblem",
+                                 "One direction of one SE layer or block tail, as the CUDA planner sees it.")
       .def(py::init([](int64_t n, int64_t channels, int64_t reduced, int64_t positions, int64_t element_size,
                        int64_t weight_size, bool channels_last, int64_t squeeze, bool relu, bool residual,
-                       bool backward) {
+                       bool backward, int64_t norm) {
              if (squeeze < 0 || squeeze >= senet::kSqueezes) throw py::value_error("CudaProblem: unknown squeeze");
+             if (norm < 0 || norm >= senet::kCudaNorms) throw py::value_error("CudaProblem: unknown norm");
              return checked({{n, channels, reduced, positions, element_size, weight_size, channels_last, backward},
                              static_cast<senet::Squeeze>(squeeze),
                              relu,
-                             residual});
+                             residual,
+                             static_cast<senet::CudaNorm>(norm)});
            }),
            py::arg("n"), py::arg("channels"), py::arg("reduced"), py::arg("positions"), py::arg("element_size") = 2,
            py::arg("weight_size") = 2, py::arg("channels_last") = true, py::arg("squeeze") = 0, py::arg("relu") = false,
-           py::arg("residual") = false, py::arg("backward") = false);
+           py::arg("residual") = false, py::arg("backward") = false, py::arg("norm") = 0);
 
   py::class_<senet::CudaFacts>(m, "CudaFacts", "What the CUDA planner wants to know of a GPU.")
       .def(py::init([](int64_t capability, int64_t sms, int64_t shared_bytes, int64_t l2_bytes) {
@@ -116,6 +121,12 @@ void bind_cuda(py::module_& m) {
       "Floats of workspace. kept: pooled and preact are kept for a backward (forward). gate: the gate is kept "
       "(forward), dx is wanted (backward).");
   m.def(
+      "cuda_tail_workspace",
+      [](const senet::CudaProblem& p, const senet::CudaPlan& plan) { return senet::tail_workspace(p, plan).size; },
+      py::arg("problem"), py::arg("plan"), "Floats of workspace of a block tail.");
+  m.def("cuda_counters", &senet::counted_groups, py::arg("problem"), py::arg("plan"),
+        "Counters that a call takes, all of them at zero.");
+  m.def(
       "cuda_bytes",
       [](const senet::CudaProblem& p, const senet::CudaPlan& plan, int64_t batch) {
         const senet::CudaBytes bytes = senet::count_bytes(p, plan, batch);
@@ -131,6 +142,7 @@ void bind_cuda(py::module_& m) {
       "The bytes that the kernels load and store, by what they are.");
   m.attr("EXCITE_SAMPLES") = senet::kMaxSamples;
   m.attr("EXCITE_CHANNELS") = senet::kExciteChannels;
+  m.attr("TAIL_CHANNELS") = senet::kTailChannels;
 }
 
 }  // namespace

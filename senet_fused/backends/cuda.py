@@ -29,7 +29,7 @@ except ImportError:
 
 __all__ = [
     "DTYPES", "VECTOR_DTYPES", "Problem", "architectures", "backward", "device_facts", "facts_of_h200", "forward",
-    "load_host", "plan_of", "problem", "using",
+    "load_host", "plan_of", "problem", "tail_backward", "tail_forward", "using",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,8 @@ VECTOR_DTYPES: tuple[torch.dtype, ...] = ()
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 
 _REINSTALL = "reinstall where there is nvcc, with SENET_FUSED_CUDA=1"
-_operators: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {}
+# By device type: an SE layer's forward and backward, a block tail's.
+_operators: dict[str, tuple[Callable[..., None], ...]] = {}
 
 
 def _load() -> str | None:
@@ -51,7 +52,10 @@ def _load() -> str | None:
     except OSError as error:
         return f"the CUDA library does not load: {error}"
     here = torch.ops.senet_fused
-    _operators["cuda"] = here._cuda_forward.default, here._cuda_backward.default
+    _operators["cuda"] = (
+        here._cuda_forward.default, here._cuda_backward.default,
+        here._cuda_tail_forward.default, here._cuda_tail_backward.default,
+    )  # fmt: skip
     return None
 
 
@@ -65,7 +69,10 @@ def load_host(library: Path) -> None:
         raise RuntimeError(_problem)
     torch.ops.load_library(str(library))
     here = torch.ops.senet_fused
-    _operators["cpu"] = here._cuda_host_forward.default, here._cuda_host_backward.default
+    _operators["cpu"] = (
+        here._cuda_host_forward.default, here._cuda_host_backward.default,
+        here._cuda_host_tail_forward.default, here._cuda_host_tail_backward.default,
+    )  # fmt: skip
 
 
 def architectures() -> tuple[str, ...]:
@@ -132,11 +139,16 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # ---------------------------------------------------------------------------------------------------- plans
 
 
+NORMS = ("", "batch", "given")
+
+
 class Problem(NamedTuple):
-    """One direction of one SE layer: the arguments of the planner's ``CudaProblem``, the squeeze by its name.
+    """One direction of one SE layer or block tail: the arguments of the planner's ``CudaProblem``, squeeze and norm by
+    their names.
 
     n: samples, which decide about nothing but whether stores are marked as not wanted soon. element_size, weight_size:
-    bytes of an element of x and of a weight. residual: read forward, its gradient written backward.
+    bytes of an element of x and of a weight. residual: read forward, its gradient written backward. norm: "" for an SE
+    layer, for a block tail "batch" or "given", by where its statistics are from. reduced: 0 for a tail without a gate.
     """
 
     n: int
@@ -150,10 +162,12 @@ class Problem(NamedTuple):
     relu: bool = False
     residual: bool = False
     backward: bool = False
+    norm: str = ""
 
     def native(self) -> Any:
         """As the compiled planner takes it."""
-        return _plan.CudaProblem(*self._replace(squeeze=SQUEEZES.index(self.squeeze)))
+        codes = {"squeeze": SQUEEZES.index(self.squeeze), "norm": NORMS.index(self.norm)}
+        return _plan.CudaProblem(*self._replace(**codes))
 
 
 def facts_of_h200() -> Any:
@@ -193,12 +207,17 @@ def using(planner: Planner) -> Iterator[None]:
     """Within the block calls take the plans that this function gives for (problem, facts)."""
     global _planner
     before, _planner = _planner, planner
-    _recipe.cache_clear()
+    _forget_recipes()
     try:
         yield
     finally:
         _planner = before
-        _recipe.cache_clear()
+        _forget_recipes()
+
+
+def _forget_recipes() -> None:
+    _recipe.cache_clear()
+    _tail_recipe.cache_clear()
 
 
 class Recipe(NamedTuple):
@@ -230,9 +249,38 @@ def _recipe(
     problem = Problem(
         n, channels, reduced, positions, element_size, weight_size, channels_last, squeeze, relu, residual, backward
     )
-    plan = plan_of(problem, device_facts(device))
-    counters = -(-n // plan.samples) if plan.strategy == "last_block" else 0
-    return Recipe(_plan.cuda_workspace(problem.native(), plan, kept, gate), counters, plan.numbers())
+    plan, native = plan_of(problem, device_facts(device)), problem.native()
+    workspace = _plan.cuda_workspace(native, plan, kept, gate)
+    return Recipe(workspace, _plan.cuda_counters(native, plan), plan.numbers())
+
+
+@lru_cache(maxsize=4096)
+def _tail_recipe(
+    device: torch.device,
+    n: int,
+    channels: int,
+    reduced: int,
+    positions: int,
+    element_size: int,
+    weight_size: int,
+    channels_last: bool,
+    relu: bool,
+    residual: bool,
+    backward: bool,
+    norm: str,
+) -> Recipe:
+    """As :func:`_recipe`, of a block tail."""
+    problem = Problem(
+        n, channels, reduced, positions, element_size, weight_size, channels_last, "avg", relu, residual, backward, norm
+    )
+    plan, native = plan_of(problem, device_facts(device)), problem.native()
+    return Recipe(_plan.cuda_tail_workspace(native, plan), _plan.cuda_counters(native, plan), plan.numbers())
+
+
+def _memory_of(x: Tensor, recipe: Recipe) -> tuple[Any, ...]:
+    """Workspace, counters and plan, the last arguments of every operator."""
+    workspace = x.new_empty((recipe.workspace,), dtype=torch.float32)
+    return workspace, tickets_for(x, recipe.counters) if recipe.counters else None, *recipe.numbers
 
 
 def _operator(x: Tensor, direction: int) -> Callable[..., None]:
@@ -272,11 +320,9 @@ def forward(
         x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
         channels_last, squeeze, post_act == "relu", residual is not None, False, saved is not None, gate is not None,
     )  # fmt: skip
-    workspace = x.new_empty((recipe.workspace,), dtype=torch.float32)
-    counters = tickets_for(x, recipe.counters) if recipe.counters else None
     operator(
         x, w1, b1, w2, b2, residual, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
-        workspace, counters, *recipe.numbers,
+        *_memory_of(x, recipe),
     )  # fmt: skip
 
 
@@ -308,9 +354,118 @@ def backward(
         x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
         channels_last, squeeze, post_act == "relu", outputs[5] is not None, True, True, outputs[0] is not None,
     )  # fmt: skip
-    workspace = x.new_empty((recipe.workspace,), dtype=torch.float32)
-    counters = tickets_for(x, recipe.counters) if recipe.counters else None
     operator(
         dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
-        workspace, counters, *recipe.numbers,
+        *_memory_of(x, recipe),
     )  # fmt: skip
+
+
+# Which launches a call of a tail's operator makes (csrc/cuda/tail.h).
+_ALL, _FIRST, _REST = range(3)
+
+
+def tail_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    together: Callable[[], None] | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    factor: Tensor | None,
+    eps: float,
+    act: str,
+    gate_fn: str,
+    post_act: str,
+    channels_last: bool,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills statistics, y, gate, saved, mask.
+
+    given: the mean and variance to use, or None. together: called once the statistics are there, which it changes in
+    place; or None.
+    """
+    operator = _operator(x, 2)
+    shape = x.shape
+    if shape[0] == 0:
+        statistics.zero_()
+        if together is not None:  # the other processes have samples, and wait for this one
+            together()
+        return
+    reduced, weight_size = (0, x.element_size()) if w1 is None else (w1.shape[0], w1.element_size())
+    recipe = _tail_recipe(
+        x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), x.element_size(), weight_size, channels_last,
+        post_act == "relu", residual is not None, False, "batch" if given is None else "given",
+    )  # fmt: skip
+    arguments = (
+        x, weight, bias, statistics, *(given or (None, None)), w1, b1, w2, b2, residual, factor, eps,
+        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
+    )  # fmt: skip
+    memory = _memory_of(x, recipe)
+    if together is None:
+        operator(*arguments, _ALL, *memory)
+        return
+    operator(*arguments, _FIRST, *memory)
+    together()
+    operator(*arguments, _REST, *memory)
+
+
+def tail_backward(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    factor: Tensor | None,
+    gate: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    gate_fn: str,
+    post_act: str,
+    channels_last: bool,
+    count: float,
+    together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """(T4) to (T7) of a block tail: fills dx, dweight, dbias, dw1, db1, dw2, db2, dresidual; None is not wanted.
+
+    count: m, 0 where the statistics were given. together: called with dweight and dbias, gives what (T7) takes in place
+    of dweight / m and dbias / m; or None.
+    """
+    operator = _operator(x, 3)
+    shape = x.shape
+    dx, dweight, dbias, *dweights, dresidual = outputs
+    if dx is None and dresidual is None:
+        together = None  # it has nothing to say about the parameters
+    if together is not None:
+        dweight, dbias = (torch.empty_like(statistics[0]) if t is None else t for t in (dweight, dbias))
+    if shape[0] == 0:
+        for t in (dx, dweight, dbias, *dweights, dresidual):
+            if t is not None:
+                t.zero_()
+        if together is not None:
+            together(dweight, dbias)
+        return
+    reduced, weight_size = (0, x.element_size()) if w1 is None else (w1.shape[0], w1.element_size())
+    recipe = _tail_recipe(
+        x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), x.element_size(), weight_size, channels_last,
+        post_act == "relu", dresidual is not None, True, "batch" if count else "given",
+    )  # fmt: skip
+    arguments = (
+        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
+        *codes_of(act, gate_fn, "avg", post_act), channels_last, count,
+    )  # fmt: skip
+    gradients = dx, dweight, dbias, *dweights, dresidual
+    memory = _memory_of(x, recipe)
+    if together is None:
+        operator(*arguments, None, None, *gradients, _ALL, *memory)
+        return
+    operator(*arguments, None, None, *gradients, _FIRST, *memory)
+    operator(*arguments, *together(dweight, dbias), *gradients, _REST, *memory)

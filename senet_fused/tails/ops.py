@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import native, triton
+from ..backends import cuda, native, triton
 from ..ops import (
     Operator,
     count_call,
@@ -292,5 +292,9 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 
 OPERATORS: dict[str, Operator] = {
     backend: _define(backend, keys, kernels)
-    for backend, keys, kernels in (("triton", ("CUDA", "CPU"), triton), ("cpu", ("CPU",), native))
+    for backend, keys, kernels in (
+        ("cuda", ("CUDA", "CPU"), cuda),
+        ("triton", ("CUDA", "CPU"), triton),
+        ("cpu", ("CPU",), native),
+    )
 }

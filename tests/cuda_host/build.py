@@ -36,7 +36,13 @@ KERNELS = (
     "csrc/cuda/scale.cu",
     "csrc/cuda/scale_backward.cu",
     "csrc/cuda/excite.cu",
+    "csrc/cuda/tail_moments.cu",
+    "csrc/cuda/tail_excite.cu",
+    "csrc/cuda/tail_apply.cu",
+    "csrc/cuda/tail_sums.cu",
+    "csrc/cuda/tail_apply_backward.cu",
     "csrc/cuda/squeeze_excite.cpp",
+    "csrc/cuda/tail.cpp",
     "csrc/cuda/library.cpp",
     "csrc/plan/cuda_plan.cpp",
 )

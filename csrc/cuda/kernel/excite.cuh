@@ -10,17 +10,26 @@
 
 namespace senet::cuda {
 
+constexpr int kBlockC = static_cast<int>(kExciteChannels);  // of a block of the excitation's own launches
 constexpr int kReduced =
     256;  // squeezed channels at a time: hidden and dpreact are [samples][kReduced] in shared memory
 
-// A block of samples and channels, and which one of `tiles` shares of its samples is its own.
+// A block of samples and channels, and which one it is of those of its samples.
 struct Patch {
   int64_t n0;
   int samples, most_samples;  // that there are, that there may be
-  int c0, channels, t, tiles;
+  int c0, channels, t;
 };
 __device__ __forceinline__ Patch patch_of(const Geometry& g, const TileAt& at) {
-  return {at.n0, at.samples, g.samples, at.c0, at.channels, at.t, at.tiles};
+  return {at.n0, at.samples, g.samples, at.c0, at.channels, at.t};
+}
+// Of blocks of kMostSamples samples and kWidth channels.
+template <int kWidth>
+__device__ __forceinline__ Patch patch_at(int64_t n, int c, unsigned block) {
+  const int across = (c + kWidth - 1) / kWidth, t = block % across;
+  const int64_t n0 = static_cast<int64_t>(block / across) * kMostSamples;
+  const int samples = static_cast<int>(min(static_cast<int64_t>(kMostSamples), n - n0)), c0 = t * kWidth;
+  return {n0, samples, kMostSamples, c0, min(kWidth, c - c0), t};
 }
 
 struct Bottleneck {
@@ -28,16 +37,24 @@ struct Bottleneck {
   Matrix w1, w2;
   const float *b1, *b2;  // or null
   Elementwise act, gate;
-  float* shares;
+  float* shares;  // [n, tiles, r]
+  int tiles;
   float* preact;  // kept, in front of act, or null
   int64_t preact_stride;
 };
+
+__device__ __forceinline__ float sum_splits(const float* parts, int splits, int c) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int split = 0; split < splits; ++split) sum += parts[static_cast<int64_t>(split) * c];
+  return sum;
+}
 
 // (E2): this tile's share of w1 @ pooled. pooled: [samples][stride] in shared memory.
 template <class Size>
 __device__ __forceinline__ void push_preact(const Bottleneck& b, const Patch& at, const float* pooled, int stride) {
   rows_dot<Size>(b.w1, at.c0, b.c, b.r, at.channels, pooled, stride, at.samples,
-                 [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+                 [&](int s, int r, float sum) { b.shares[((at.n0 + s) * b.tiles + at.t) * b.r + r] = sum; });
 }
 
 // (B4): this tile's share of dlogit @ w2.
@@ -45,7 +62,7 @@ template <class Size>
 __device__ __forceinline__ void push_dhidden(const Bottleneck& b, const Patch& at, const float* dlogit, int stride,
                                              float* scratch) {
   columns_dot<Size>(b.w2, static_cast<int64_t>(at.c0) * b.r, b.r, b.r, at.channels, dlogit, stride, at.samples, scratch,
-                    [&](int s, int r, float sum) { b.shares[((at.n0 + s) * at.tiles + at.t) * b.r + r] = sum; });
+                    [&](int s, int r, float sum) { b.shares[((at.n0 + s) * b.tiles + at.t) * b.r + r] = sum; });
 }
 
 // out(sample, r, sum of the shares) for r in [r0, r0 + count), all samples at once. How the shares are summed depends
@@ -54,7 +71,7 @@ template <class Out>
 __device__ __forceinline__ void sum_shares(const Bottleneck& b, const Patch& at, int r0, int count, float* scratch,
                                            Out out) {
   const int quads = (count + 3) / 4;
-  const float* shares = b.shares + at.n0 * at.tiles * b.r + r0;
+  const float* shares = b.shares + at.n0 * b.tiles * b.r + r0;
   const auto take = [&](int i, const float4& sum) {
     const int s = i / quads, r = i % quads * 4;
     if (s >= at.samples) return;
@@ -65,15 +82,15 @@ __device__ __forceinline__ void sum_shares(const Bottleneck& b, const Patch& at,
   };
   // A sample that is not there reads the last one, and is not taken.
   const auto row_of = [&](int row, int i) {
-    return shares + (static_cast<int64_t>(min(i / quads, at.samples - 1)) * at.tiles + row) * b.r + i % quads * 4;
+    return shares + (static_cast<int64_t>(min(i / quads, at.samples - 1)) * b.tiles + row) * b.r + i % quads * 4;
   };
   if (b.r % 4 == 0)
     sum_rows(
-        at.tiles, at.most_samples * quads, scratch, [&](int row, int i) { return floats_at<true>(row_of(row, i), 4); },
+        b.tiles, at.most_samples * quads, scratch, [&](int row, int i) { return floats_at<true>(row_of(row, i), 4); },
         take);
   else
     sum_rows(
-        at.tiles, at.most_samples * quads, scratch,
+        b.tiles, at.most_samples * quads, scratch,
         [&](int row, int i) { return floats_at<false>(row_of(row, i), count - i % quads * 4); }, take);
 }
 
@@ -82,6 +99,30 @@ template <class Finish>
 __device__ __forceinline__ void finish_shares(const Bottleneck& b, const Patch& at, float* scratch, Finish finish) {
   for (int r0 = 0; r0 < b.r; r0 += kReduced)
     sum_shares(b, at, r0, min(kReduced, b.r - r0), scratch, [&](int s, int i, float sum) { finish(s, r0 + i, sum); });
+}
+
+// Pushes this tile's share of (E2); the last block of a group of samples, where they are counted, adds them up.
+template <class Size>
+__device__ __forceinline__ void share_preact(const Bottleneck& b, const Patch& at, const float* pooled, int stride,
+                                             float* scratch, int* counters, int group, int blocks) {
+  push_preact<Size>(b, at, pooled, stride);
+  if (counters != nullptr && is_last_block(counters + group, blocks))
+    finish_shares(b, at, scratch, [&](int s, int r, float sum) {
+      if (b.b1 != nullptr) sum += b.b1[r];
+      b.preact[(at.n0 + s) * b.preact_stride + r] = sum;
+    });
+}
+
+// As share_preact, of (B4). dpreact: [n, r].
+template <class Size>
+__device__ __forceinline__ void share_dhidden(const Bottleneck& b, const Patch& at, const float* dlogit, int stride,
+                                              float* scratch, float* dpreact, int* counters, int group, int blocks) {
+  push_dhidden<Size>(b, at, dlogit, stride, scratch);
+  if (counters != nullptr && is_last_block(counters + group, blocks))
+    finish_shares(b, at, scratch, [&](int s, int r, float sum) {
+      const int64_t n = at.n0 + s;
+      dpreact[n * b.r + r] = through_act(b.act, sum, b.preact[n * b.preact_stride + r]);
+    });
 }
 
 // (E2), (E3): gates [samples][stride] in shared memory. ready: preact is there already, else it is the sum of the

@@ -6,8 +6,6 @@
 
 namespace senet::cuda {
 
-constexpr int kBlockC = static_cast<int>(kExciteChannels);
-
 struct ExciteArguments {
   int64_t n;
   int splits;
@@ -23,20 +21,6 @@ struct ExciteArguments {
   unsigned weight_tiles;  // the first so many blocks of the backward's second launch
 };
 
-__device__ __forceinline__ Patch patch_at(const ExciteArguments& a, unsigned block) {
-  const int tiles = (a.excite.c + kBlockC - 1) / kBlockC, t = block % tiles;
-  const int64_t n0 = static_cast<int64_t>(block / tiles) * kMostSamples;
-  const int samples = static_cast<int>(min(static_cast<int64_t>(kMostSamples), a.n - n0)), c0 = t * kBlockC;
-  return {n0, samples, kMostSamples, c0, min(kBlockC, a.excite.c - c0), t, tiles};
-}
-
-__device__ __forceinline__ float sum_splits(const float* parts, int splits, int c) {
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int split = 0; split < splits; ++split) sum += parts[static_cast<int64_t>(split) * c];
-  return sum;
-}
-
 // The maximum over the splits and how many positions attain it; NaN where a split has NaN ties.
 __device__ __forceinline__ float2 merge_peaks(const float* peaks, const float* ties, int splits, int c) {
   float top = -INFINITY, count = 0.0f;
@@ -51,7 +35,7 @@ __device__ __forceinline__ float2 merge_peaks(const float* peaks, const float* t
 // Sums the parts of pooled over the splits, keeps them, and pushes a share of (E2).
 __global__ void __launch_bounds__(kThreads, 2) excite_push_kernel(const ExciteArguments a) {
   SENET_SHARED(float, pooled, kMostSamples* kBlockC);
-  const Patch at = patch_at(a, blockIdx.x);
+  const Patch at = patch_at<kBlockC>(a.n, a.excite.c, blockIdx.x);
   wait_for_previous();
   release_dependents();
   for (int i = thread_index(); i < kMostSamples * kBlockC; i += kThreads) {
@@ -79,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) excite_gate_kernel(const ExciteAr
   SENET_SHARED(float, scratch, kProductScratch<ByItself>);
   SENET_SHARED(float, gates, kMostSamples* kBlockC);
   SENET_SHARED(float, hidden, kMostSamples* kReduced);
-  const Patch at = patch_at(a, blockIdx.x);
+  const Patch at = patch_at<kBlockC>(a.n, a.excite.c, blockIdx.x);
   wait_for_previous();
   release_dependents();
   make_gates<ByItself>(a.excite, at, false, gates, kBlockC, hidden, scratch);
@@ -93,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2) excite_gate_kernel(const ExciteAr
 __global__ void __launch_bounds__(kThreads, 2) excite_push_backward_kernel(const ExciteArguments a) {
   SENET_SHARED(float, scratch, kProductScratch<ByItself>);
   SENET_SHARED(float, dlogit, kMostSamples* kBlockC);
-  const Patch at = patch_at(a, blockIdx.x);
+  const Patch at = patch_at<kBlockC>(a.n, a.excite.c, blockIdx.x);
   wait_for_previous();
   release_dependents();
   for (int i = thread_index(); i < kMostSamples * kBlockC; i += kThreads) {
@@ -114,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) excite_backward_kernel(const Exci
   wait_for_previous();
   release_dependents();
   if (blockIdx.x < a.weight_tiles) return weight_gradients(a.excite, a.weights, blockIdx.x, vectors);
-  const Patch at = patch_at(a, blockIdx.x - a.weight_tiles);
+  const Patch at = patch_at<kBlockC>(a.n, a.excite.c, blockIdx.x - a.weight_tiles);
   make_dpooled<ByItself>(a.excite, at, nullptr, vectors, kBlockC, block, scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels;

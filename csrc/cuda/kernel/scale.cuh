@@ -1,78 +1,50 @@
 // The second sweep of the forward: (E2), (E3) where no launch between the sweeps has made the gate, and (E4).
 #pragma once
-#include "../prim/bits.cuh"
-#include "../prim/divide.cuh"
-#include "../prim/walk.cuh"
 #include "excite.cuh"
+#include "scale_sweep.cuh"
 
 namespace senet::cuda {
 
-struct ScaleArguments {
-  Geometry g;
-  Divisor by_m;
-  const void *x, *residual;  // residual or null
-  int64_t x_stride, residual_stride;
-  void* y;             // dense
-  uint8_t* mask;       // where the ReLU lets through, or null
+struct ScaleArguments : ScaleSweep {
   const float* parts;  // to be summed and kept, [n, splits, c], or null
   float* pooled;       // where they go
   int64_t pooled_stride;
   Bottleneck excite;
   float* gate;  // [n, c], or null
   CudaStrategy strategy;
-  bool relu, stream_stores;
 };
 
-template <class T>
-struct Scaled8 {
-  Pack<T> x, residual;
-};
-
-// (E4) for eight elements; the bits of those that a ReLU lets through.
-template <class T>
-__device__ __forceinline__ uint32_t scale(const ScaleArguments& a, const Scaled8<T>& in, const float (&gate)[kPack],
-                                          float (&y)[kPack]) {
-  unpack(in.x, y);
-#pragma unroll
-  for (int j = 0; j < kPack; ++j) y[j] *= gate[j];
-  if (a.residual != nullptr) {
-    float residual[kPack];
-    unpack(in.residual, residual);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) y[j] += residual[j];
-  }
-  uint32_t keep = 0;
-  if (a.relu) {
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) {
-      if (y[j] <= 0.0f)
-        y[j] = 0.0f;
-      else
-        keep |= 1u << j;
-    }
-  }
-  return keep;
-}
-
-// The gates of the tile, [samples][stride] in shared memory, and what is kept of them and of pooled.
-__device__ __forceinline__ void gates_of(const ScaleArguments& a, const TileAt& at, float* gates, int stride,
-                                         float* hidden, float* scratch) {
-  const bool launched = a.strategy == CudaStrategy::launches;
+// The gates of a tile, [samples][stride] in shared memory: those that a launch between the sweeps has made, or made
+// here, and kept by the tiles of the first split. use(sample, channel, gate) gives what is put in a gate's place.
+template <class Use>
+__device__ __forceinline__ void gates_of(const Bottleneck& b, CudaStrategy strategy, float* kept, const Geometry& g,
+                                         const TileAt& at, float* gates, int stride, float* hidden, float* scratch,
+                                         Use use) {
+  const bool launched = strategy == CudaStrategy::launches;
   if (!launched)
-    make_gates<InSweep>(a.excite, patch_of(a.g, at), a.strategy == CudaStrategy::last_block, gates, stride, hidden,
-                        scratch);
+    make_gates<InSweep>(b, patch_of(g, at), strategy == CudaStrategy::last_block, gates, stride, hidden, scratch);
   for (int i = thread_index(); i < at.samples * at.channels; i += kThreads) {
     const int s = i / at.channels, c = i % at.channels;
-    const int64_t n = at.n0 + s, nc = n * a.g.c + at.c0 + c;
-    if (launched) gates[s * stride + c] = a.gate[nc];
-    if (launched || at.split != 0) continue;
-    if (a.gate != nullptr) a.gate[nc] = gates[s * stride + c];
-    if (a.parts == nullptr) continue;
-    float sum = 0.0f;
-    for (int split = 0; split < a.g.splits; ++split) sum += a.parts[(n * a.g.splits + split) * a.g.c + at.c0 + c];
-    a.pooled[n * a.pooled_stride + at.c0 + c] = sum;
+    const int64_t nc = (at.n0 + s) * g.c + at.c0 + c;
+    const float gate = launched ? kept[nc] : gates[s * stride + c];
+    if (!launched && at.split == 0 && kept != nullptr) kept[nc] = gate;
+    gates[s * stride + c] = use(s, c, gate);
   }
   __syncthreads();
+}
+
+// Of an SE layer; and what is kept of pooled.
+__device__ __forceinline__ void gates_of(const ScaleArguments& a, const TileAt& at, float* gates, int stride,
+                                         float* hidden, float* scratch) {
+  gates_of(a.excite, a.strategy, a.gate, a.g, at, gates, stride, hidden, scratch, [&](int s, int c, float gate) {
+    if (a.parts != nullptr && at.split == 0) {
+      const int64_t n = at.n0 + s;
+      float sum = 0.0f;
+      for (int split = 0; split < a.g.splits; ++split) sum += a.parts[(n * a.g.splits + split) * a.g.c + at.c0 + c];
+      a.pooled[n * a.pooled_stride + at.c0 + c] = sum;
+    }
+    return gate;
+  });
 }
 
 template <class T>
@@ -85,75 +57,11 @@ __global__ void __launch_bounds__(kThreads, 3) scale_channels_last_kernel(const 
   wait_for_previous();
   gates_of(a, at, gates, a.g.channels, hidden, scratch);
   if (!mine.active) return;
-  const int64_t c = a.g.c, n = at.n0 + mine.sample, line = (c + kPack - 1) / kPack;
-  const T* x = static_cast<const T*>(a.x) + n * a.x_stride + mine.c;
-  const T* residual = a.residual == nullptr ? x : static_cast<const T*>(a.residual) + n * a.residual_stride + mine.c;
-  T* y = static_cast<T*>(a.y) + n * a.g.m * c + mine.c;
-  uint8_t* mask = a.mask != nullptr ? a.mask + n * a.g.m * line + mine.c / kPack : nullptr;
-  float gate[kPack];
+  Factors8<false> of;
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) gate[j] = j < mine.count ? gates[mine.sample * a.g.channels + mine.column + j] : 0.0f;
-  const bool whole = a.g.wide && mine.count == kPack;
-  const auto use = [&](int p, const Scaled8<T>& in) {
-    float v[kPack];
-    const uint32_t keep = scale(a, in, gate, v);
-    if (mask != nullptr) mask[p * line] = static_cast<uint8_t>(keep & low_bits(mine.count));
-    if (whole)
-      store_pack(y + p * c, pack<T>(v), a.stream_stores);
-    else
-      store_part(y + p * c, v, 0, mine.count);
-  };
-  if (whole)
-    in_flight<kInFlight<T>>(
-        at.p0 + mine.row, at.p1, mine.rows,
-        [&](int p) {
-          Scaled8<T> in{load_pack<true>(x + p * c), {}};
-          if (a.residual != nullptr) in.residual = load_pack<true>(residual + p * c);
-          return in;
-        },
-        use);
-  else
-    in_flight<1>(
-        at.p0 + mine.row, at.p1, mine.rows,
-        [&](int p) {
-          Scaled8<T> in{load_part(x + p * c, 0, mine.count, a.g.wide), {}};
-          if (a.residual != nullptr) in.residual = load_part(residual + p * c, 0, mine.count, a.g.wide);
-          return in;
-        },
-        use);
-}
-
-// A vector's values for elements [lo, hi) of a pack of contiguous planes, of which the first is position p of the
-// tile's plane k.
-__device__ __forceinline__ void over_planes(const float* vector, int k, int p, int lo, int hi, int m,
-                                            float (&v)[kPack]) {
-  const float first = vector[k];
-#pragma unroll
-  for (int j = 0; j < kPack; ++j) v[j] = first;
-  if (p + hi - lo <= m) return;  // all of one plane
-  if (m >= kPack) {              // of two
-    const float second = vector[k + 1];
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) v[j] = j - lo < m - p ? first : second;
-    return;
-  }
-  float value = first;
-#pragma unroll
-  for (int j = 1; j < kPack; ++j) {
-    if (j > lo && j < hi && ++p == m) p = 0, value = vector[++k];
-    v[j] = value;
-  }
-}
-
-// Bits by plane from bits by pack: mask bytes of positions [p0, p1) of the tile's planes. bits: of the packs from the
-// one that holds the tile's first element, which is element `begin` of it.
-__device__ __forceinline__ void store_mask(uint8_t* mask, const uint8_t* bits, const TileAt& at, int begin, int m) {
-  const int line = (m + 7) / 8, first = at.p0 / 8, bytes = (at.p1 + 7) / 8 - first;
-  for (int i = thread_index(); i < at.channels * bytes; i += kThreads) {
-    const int k = i / bytes, byte = i % bytes, p = 8 * byte;
-    mask[static_cast<int64_t>(k) * line + first + byte] =
-        static_cast<uint8_t>(bits_at(bits, begin + k * m + p, min(8, at.p1 - at.p0 - p)));
-  }
+  for (int j = 0; j < kPack; ++j)
+    of.gate[j] = j < mine.count ? gates[mine.sample * a.g.channels + mine.column + j] : 0.0f;
+  scale_column<T>(a, at, mine, of);
 }
 
 template <class T>
@@ -165,39 +73,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3) scale_planes
   const TileAt at(a.g, gridDim.x - 1 - blockIdx.x);
   wait_for_previous();
   gates_of(a, at, gates, a.g.channels, hidden, scratch);
-  const int m = a.g.m;
-  const int64_t flat = static_cast<int64_t>(at.c0) * m + at.p0, sample = static_cast<int64_t>(a.g.c) * m;
-  const int begin = static_cast<int>(flat % kPack), end = begin + (at.channels - 1) * m + at.p1 - at.p0;
-  const T* x = static_cast<const T*>(a.x) + at.n0 * a.x_stride + flat - begin;
-  const T* residual =
-      a.residual == nullptr ? x : static_cast<const T*>(a.residual) + at.n0 * a.residual_stride + flat - begin;
-  T* y = static_cast<T*>(a.y) + at.n0 * sample + flat - begin;
-  over_packs<kInFlight<T>>(
-      begin, end, thread_index(), kThreads, a.g.wide,
-      [&](int i) {
-        Scaled8<T> in{load_pack<true>(x + i * kPack), {}};
-        if (a.residual != nullptr) in.residual = load_pack<true>(residual + i * kPack);
-        return in;
-      },
-      [&](int i, int lo, int hi) {
-        Scaled8<T> in{load_part(x + i * kPack, lo, hi, a.g.wide), {}};
-        if (a.residual != nullptr) in.residual = load_part(residual + i * kPack, lo, hi, a.g.wide);
-        return in;
-      },
-      [&](int i, int lo, int hi, const Scaled8<T>& in) {
-        const int from = i * kPack + lo - begin, k = at.channels == 1 ? 0 : a.by_m.divide(from);
-        float gate[kPack], v[kPack];
-        over_planes(gates, k, at.channels == 1 ? 0 : from - k * m, lo, at.channels == 1 ? 0 : hi, m, gate);
-        const uint32_t keep = scale(a, in, gate, v);
-        if (a.mask != nullptr) bits[i] = static_cast<uint8_t>(keep & low_bits(hi) & ~low_bits(lo));
-        if (a.g.wide && hi - lo == kPack)
-          store_pack(y + i * kPack, pack<T>(v), a.stream_stores);
-        else
-          store_part(y + i * kPack, v, lo, hi);
-      });
-  if (a.mask == nullptr) return;
-  __syncthreads();
-  store_mask(a.mask + (at.n0 * a.g.c + at.c0) * ((m + 7) / 8), bits, at, begin, m);
+  scale_planes<T, false>(a, at, gates, 0, bits);
 }
 
 }  // namespace senet::cuda

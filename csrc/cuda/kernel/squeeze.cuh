@@ -1,14 +1,11 @@
 // The first sweep of the forward, (E1), and each tile's share of (E2).
 #pragma once
-#include "../prim/walk.cuh"
 #include "excite.cuh"
+#include "read_x.cuh"
 
 namespace senet::cuda {
 
-struct SqueezeArguments {
-  Geometry g;
-  const void* x;
-  int64_t x_stride;  // from sample to sample, in elements
+struct SqueezeArguments : SourceOfX {
   float inv_m;
   float* parts;  // of pooled, [n, splits, c] with a stride of its own from sample to sample; or null
   int64_t parts_stride;
@@ -63,12 +60,7 @@ __device__ __forceinline__ void finish_squeeze(const SqueezeArguments& a, const 
           pooled[s * stride + c];
     }
   if (a.excite.shares == nullptr) return;
-  push_preact<InSweep>(a.excite, patch_of(a.g, at), pooled, stride);
-  if (a.counters != nullptr && is_last_block(a.counters + at.group, at.tiles))
-    finish_shares(a.excite, patch_of(a.g, at), scratch, [&](int s, int r, float sum) {
-      if (a.excite.b1 != nullptr) sum += a.excite.b1[r];
-      a.excite.preact[(at.n0 + s) * a.excite.preact_stride + r] = sum;
-    });
+  share_preact<InSweep>(a.excite, patch_of(a.g, at), pooled, stride, scratch, a.counters, at.group, at.tiles);
 }
 
 // The peak and its ties of one channel of the tile.
@@ -84,18 +76,7 @@ __global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_channels_last
   const TileAt at(a.g, blockIdx.x);
   const Column mine(a.g, at);
   Sums<kPeak> sums;
-  if (mine.active) {
-    const T* x = static_cast<const T*>(a.x) + (at.n0 + mine.sample) * a.x_stride + mine.c;
-    const int64_t c = a.g.c;
-    const auto use = [&](int, const Pack<T>& v) { sums.add(v, 0, kPack); };
-    if (a.g.wide && mine.count == kPack)
-      in_flight<kInFlight<T>>(
-          at.p0 + mine.row, at.p1, mine.rows, [&](int p) { return load_pack<false>(x + p * c); }, use);
-    else
-      in_flight<1>(
-          at.p0 + mine.row, at.p1, mine.rows, [&](int p) { return load_part(x + p * c, 0, mine.count, a.g.wide); },
-          use);
-  }
+  if (mine.active) over_column<T>(a, at, mine, [&](const Pack<T>& v) { sums.add(v, 0, kPack); });
   const int stride = a.g.channels;
   over_rows(a.g, mine, sums.total, scratch, Plus(),
             [&](int s, int c, float v) { pooled[s * stride + c] = v * a.inv_m; });
@@ -152,16 +133,9 @@ __global__ void __launch_bounds__(kThreads, 2) squeeze_planes_kernel(const Squee
   for (int k0 = 0; k0 < at.channels; k0 += groups) {
     const int k = k0 + thread_index() / a.g.lanes;
     Sums<kPeak> sums;
-    if (k < at.channels) {
-      const int64_t flat = static_cast<int64_t>(at.c0 + k) * a.g.m + at.p0;
-      const int begin = static_cast<int>(flat % kPack);
-      const T* x = static_cast<const T*>(a.x) + at.n0 * a.x_stride + flat - begin;
-      over_packs<kInFlight<T> * 3 / 2>(
-          begin, begin + at.p1 - at.p0, lane, a.g.lanes, a.g.wide,
-          [&](int i) { return load_pack<false>(x + i * kPack); },
-          [&](int i, int lo, int hi) { return load_part(x + i * kPack, lo, hi, a.g.wide); },
-          [&](int, int lo, int hi, const Pack<T>& v) { sums.add(v, lo, hi); });
-    }
+    if (k < at.channels)
+      over_plane<T, kInFlight<T> * 3 / 2>(a, at, k, lane,
+                                          [&](int lo, int hi, const Pack<T>& v) { sums.add(v, lo, hi); });
     finish_plane(a, at, sums, k, lane == 0 && k < at.channels, pooled, scratch);
   }
   __syncthreads();
@@ -177,11 +151,8 @@ __global__ void __launch_bounds__(kThreads, kPeak ? 2 : 3) squeeze_tile_of_plane
   release_dependents();
   const TileAt at(a.g, blockIdx.x);
   const int m = a.g.m, lane = thread_index() % a.g.lanes, groups = kThreads / a.g.lanes;
-  const T* x = static_cast<const T*>(a.x) + at.n0 * a.x_stride + static_cast<int64_t>(at.c0) * m;
-  stage(tile, x, at.channels * m, a.g.wide);
   pad(pooled, at.channels);
-  copy_wait();
-  __syncthreads();
+  stage_planes(tile, a, at);
   for (int k0 = 0; k0 < at.channels; k0 += groups) {
     const int k = k0 + thread_index() / a.g.lanes;
     Sums<kPeak> sums;

@@ -11,14 +11,16 @@ constexpr int kWeightMemory = 2 * kChunk * (kTileC + kTileR);
 
 struct WeightArguments {
   int64_t n;
-  int splits, tiles;    // parts of dlogit, shares of dpreact to a sample
+  int splits;           // parts of dlogit to a sample
   const float* pooled;  // [n, c]
   int64_t pooled_stride;
-  const float* parts;    // of dlogit, [n, splits, c]
-  const float* dpreact;  // [n, r], or null: the sum of the shares through act
-  void *dw1, *dw2;       // in the weights' dtype
-  float *db1, *db2;      // or null
-  bool wide;             // all vectors can be read four floats at a time
+  bool affine;                 // pooled is scale * that + shift, of block tails
+  const float *scale, *shift;  // [c], or null: ones, zeros
+  const float* parts;          // of dlogit, [n, splits, c]
+  const float* dpreact;        // [n, r], or null: the sum of the shares through act
+  void *dw1, *dw2;             // in the weights' dtype
+  float *db1, *db2;            // or null
+  bool wide;                   // all vectors can be read four floats at a time
 };
 
 // sum of rows at(0), at(1), ...; kAtOnce are loaded before the first is added.
@@ -41,6 +43,15 @@ __device__ __forceinline__ float4 first_of(const float4& v, int count) {
   return make_float4(count > 0 ? v.x : 0.0f, count > 1 ? v.y : 0.0f, count > 2 ? v.z : 0.0f, count > 3 ? v.w : 0.0f);
 }
 
+__device__ __forceinline__ float4 through_affine(const WeightArguments& a, float4 v, int64_t c, int count) {
+  if (a.scale != nullptr) {
+    const float4 scale = floats_at<false>(a.scale + c, count);
+    v.x *= scale.x, v.y *= scale.y, v.z *= scale.z, v.w *= scale.w;
+  }
+  if (a.shift != nullptr) add(v, floats_at<false>(a.shift + c, count));
+  return v;
+}
+
 // Samples [n0, n0 + kChunk) of the vectors that the tile needs, in shared memory, zero beyond the last one.
 template <bool kWide>
 __device__ __forceinline__ void load_chunk(const Bottleneck& b, const WeightArguments& a, int64_t n0, int c0, int r0,
@@ -52,7 +63,8 @@ __device__ __forceinline__ void load_chunk(const Bottleneck& b, const WeightArgu
     const int64_t n = count > 0 ? n0 + s : 0, c = count > 0 ? c0 + k : 0;
     const int some = count > 0 ? count : 1;
     const float* parts = a.parts + n * a.splits * b.c + c;
-    const float4 p = floats_at<kWide>(a.pooled + n * a.pooled_stride + c, some);
+    float4 p = floats_at<kWide>(a.pooled + n * a.pooled_stride + c, some);
+    if (a.affine) p = through_affine(a, p, c, some);
     const float4 sum = sum_of_rows<4>(
         a.splits, [&](int split) { return floats_at<kWide>(parts + static_cast<int64_t>(split) * b.c, some); });
     *reinterpret_cast<float4*>(&pooled[s][k]) = first_of(p, count);
@@ -63,10 +75,10 @@ __device__ __forceinline__ void load_chunk(const Bottleneck& b, const WeightArgu
     const int64_t n = count > 0 ? n0 + s : 0, r = count > 0 ? r0 + k : 0;
     const int some = count > 0 ? count : 1;
     const bool ready = a.dpreact != nullptr;
-    const float* rows = ready ? a.dpreact + n * b.r + r : b.shares + n * a.tiles * b.r + r;
+    const float* rows = ready ? a.dpreact + n * b.r + r : b.shares + n * b.tiles * b.r + r;
     const float4 preact = floats_at<kWide>(b.preact + n * b.preact_stride + r, some);
     const float4 sum = sum_of_rows<8>(
-        ready ? 1 : a.tiles, [&](int t) { return floats_at<kWide>(rows + static_cast<int64_t>(t) * b.r, some); });
+        ready ? 1 : b.tiles, [&](int t) { return floats_at<kWide>(rows + static_cast<int64_t>(t) * b.r, some); });
     const float at[4] = {preact.x, preact.y, preact.z, preact.w}, d[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -1,0 +1,14 @@
+// What a block tail's kernels are told of BatchNorm.
+#pragma once
+#include "kernel/tail.cuh"
+#include "launch.cuh"
+
+namespace senet::cuda {
+
+inline Norm norm_of(const TailNorm& norm, const CudaProblem& p) {
+  return {norm.weight, norm.bias, norm.factor, norm.statistics, norm.mean, norm.var, norm.eps, static_cast<int>(p.c)};
+}
+
+inline float inverse(double v) { return static_cast<float>(1.0 / v); }
+
+}  // namespace senet::cuda
