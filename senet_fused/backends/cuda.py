@@ -51,12 +51,16 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CUDA library does not load: {error}"
-    here = torch.ops.senet_fused
-    _operators["cuda"] = (
-        here._cuda_forward.default, here._cuda_backward.default,
-        here._cuda_tail_forward.default, here._cuda_tail_backward.default,
-    )  # fmt: skip
+    try:
+        _operators["cuda"] = _operators_of("_cuda")
+    except AttributeError as error:
+        return f"the CUDA library is of an earlier build of this package: {error} (build it again)"
     return None
+
+
+def _operators_of(prefix: str) -> tuple[Callable[..., None], ...]:
+    names = ("forward", "backward", "tail_forward", "tail_backward")
+    return tuple(getattr(torch.ops.senet_fused, f"{prefix}_{name}").default for name in names)
 
 
 # At import: it takes under a millisecond, and torch.compile must not meet it in a traced call.
@@ -68,11 +72,7 @@ def load_host(library: Path) -> None:
     if _plan is None:
         raise RuntimeError(_problem)
     torch.ops.load_library(str(library))
-    here = torch.ops.senet_fused
-    _operators["cpu"] = (
-        here._cuda_host_forward.default, here._cuda_host_backward.default,
-        here._cuda_host_tail_forward.default, here._cuda_host_tail_backward.default,
-    )  # fmt: skip
+    _operators["cpu"] = _operators_of("_cuda_host")
 
 
 def architectures() -> tuple[str, ...]:
