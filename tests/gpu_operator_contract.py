@@ -14,6 +14,7 @@ from oracle import Case, draw
 
 import senet_fused
 from senet_fused import ops
+from senet_fused.backends import cuda, triton
 
 CASES = {
     "plain": Case((2, 24, 5, 4), 4),
@@ -57,6 +58,15 @@ def test_eager_and_registered_agree_bitwise(backend_name, name):
         assert senet_fused.call_counts() == {f"{backend_name}.forward": 1, f"{backend_name}.backward": 1}
     for a, b in zip(*results, strict=True):
         assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vectors_are_taken_as_they_are(backend_name, dtype):
+    """A bias that is converted, or a gradient that is copied, is a launch of its own."""
+    read = {"cuda": cuda, "triton": triton}[backend_name].VECTOR_DTYPES
+    vector = torch.ones(4, dtype=dtype)
+    assert ops.kernel_vector(vector, torch.float32, read) is vector
+    assert ops.gradient_target(vector, None, torch.float32, read) is vector
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

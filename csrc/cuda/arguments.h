@@ -149,6 +149,20 @@ inline float* mutable_vector(const std::optional<Tensor>& t, const char* name, s
   return const_cast<float*>(vector(t, name, sizes, x));
 }
 
+// A vector that kernels read in its own dtype.
+inline cuda::VectorIn any_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes,
+                                 const Tensor& x) {
+  if (!t.has_value()) return {};
+  check_dense(*t, name, sizes, t->scalar_type(), x);
+  return {t->const_data_ptr(), dtype_of(*t, name)};
+}
+
+inline cuda::VectorOut vector_out(const std::optional<Tensor>& t, const char* name,
+                                  std::initializer_list<int64_t> sizes, const Tensor& x) {
+  const cuda::VectorIn v = any_vector(t, name, sizes, x);
+  return {const_cast<void*>(v.data), v.dtype};
+}
+
 // dw1 and dw2 go together; db1 and db2 need them.
 inline void fill_weight_gradients(BackwardCall& call, const std::optional<Tensor>& w1, const std::optional<Tensor>& dw1,
                                   const std::optional<Tensor>& db1, const std::optional<Tensor>& dw2,
@@ -162,8 +176,8 @@ inline void fill_weight_gradients(BackwardCall& call, const std::optional<Tensor
   check_dense(*dw2, "dw2", {p.c, p.r}, w1->scalar_type(), x);
   call.dw1 = dw1->mutable_data_ptr();
   call.dw2 = dw2->mutable_data_ptr();
-  call.db1 = mutable_vector(db1, "db1", {p.r}, x);
-  call.db2 = mutable_vector(db2, "db2", {p.c}, x);
+  call.db1 = vector_out(db1, "db1", {p.r}, x);
+  call.db2 = vector_out(db2, "db2", {p.c}, x);
 }
 
 // pooled, preact, peak and ties are columns of `saved`.

@@ -9,6 +9,16 @@ namespace senet::cuda {
 
 enum class Dtype : int { float32, bfloat16, float16 };
 
+// A vector in its own dtype; data may be null.
+struct VectorIn {
+  const void* data;
+  Dtype dtype;
+};
+struct VectorOut {
+  void* data;
+  Dtype dtype;
+};
+
 struct Call {
   CudaProblem problem;
   CudaPlan plan;
@@ -28,7 +38,7 @@ struct Call {
 };
 
 struct ForwardCall : Call {
-  const float *b1, *b2;  // or null
+  VectorIn b1, b2;
   const void* residual;  // or null
   int64_t residual_stride;
   void* y;                // dense
@@ -43,14 +53,14 @@ struct BackwardCall : Call {
   const uint8_t* mask;  // or null
   float *dpreact, *dpooled;
   void *dx, *dresidual, *dw1, *dw2;  // or null; dw1 and dw2 go together
-  float *db1, *db2;                  // or null
+  VectorOut db1, db2;
 };
 
 // BatchNorm's side of a block tail.
 struct TailNorm {
-  const float *weight, *bias, *factor;  // [c], [c], [n], or null
-  float* statistics;                    // [3, c]
-  const float *mean, *var;              // [c], forward with given statistics; or null
+  VectorIn weight, bias, factor;  // [c], [c], [n]
+  float* statistics;              // [3, c]
+  VectorIn mean, var;             // [c], forward with given statistics
   float eps;
 };
 
@@ -67,7 +77,7 @@ struct TailBackwardCall : BackwardCall {
   float* sums;                       // [2, n, splits, c], the workspace
   float *parts_weight, *parts_bias;  // [groups, c]
   int64_t groups;
-  float *dweight, *dbias;  // or null
+  VectorOut dweight, dbias;
 };
 
 // Why the driver cannot run what this library was built with; empty if it can. Makes no context.

@@ -113,6 +113,9 @@ inline int64_t weight_tiles_of(const CudaProblem& p) {
   return (p.c + kWeightChannels - 1) / kWeightChannels * ((p.r + kWeightReduced - 1) / kWeightReduced);
 }
 
+inline Vector vector_of(const VectorIn& v) { return {v.data, static_cast<Type>(v.dtype)}; }
+inline Target target_of(const VectorOut& v) { return {v.data, static_cast<Type>(v.dtype)}; }
+
 inline Bottleneck bottleneck_of(const Call& call) {
   const CudaProblem& p = call.problem;
   const auto matrix = [&](const void* data, int64_t row) {
@@ -135,8 +138,8 @@ inline Bottleneck bottleneck_of(const Call& call) {
 
 inline Bottleneck bottleneck_of(const ForwardCall& call) {
   Bottleneck b = bottleneck_of(static_cast<const Call&>(call));
-  b.b1 = call.b1;
-  b.b2 = call.b2;
+  b.b1 = vector_of(call.b1);
+  b.b2 = vector_of(call.b2);
   return b;
 }
 

@@ -6,7 +6,14 @@
 namespace senet::cuda {
 
 inline Norm norm_of(const TailNorm& norm, const CudaProblem& p) {
-  return {norm.weight, norm.bias, norm.factor, norm.statistics, norm.mean, norm.var, norm.eps, static_cast<int>(p.c)};
+  return {vector_of(norm.weight),
+          vector_of(norm.bias),
+          vector_of(norm.factor),
+          norm.statistics,
+          vector_of(norm.mean),
+          vector_of(norm.var),
+          norm.eps,
+          static_cast<int>(p.c)};
 }
 
 inline float inverse(double v) { return static_cast<float>(1.0 / v); }

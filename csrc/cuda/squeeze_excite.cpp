@@ -35,8 +35,8 @@ void squeeze_excite_cuda(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w
   fill(call, p, plan, x);
   fill_weights(call, w1, w2, x);
   fill_functions(call, act, act_p0, gate_fn, gate_p0, gate_p1);
-  call.b1 = vector(b1, "b1", {p.r}, x);
-  call.b2 = vector(b2, "b2", {p.c}, x);
+  call.b1 = any_vector(b1, "b1", {p.r}, x);
+  call.b2 = any_vector(b2, "b2", {p.c}, x);
   if (residual.has_value()) call.residual = input(*residual, "residual", x, call, call.residual_stride);
   call.y = output(y, "y", x, call);
   const CudaWorkspace w = senet::workspace(p, plan, saved.has_value(), gate.has_value());

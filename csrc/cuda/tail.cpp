@@ -54,9 +54,9 @@ CudaPlan tail_plan_of(const CudaProblem& p, const PlanNumbers& given) {
 void fill_norm(TailNorm& norm, const CudaProblem& p, const std::optional<Tensor>& weight,
                const std::optional<Tensor>& bias, const std::optional<Tensor>& factor, const Tensor& statistics,
                const Tensor& x) {
-  norm.weight = vector(weight, "weight", {p.c}, x);
-  norm.bias = vector(bias, "bias", {p.c}, x);
-  norm.factor = vector(factor, "factor", {p.n}, x);
+  norm.weight = any_vector(weight, "weight", {p.c}, x);
+  norm.bias = any_vector(bias, "bias", {p.c}, x);
+  norm.factor = any_vector(factor, "factor", {p.n}, x);
   norm.statistics = mutable_vector(statistics, "statistics", {3, p.c}, x);
 }
 
@@ -94,11 +94,11 @@ void tail_forward_cuda(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   fill_functions(call, act, act_p0, gate_fn, gate_p0, gate_p1);
   fill_gate(call, w1, w2, gate, saved, x);
   fill_norm(call.norm, p, weight, bias, factor, statistics, x);
-  call.norm.mean = vector(mean, "mean", {p.c}, x);
-  call.norm.var = vector(var, "var", {p.c}, x);
+  call.norm.mean = any_vector(mean, "mean", {p.c}, x);
+  call.norm.var = any_vector(var, "var", {p.c}, x);
   call.norm.eps = static_cast<float>(eps);
-  call.b1 = vector(b1, "b1", {p.r}, x);
-  call.b2 = vector(b2, "b2", {p.c}, x);
+  call.b1 = any_vector(b1, "b1", {p.r}, x);
+  call.b2 = any_vector(b2, "b2", {p.c}, x);
   if (residual.has_value()) call.residual = input(*residual, "residual", x, call, call.residual_stride);
   call.y = output(y, "y", x, call);
   if (p.relu && mask.has_value()) {
@@ -155,8 +155,8 @@ void tail_backward_cuda(Tensor dy, Tensor x, std::optional<Tensor> mask, std::op
   call.dy = input(dy, "dy", x, call, call.dy_stride);
   call.dx = output(dx, "dx", x, call);
   call.dresidual = output(dresidual, "dresidual", x, call);
-  call.dweight = mutable_vector(dweight, "dweight", {p.c}, x);
-  call.dbias = mutable_vector(dbias, "dbias", {p.c}, x);
+  call.dweight = vector_out(dweight, "dweight", {p.c}, x);
+  call.dbias = vector_out(dbias, "dbias", {p.c}, x);
   if (p.relu) {
     check_mask(*mask, p, x);
     call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
@@ -173,7 +173,7 @@ void tail_backward_cuda(Tensor dy, Tensor x, std::optional<Tensor> mask, std::op
   call.parts_bias = call.parts_weight + call.groups * p.c;
   fill_counters(call, counters, x);
 
-  const bool gated = p.r > 0, of_vectors = call.dweight != nullptr || call.dbias != nullptr;
+  const bool gated = p.r > 0, of_vectors = dweight.has_value() || dbias.has_value();
   const bool sums = !rest && (of_vectors || call.dw1 != nullptr || (call.dx != nullptr && (batch || gated)));
   if (sums) {
     run(launch_tail_sums(call));
@@ -183,7 +183,7 @@ void tail_backward_cuda(Tensor dy, Tensor x, std::optional<Tensor> mask, std::op
     call.parts_weight = mutable_vector(shared_dweight, "shared_dweight", {p.c}, x);
     call.parts_bias = mutable_vector(shared_dbias, "shared_dbias", {p.c}, x);
     call.groups = 1;
-    if (rest) call.dweight = call.dbias = nullptr;
+    if (rest) call.dweight = call.dbias = {};
   }
   if (wanted == Stages::first) call.dx = call.dresidual = nullptr;
   if (call.dx != nullptr || call.dresidual != nullptr || (of_vectors && !rest))

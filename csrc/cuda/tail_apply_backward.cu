@@ -25,8 +25,8 @@ std::string launch_tail_apply_backward(const TailBackwardCall& call, bool first)
   a.parts_weight = call.parts_weight;
   a.parts_bias = call.parts_bias;
   a.groups = call.groups;
-  a.dweight = call.dweight;
-  a.dbias = call.dbias;
+  a.dweight = target_of(call.dweight);
+  a.dbias = target_of(call.dbias);
   a.inv_m = inverse(static_cast<double>(p.m));
   a.inv_count = call.count > 0 ? inverse(call.count) : 0.0f;
   const bool sweep = call.dx != nullptr || call.dresidual != nullptr;

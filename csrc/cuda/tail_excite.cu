@@ -51,8 +51,8 @@ std::string launch_tail_excite_backward(const TailBackwardCall& call) {
   a.parts_bias = call.parts_bias;
   a.weights = weights_of(call);
   a.weights.affine = true;
-  a.weights.scale = call.norm.weight;
-  a.weights.shift = call.norm.bias;
+  a.weights.scale = vector_of(call.norm.weight);
+  a.weights.shift = vector_of(call.norm.bias);
   a.weight_tiles = call.dw1 == nullptr ? 0 : static_cast<unsigned>(weight_tiles_of(p));
   return launch_for(call, "tail_excite_backward_kernel", tail_excite_backward_kernel, a,
                     a.weight_tiles + patches_of(call), 0, false);

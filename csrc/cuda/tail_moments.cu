@@ -28,7 +28,7 @@ std::string launch_tail_moments(const TailForwardCall& call) {
   a.g = geometry_of(call);
   a.x = call.x;
   a.x_stride = call.x_stride;
-  a.given = call.norm.mean;
+  a.given = vector_of(call.norm.mean);
   a.inv_m = inverse(static_cast<double>(call.problem.m));
   a.shifts = call.shifts;
   a.means = call.means;

@@ -16,8 +16,8 @@ inline WeightArguments weights_of(const BackwardCall& call) {
   w.dpreact = call.plan.strategy == CudaStrategy::last_block ? call.dpreact : nullptr;
   w.dw1 = call.dw1;
   w.dw2 = call.dw2;
-  w.db1 = call.db1;
-  w.db2 = call.db2;
+  w.db1 = target_of(call.db1);
+  w.db2 = target_of(call.db2);
   w.wide = p.c % 4 == 0 && p.r % 4 == 0 && reinterpret_cast<uintptr_t>(call.pooled) % 16 == 0;
   return w;
 }

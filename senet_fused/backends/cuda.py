@@ -33,8 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Biases and other vectors are read in the accumulation dtype alone.
-VECTOR_DTYPES: tuple[torch.dtype, ...] = ()
+# Those of biases and other vectors, which are read, and whose gradients are written, in their own.
+VECTOR_DTYPES = DTYPES
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 
 _REINSTALL = "reinstall where there is nvcc, with SENET_FUSED_CUDA=1"

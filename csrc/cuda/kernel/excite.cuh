@@ -35,7 +35,7 @@ __device__ __forceinline__ Patch patch_at(int64_t n, int c, unsigned block) {
 struct Bottleneck {
   int c, r;
   Matrix w1, w2;
-  const float *b1, *b2;  // or null
+  Vector b1, b2;
   Elementwise act, gate;
   float* shares;  // [n, tiles, r]
   int tiles;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void share_preact(const Bottleneck& b, const Patch& a
   push_preact<Size>(b, at, pooled, stride);
   if (counters != nullptr && is_last_block(counters + group, blocks))
     finish_shares(b, at, scratch, [&](int s, int r, float sum) {
-      if (b.b1 != nullptr) sum += b.b1[r];
+      if (b.b1.is_there()) sum += b.b1[r];
       b.preact[(at.n0 + s) * b.preact_stride + r] = sum;
     });
 }
@@ -139,7 +139,7 @@ __device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at,
       }
     } else {
       sum_shares(b, at, r0, count, scratch, [&](int s, int r, float sum) {
-        if (b.b1 != nullptr) sum += b.b1[r0 + r];
+        if (b.b1.is_there()) sum += b.b1[r0 + r];
         if (b.preact != nullptr && at.t == 0) b.preact[(at.n0 + s) * b.preact_stride + r0 + r] = sum;
         hidden[s * kReduced + r] = apply(b.act, sum);
       });
@@ -152,7 +152,7 @@ __device__ __forceinline__ void make_gates(const Bottleneck& b, const Patch& at,
     rows_dot<Size>(b.w2, static_cast<int64_t>(at.c0) * b.r + r0, b.r, at.channels, count, hidden, kReduced, at.samples,
                    [&](int s, int c, float sum) {
                      float& gate = gates[s * stride + c];
-                     gate = sum + (r0 != 0 ? gate : b.b2 != nullptr ? b.b2[at.c0 + c] : 0.0f);
+                     gate = sum + (r0 != 0 ? gate : b.b2.is_there() ? b.b2[at.c0 + c] : 0.0f);
                    });
     __syncthreads();
   }

@@ -16,7 +16,7 @@ struct TailApplyArguments : ScaleSweep {
 // gate [samples][stride] and shift, `apart` from it, of (T3) in shared memory.
 __device__ __forceinline__ void factors_of(const TailApplyArguments& a, const TileAt& at, float* vectors, int apart,
                                            int stride, float* hidden, float* scratch) {
-  if (a.norm.var != nullptr && at.group == 0 && at.split == 0)  // given statistics are kept as those of a batch are
+  if (a.norm.var.is_there() && at.group == 0 && at.split == 0)  // given statistics are kept as those of a batch are
     for (int c = at.c0 + thread_index(); c < at.c0 + at.channels; c += kThreads)
       a.norm.keep(c, a.norm.mean_at(c), a.norm.rstd_at(c), a.norm.var[c]);
   const auto use = [&](int s, int c, float gate) {

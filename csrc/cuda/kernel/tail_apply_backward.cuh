@@ -10,7 +10,7 @@ struct TailApplyBackwardArguments : ScaleBackwardSweep {
   const float *gate, *dpooled;             // [n, c], or null: none
   const float *parts_weight, *parts_bias;  // [groups, c], or null: neither x nor anyone else wants them
   int64_t groups;
-  float *dweight, *dbias;  // [c], or null; the tiles of the first samples and the first split store them
+  Target dweight, dbias;   // [c], or none; the tiles of the first samples and the first split store them
   float inv_m, inv_count;  // inv_count: 1 / m of (T7)
 };
 
@@ -46,8 +46,8 @@ __device__ __forceinline__ void gradient_columns(const TailApplyBackwardArgument
   for (int k = thread_index(); k < at.channels; k += kThreads) {
     const int c = at.c0 + k;
     const float dweight = sums ? slope[k] : 0.0f, dbias = sums ? shift[k] : 0.0f, rstd = a.norm.rstd_at(c);
-    if (stores && a.dweight != nullptr) a.dweight[c] = dweight;
-    if (stores && a.dbias != nullptr) a.dbias[c] = dbias;
+    if (stores && a.dweight.is_there()) a.dweight.store(c, dweight);
+    if (stores && a.dbias.is_there()) a.dbias.store(c, dbias);
     vectors[2 * kSize + k] = a.norm.mean_at(c);
     slope[k] = -(a.norm.weight_at(c) * (rstd * rstd)) * (dweight * a.inv_count);
     shift[k] = a.centred ? dbias * a.inv_count : 0.0f;

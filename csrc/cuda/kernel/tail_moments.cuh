@@ -7,7 +7,7 @@
 namespace senet::cuda {
 
 struct TailMomentsArguments : SourceOfX {
-  const float* given;  // the mean of each channel; or null, and the batch's is wanted
+  Vector given;  // the mean of each channel; or none, and the batch's is wanted
   float inv_m;
   float *shifts, *means, *squares;  // [n, splits, c]; with a given mean, means alone
 };
@@ -41,7 +41,7 @@ __device__ __forceinline__ void finish_columns(const TailMomentsArguments& a, co
   const int stride = a.g.channels, own = mine.sample < a.g.samples ? mine.sample * stride + mine.column : 0;
   const auto is_there = [&](int s, int c) { return s < at.samples && c < at.channels; };
   float part[kPack];
-  if (a.given != nullptr) {
+  if (a.given.is_there()) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) part[j] = seen[j].sum;
     over_rows(a.g, mine, part, scratch, Plus(), [&](int s, int c, float v) {
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(kThreads, 3) tail_moments_channels_last_kernel
   if (mine.active && first < at.p1) {
     float v[kPack];
     const T* x = column_of<T>(a, at, mine) + first * static_cast<int64_t>(a.g.c);
-    if (a.given == nullptr) unpack(load_part(x, 0, mine.count, a.g.wide), v);
+    if (!a.given.is_there()) unpack(load_part(x, 0, mine.count, a.g.wide), v);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      if (a.given != nullptr)
+      if (a.given.is_there())
         seen[j].shift = j < mine.count ? a.given[mine.c + j] : 0.0f;
       else
         seen[j].shift = finite_or_zero(v[j]);
@@ -107,7 +107,7 @@ __device__ __forceinline__ void finish_plane(const TailMomentsArguments& a, cons
                                              int k, int lane, float* scratch) {
   const int lanes = a.g.lanes;
   const bool stores = lane == 0 && k < at.channels;
-  if (a.given != nullptr) {
+  if (a.given.is_there()) {
     const float sum = group_sum(seen.sum, lanes, scratch);
     if (stores) a.means[part_at(a, at, 0, k)] = sum * a.inv_m;
     return;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2) tail_moments_planes_kernel(const 
     if (k < at.channels) {
       const PlaneOfX<T> plane(a, at, k);
       const int own = max((plane.begin / kPack + lane) * kPack, plane.begin);
-      seen.shift = a.given != nullptr ? a.given[at.c0 + k] : finite_or_zero(to_float(plane.x[min(own, plane.end - 1)]));
+      seen.shift = a.given.is_there() ? a.given[at.c0 + k] : finite_or_zero(to_float(plane.x[min(own, plane.end - 1)]));
       float sum[kPack] = {}, squares[kPack] = {};
       over_plane<T, kInFlight<T>>(a, at, k, lane, [&](int lo, int hi, const Pack<T>& pack) {
         float v[kPack];
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 3) tail_moments_tile_of_planes_kerne
     Moments seen{};
     if (k < at.channels) {
       const T* plane = tile + k * m;
-      seen.shift = a.given != nullptr ? a.given[at.c0 + k] : finite_or_zero(to_float(plane[min(lane, m - 1)]));
+      seen.shift = a.given.is_there() ? a.given[at.c0 + k] : finite_or_zero(to_float(plane[min(lane, m - 1)]));
       seen.count = lane < m ? (m - lane + a.g.lanes - 1) / a.g.lanes : 0;
 #pragma unroll 4
       for (int p = lane; p < m; p += a.g.lanes) {

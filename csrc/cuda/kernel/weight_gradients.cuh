@@ -14,13 +14,13 @@ struct WeightArguments {
   int splits;           // parts of dlogit to a sample
   const float* pooled;  // [n, c]
   int64_t pooled_stride;
-  bool affine;                 // pooled is scale * that + shift, of block tails
-  const float *scale, *shift;  // [c], or null: ones, zeros
-  const float* parts;          // of dlogit, [n, splits, c]
-  const float* dpreact;        // [n, r], or null: the sum of the shares through act
-  void *dw1, *dw2;             // in the weights' dtype
-  float *db1, *db2;            // or null
-  bool wide;                   // all vectors can be read four floats at a time
+  bool affine;           // pooled is scale * that + shift, of block tails
+  Vector scale, shift;   // [c], or none: ones, zeros
+  const float* parts;    // of dlogit, [n, splits, c]
+  const float* dpreact;  // [n, r], or null: the sum of the shares through act
+  void *dw1, *dw2;       // in the weights' dtype
+  Target db1, db2;
+  bool wide;  // all vectors can be read four floats at a time
 };
 
 // sum of rows at(0), at(1), ...; kAtOnce are loaded before the first is added.
@@ -43,12 +43,17 @@ __device__ __forceinline__ float4 first_of(const float4& v, int count) {
   return make_float4(count > 0 ? v.x : 0.0f, count > 1 ? v.y : 0.0f, count > 2 ? v.z : 0.0f, count > 3 ? v.w : 0.0f);
 }
 
+// The first `count` of four elements from `at` on, at least one, the last of them again in place of the others.
+__device__ __forceinline__ float4 quad_of(const Vector& v, int64_t at, int count) {
+  return make_float4(v[at], v[at + min(1, count - 1)], v[at + min(2, count - 1)], v[at + min(3, count - 1)]);
+}
+
 __device__ __forceinline__ float4 through_affine(const WeightArguments& a, float4 v, int64_t c, int count) {
-  if (a.scale != nullptr) {
-    const float4 scale = floats_at<false>(a.scale + c, count);
+  if (a.scale.is_there()) {
+    const float4 scale = quad_of(a.scale, c, count);
     v.x *= scale.x, v.y *= scale.y, v.z *= scale.z, v.w *= scale.w;
   }
-  if (a.shift != nullptr) add(v, floats_at<false>(a.shift + c, count));
+  if (a.shift.is_there()) add(v, quad_of(a.shift, c, count));
   return v;
 }
 
@@ -128,10 +133,10 @@ __device__ __forceinline__ void weight_gradients(const Bottleneck& b, const Weig
       store_weight(a.dw1, b.w1.type, r * b.c + c, d1[u][v]);
       store_weight(a.dw2, b.w2.type, c * b.r + r, d2[u][v]);
     }
-  if (a.db1 != nullptr && c0 == 0 && thread_index() < kTileR && r0 + thread_index() < b.r)
-    a.db1[r0 + thread_index()] = s1;
-  if (a.db2 != nullptr && r0 == 0 && thread_index() < kTileC && c0 + thread_index() < b.c)
-    a.db2[c0 + thread_index()] = s2;
+  if (a.db1.is_there() && c0 == 0 && thread_index() < kTileR && r0 + thread_index() < b.r)
+    a.db1.store(r0 + thread_index(), s1);
+  if (a.db2.is_there() && r0 == 0 && thread_index() < kTileC && c0 + thread_index() < b.c)
+    a.db2.store(c0 + thread_index(), s2);
 }
 
 }  // namespace senet::cuda

@@ -21,6 +21,19 @@ __device__ __forceinline__ float weight_at(const Matrix& w, int64_t at) {
   return to_float(static_cast<const __half*>(w.data)[at]);
 }
 
+// A vector in its own dtype; data may be null.
+struct Vector {
+  const void* data;
+  Type type;
+
+  __device__ __forceinline__ bool is_there() const { return data != nullptr; }
+  __device__ __forceinline__ float operator[](int64_t at) const {
+    if (type == Type::float32) return static_cast<const float*>(data)[at];
+    if (type == Type::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
+    return to_float(static_cast<const __half*>(data)[at]);
+  }
+};
+
 // The first `count` of four weights from `at` on, the others zero.
 __device__ __forceinline__ float4 weights_at(const Matrix& w, int64_t at, int count) {
   if (w.wide && count >= 4 && at % 4 == 0) {
@@ -92,5 +105,14 @@ __device__ __forceinline__ void store_weight(void* data, Type type, int64_t at, 
   else
     from_float(v, static_cast<__half*>(data)[at]);
 }
+
+// As Vector, to be written.
+struct Target {
+  void* data;
+  Type type;
+
+  __device__ __forceinline__ bool is_there() const { return data != nullptr; }
+  __device__ __forceinline__ void store(int64_t at, float v) const { store_weight(data, type, at, v); }
+};
 
 }  // namespace senet::cuda
