@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, exercised by the kernel tests.
 #
-#   tests/sanitize/run.sh [pytest's arguments]      default: tests/test_cpu_kernels.py    (make sanitize)
+#   tests/sanitize/run.sh [pytest's arguments]      default: the CPU's kernel tests, and the CUDA kernels' on the host
 #
 # PYTHON names the environment's Python (default python3), SANITIZE_ISAS the instruction sets to go through
 # (default: the widest that this CPU has, and the baseline). Needs g++: the runtime preloaded into Python is gcc's.
@@ -58,6 +58,8 @@ widest=$(sanitized -c "$outside
 from senet_fused.backends import native
 print(native.instruction_set())")
 isas=${SANITIZE_ISAS:-$(printf '%s\n' "$widest" baseline | sort -u)}
+tests=("$@")
+[ $# -gt 0 ] || tests=(tests/test_cpu_kernels.py tests/test_tail_kernels.py)
 for isa in $isas; do
   echo "== kernel tests, $isa"
   export SENET_FUSED_ISA=$isa
@@ -65,8 +67,7 @@ for isa in $isas; do
   sanitized -c "$outside
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
-    -n auto --maxprocesses=8 --dist=worksteal \
-    "${@:-tests/test_cpu_kernels.py}"
+    -n auto --maxprocesses=8 --dist=worksteal "${tests[@]}"
 done
 # The CUDA kernels, run on the host. What tests/test_cuda_host.py plants has been found by then, if it is run as well.
 reason=$(sanitized -c "import sys; sys.path[:] = [p for p in sys.path if p] + ['tests/cuda_host']; import build; print(build.problem() or '')")
@@ -83,6 +84,7 @@ else
   SENET_HOST_SANITIZE=1 sanitized -c "$outside
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
-    -n auto --maxprocesses=8 --dist=worksteal tests/test_cuda_kernels.py tests/test_cuda_prims.py
+    -n auto --maxprocesses=8 --dist=worksteal tests/test_cuda_kernels.py tests/test_cuda_prims.py \
+    tests/test_cuda_tail.py -k 'not samples_that_lie and not refuses and not senet154'
 fi
 echo "== no error under -fsanitize=$sanitizers: $(echo $isas)"
