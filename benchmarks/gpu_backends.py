@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from senet_fused import backends, tails
+from senet_fused import backends
 from senet_fused.backends import cuda
 from senet_fused.bench.problems import GPU_BACKENDS, OPS, Case
 from senet_fused.tune import cuda_problem, problem_of
@@ -30,10 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", default="se", choices=OPS, help="the SE layer (default), or the block tail around it")
 
 
-def refusal(name: str, device: torch.device, op: str = "se") -> str | None:
+def refusal(name: str, device: torch.device) -> str | None:
     """Why a backend's kernels cannot run on this device; None if they can. For a CPU the CUDA kernels are built."""
-    if op == "tail" and name not in tails.OPERATORS:
-        return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
     if (name, device.type) == ("cuda", "cpu"):
         try:
             cuda.load_host(_host_library())

@@ -135,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     for backend in args.backend:
-        reason = gpu_backends.refusal(backend, device, args.op)
+        reason = gpu_backends.refusal(backend, device)
         if reason is not None:
             print(f"gpu_launches: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
             return 2

@@ -70,7 +70,7 @@ class Layer:
         size = self.dtype.itemsize
         return planner.Problem(
             c, self.reduced, math.prod(spatial), size, size, self.channels_last, self.squeeze, self.tail, self.tail,
-            backward, **({"norm": self.norm} if self.norm else {}),
+            backward, self.norm,
         )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     for backend in args.backend:
-        reason = gpu_backends.refusal(backend, device, args.op)
+        reason = gpu_backends.refusal(backend, device)
         if reason is not None:
             print(f"gpu_sanitize: {backend!r} cannot run with --device {device.type}: {reason}", file=sys.stderr)
             return 2

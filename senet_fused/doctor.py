@@ -329,34 +329,12 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
             choices.setdefault(select.choose("auto", "cuda", dtype), []).append(str(dtype).removeprefix("torch."))
         for choice, dtypes in choices.items():
             report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
-    report.fact("block tails", _who_has_tails(available))
     if automatic == "reference" and "cpu" in available:
         report.note(
             "nothing is fused on this installation, all calls run in plain PyTorch; "
             f"to change that: {_REINSTALL}"
         )
     return available, isa
-
-
-def _who_has_tails(available: dict[str, str | None]) -> str:
-    """Every backend with kernels for block tails: those that can run here, and the others."""
-    from . import tails
-
-    here = [name for name in tails.OPERATORS if available.get(name, "") is None]
-    others = [name for name in tails.OPERATORS if name not in here]
-    known = f"kernels in {', '.join(here) or 'no backend that runs here'}"
-    if others:
-        known += f" (also in {', '.join(others)}, which cannot run here)"
-    return f"{known}; elsewhere auto calls the block's own modules"
-
-
-def _no_tails(backend: str, op: str) -> str | None:
-    """Why a backend has no plans for the op; None if it has."""
-    from . import tails
-
-    if op == "se" or backend in tails.OPERATORS:
-        return None
-    return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
 
 
 def _facts_here() -> list[DeviceFacts]:
@@ -396,12 +374,12 @@ def _print_plans(args: argparse.Namespace) -> int:
     (case,) = cases([], [args.plan], dtypes=[args.dtype], layouts=[args.layout], op=args.op)
     tail = ", BatchNorm -> SE -> + residual -> ReLU" if args.op == "tail" else ""
     print(f"{case.label} {case.dtype} {case.layout}{tail}")
-    print(_which_auto_takes(args.dtype, args.op))
+    print(_which_auto_takes(args.dtype))
     _print_cuda_plans(case)
     return _print_triton_plans(case)
 
 
-def _which_auto_takes(dtype: str, op: str) -> str:
+def _which_auto_takes(dtype: str) -> str:
     """The backend for GPU tensors under "auto", and why: here, or as it would be on an H200."""
     import torch
 
@@ -413,8 +391,6 @@ def _which_auto_takes(dtype: str, op: str) -> str:
     else:
         takes, where = "would take", "on an H200"
         backend, reason = _which_on_an_h200()
-    if backend != "reference" and _no_tails(backend, op):
-        backend, reason = "reference", f"it would be {backend!r} for an SE layer, but {_no_tails(backend, op)}"
     return f"auto {takes} {backend!r} {where}: {reason}"
 
 
@@ -458,10 +434,6 @@ def _print_cuda_plans(case: Case) -> None:
     from .backends import cuda
     from .tune import cuda_problem, problem_of
 
-    refusal = _no_tails("cuda", case.op)
-    if refusal is not None:
-        print(f"\ncuda: no plan, as {refusal}")
-        return
     try:
         from . import _plan
     except ImportError as error:
@@ -486,10 +458,6 @@ def _print_triton_plans(case: Case) -> int:
     from .backends.triton import plan, tuned
     from .tune import problem_of
 
-    refusal = _no_tails("triton", case.op)
-    if refusal is not None:
-        print(f"\ntriton: no plan, as {refusal}")
-        return 0
     here = _facts_here()
     facts = here[0] if here else plan.DeviceFacts("cuda", 90, 132)
     whose = "the GPU here" if here else "an H200, as there is no GPU here that these kernels serve"

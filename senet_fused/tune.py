@@ -123,14 +123,13 @@ def problem_of(case: Case, backward: bool) -> Problem:
         # Without the ReLU the residual's gradient is dy itself.
         residual=case.residual and (relu or not backward),
         backward=backward,
-        **({"norm": "batch" if case.training else "given"} if case.op == "tail" else {}),
+        norm="" if case.op != "tail" else "batch" if case.training else "given",
     )
 
 
 def cuda_problem(batch: int, problem: Problem) -> cuda.Problem:
     """The same problem as the planner of the CUDA kernels takes it."""
-    fields = dataclasses.asdict(problem)
-    return cuda.Problem(batch, **{name: fields[name] for name in cuda.Problem._fields if name in fields})
+    return cuda.Problem(batch, **dataclasses.asdict(problem))
 
 
 def _launched(plan: Plan) -> Plan:
@@ -452,13 +451,8 @@ def _tasks(args: argparse.Namespace) -> list[_Task]:
     """Every problem once.
 
     Raises:
-        RequestError: what cannot be read, one problem at two batch sizes, or tails without kernels for them.
+        RequestError: what cannot be read, or one problem at two batch sizes.
     """
-    if args.op == "tail" and "triton" not in tails.OPERATORS:
-        raise RequestError(
-            "--op tail: the Triton backend has no kernels for block tails, so there are no plans to time (with "
-            f"kernels: {', '.join(tails.OPERATORS)}); leave --op out for SE layers"
-        )
     shapes = [text for group in args.shape for text in group]
     names = args.problem or ([] if shapes else ["senet154"])
     found: dict[Problem, Case] = {}

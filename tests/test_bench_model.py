@@ -466,9 +466,9 @@ def test_where_no_block_runs_with_tails_a_note_says_why(file, name, note):
 
 
 def test_tails_that_have_no_kernels_are_a_note(file, monkeypatch):
-    from senet_fused import fusion
+    from senet_fused import select
 
-    monkeypatch.setattr(fusion, "tail_choice", lambda *arguments: ("reference", "there are none for this device"))
+    monkeypatch.setattr(select, "choose", lambda *_: select.Choice("reference", "there are none for this device"))
     network = zoo.load(f"{file}:bottlenecks")
     row = by_provider(measure(network, ("stock", "tails"), modes=["inference"], backend="auto"))["tails"]
     assert row["error"] is None and "3 does not: no kernels: there are none for this device" in row["note"]

@@ -7,13 +7,12 @@ import json
 
 import pytest
 import torch
-from tail_standin import stand_in
-from test_bench import CPU, by_provider, failed_row, made_row, measure, parsed, saved
+from test_bench import CPU, by_provider, failed_row, made_row, measure, saved
 from torch.nn import functional as F
 
 import senet_fused
-from senet_fused import backends, cli, tails
-from senet_fused.bench import buffers, command, compare, oracle, problems, providers, report, runner
+from senet_fused import backends, cli
+from senet_fused.bench import buffers, compare, oracle, problems, providers, report, runner
 from senet_fused.bench.problems import TAIL_DIRECTIONS, Case, RequestError, Shape
 from senet_fused.tails import reference
 
@@ -240,26 +239,8 @@ def test_what_is_compiled_and_by_which_rule_it_is_judged(monkeypatch, direction)
 # ------------------------------------------------------------------------------------------- command and report
 
 
-def test_backends_without_tails_are_left_out_and_named(monkeypatch):
-    monkeypatch.setattr(backends, "refusal", lambda name, device_type, dtype: None)
-    monkeypatch.setattr(tails, "OPERATORS", {"cpu": None})
-    usual = ("eager", "compile", "fused")
-    args = parsed("--op", "tail", "--device", "cuda")
-    assert command._providers(args) == usual
-    assert command._left_out(args, usual) == "; ".join(
-        f"{name}: it has no kernels for block tails (with kernels: cpu)" for name in problems.GPU_BACKENDS
-    )
-    assert command._left_out(parsed("--device", "cuda"), usual) is None
-    for argv in (("--providers", "triton"), ("--backend", "triton")):
-        with pytest.raises(RequestError, match="'triton' cannot run .* no kernels for block tails"):
-            command._providers(parsed("--op", "tail", *argv))
-    monkeypatch.setattr(tails, "OPERATORS", {"cpu": None, "triton": None})
-    assert command._providers(args) == (*usual, "triton")
-
-
 @pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
 def test_a_backend_as_a_provider_of_tails_runs_on_that_backend_under_our_rule(monkeypatch, direction):
-    stand_in(monkeypatch, "triton")
     refusal = backends.refusal("triton", "cpu", torch.float32)
     if refusal is not None:
         pytest.skip(refusal)
@@ -271,17 +252,6 @@ def test_a_backend_as_a_provider_of_tails_runs_on_that_backend_under_our_rule(mo
         ("fused", "reference", None), ("triton", "triton", None), ("copy", "aten", None),
     ]  # fmt: skip
     assert seen == [False, True, True]
-
-
-@pytest.mark.parametrize("name", problems.GPU_BACKENDS)
-def test_a_backend_without_tails_is_not_replaced(monkeypatch, name):
-    """By name it is an error, in a run that goes past the command's own check, too."""
-    monkeypatch.delitem(tails.OPERATORS, name, raising=False)
-    monkeypatch.setattr(backends, "refusal", lambda *asked: None)
-    rows = by_provider(measure([tail_case()], providers=("eager", name)))
-    error = f"BackendUnavailableError: backend {name!r} has no kernels for block tails; use one of"
-    assert rows[name]["error"].startswith(error)
-    assert rows[name]["median_s"] is None and rows["eager"]["median_s"] > 0
 
 
 def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):

@@ -7,10 +7,7 @@ from cuda_runner import PROBLEM, cuda_kernels, planning  # noqa: F401
 from gpu_tail_operator_contract import *  # noqa: F403
 
 from senet_fused.backends import cuda
-from senet_fused.tails import OPERATORS
 
-if "cuda" not in OPERATORS:
-    pytest.skip("the cuda backend has no block tails", allow_module_level=True)
 pytestmark = [
     pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM)),
     pytest.mark.usefixtures("cuda_kernels"),

@@ -15,7 +15,6 @@ from torch import nn
 
 import senet_fused
 from senet_fused import backends
-from senet_fused.tails import OPERATORS
 from senet_fused.train import comparison, digits
 from senet_fused.train.comparison import DemoFailure, Options, check_same_weights
 from senet_fused.train.network import SeparateTail, SEResNet, TutorialSE
@@ -142,7 +141,7 @@ def test_loss_curves_stay_close(backend, kind):
     assert distance(stock, curve(network(CutGate), steps)) > 5e-4
 
 
-@pytest.mark.parametrize("backend", [name for name in SERVING if name.values[0] in (*OPERATORS, "reference")])
+@pytest.mark.parametrize("backend", [name for name in SERVING if torch.float64 in backends.dtypes(*name.values)])
 def test_loss_curves_with_tails_stay_close(backend):
     """In float64: in float32, BatchNorm's rounding of either soon moves a value across a ReLU's zero."""
     tails, steps = with_tails().double(), 6
@@ -166,7 +165,7 @@ def test_tails_drift_from_stock_as_far_as_one_ulp_does(extra):
     shares: dict[str, list[float]] = {"stock": [], "tails": [], "nudged": []}
     for seed in range(3):
         images, targets, held, held_targets = comparison.load_images(8, seed)
-        made = comparison._contenders(Options(seed=seed), images, comparison._tails_backend(Options(), images).backend)
+        made = comparison._contenders(Options(seed=seed), images, senet_fused.explain(images).backend)
         made.pop("fused")
         list(train(list(made.values()), targets, epochs=3, batch_size=64, seed=seed))
         for key, contender in made.items():
@@ -291,10 +290,9 @@ def test_run_writes_picture_and_json(extra, tmp_path, capsys, more):
     steps = 1437 // 128
     assert report["call_counts"][f"{report['backend']}.forward"] > 4 * steps
     if "tails" in compared:
-        assert report["tails_backend"] == report["backend"]
-        assert report["call_counts"][f"{report['tails_backend']}.tail_forward"] > 15 * steps
+        assert report["call_counts"][f"{report['backend']}.tail_forward"] > 15 * steps
     else:
-        assert report["tails_backend"] is None and not any("tail" in name for name in report["call_counts"])
+        assert not any("tail" in name for name in report["call_counts"])
     for layers, keys in (("se_layers", ["stock", "fused"]), ("tail_layers", compared)):
         shapes = [[128, 64, 8, 8], [128, 128, 4, 4], [128, 256, 2, 2], [128, 256, 2, 2]]
         assert [layer["shape"] for layer in report[layers]] == shapes
@@ -353,7 +351,8 @@ def test_low_accuracy_fails_but_is_shown(extra, tmp_path, capsys):
 def test_backend_that_did_not_run_fails(extra, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(senet_fused, "explain", lambda x, **_: senet_fused.Choice("cpu", "as the test says"))
     with senet_fused.use_backend("reference"):
-        status = demo(*QUICK, "--no-nudged", "--min-accuracy", "0", "--out", str(tmp_path / "demo.png"))
+        words = ["--no-tails", "--no-nudged", "--min-accuracy", "0", "--out", str(tmp_path / "demo.png")]
+        status = demo(*QUICK, *words)
     assert status == 1
     err = capsys.readouterr().err
     assert "backend cpu was to serve FusedSE, but reference ran" in err
@@ -375,17 +374,6 @@ def test_layer_that_is_off_is_a_problem():
     assert problem.startswith("FusedSETail, a tail on [1]: 7.0e-03 off")
     report["se_layers"] = [{"shape": [1], "error": {"stock": 1e-7, "fused": 2e-4}}]
     assert len(comparison._problems(report, Options(), {})) == 2
-
-
-def test_backend_without_tails_makes_two_columns(monkeypatch):
-    def refuse(*_):
-        raise senet_fused.BackendUnavailableError("no kernels for block tails")
-
-    monkeypatch.setattr(comparison, "tail_choice", refuse)
-    choice = comparison._tails_backend(Options(), torch.empty(1, 1, 8, 8))
-    assert (choice.backend, choice.reason) == ("", "no kernels for block tails")
-    made = comparison._contenders(Options(nudged=False), torch.empty(1, 1, 8, 8), choice.backend)
-    assert list(made) == ["stock", "fused"]
 
 
 def test_other_first_loss_fails(extra, tmp_path, capsys, monkeypatch):

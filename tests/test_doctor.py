@@ -10,7 +10,6 @@ import types
 
 import pytest
 import torch
-from tail_standin import needs_tails, stand_in
 
 import senet_fused
 from senet_fused import backends, cli, doctor, machine, select
@@ -289,7 +288,6 @@ def test_without_the_compiled_planner_triton_s_plan_is_there(monkeypatch, capsys
 
 def test_the_plans_of_a_tail(monkeypatch, capsys):
     native = pytest.importorskip("senet_fused._plan", exc_type=ImportError)
-    stand_in(monkeypatch, "triton", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_facts_here", lambda: [])
     asked = []
@@ -308,44 +306,13 @@ def test_the_plans_of_a_tail(monkeypatch, capsys):
     ]
 
 
-@needs_tails("triton")
 def test_the_plans_of_a_tail_are_its_own(capsys):
     for options in ([], ["--op", "tail"]):
         assert cli.main(["doctor", "--plan", "64,2048,128,7,7", *options]) == 0
     layer, tail = capsys.readouterr().out.split("64 x 2048/128 @ 7x7")[1:]
     assert layer.split("\ntriton,")[1] != tail.split("\ntriton,")[1]
-
-
-def test_a_backend_without_tails_has_no_plan_for_one(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(senet_fused.tails, "OPERATORS", {"cpu": None})
-    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_90",))
-    assert cli.main(["doctor", "--plan", "64,2048,128,7,7", "--op", "tail"]) == 0
-    text = capsys.readouterr().out
-    why = "it has no kernels for block tails (with kernels: cpu)"
-    assert f"\nauto would take 'reference' on an H200: it would be 'cuda' for an SE layer, but {why}\n" in text
-    assert f"\ncuda: no plan, as {why}\n" in text and f"\ntriton: no plan, as {why}\n" in text
-    assert "ward: " not in text
     assert cli.main(["doctor", "--plan", "1,8,2,1,1", "--op", "tail"]) == 2
     assert "more than one value per channel" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("known", "missing", "line"),
-    [
-        (("cpu",), (), "kernels in cpu; elsewhere"),
-        (("cpu", "cuda", "triton"), (), "kernels in cpu, cuda, triton; elsewhere"),
-        (
-            ("cpu", "cuda", "triton"), ("cuda", "triton"),
-            "kernels in cpu (also in cuda, triton, which cannot run here); elsewhere",
-        ),
-        (("cpu",), ("cpu",), "kernels in no backend that runs here (also in cpu, which cannot run here); elsewhere"),
-    ],
-)
-def test_every_backend_with_block_tails_is_named(monkeypatch, known, missing, line):
-    monkeypatch.setattr(senet_fused.tails, "OPERATORS", dict.fromkeys(known))
-    available = {name: "not there" if name in missing else None for name in backends.NAMES}
-    assert doctor._who_has_tails(available) == f"{line} auto calls the block's own modules"
 
 
 def test_which_backend_auto_would_take_on_a_gpu(monkeypatch, capsys):

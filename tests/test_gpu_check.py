@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_host import build
-from tail_standin import needs_tails, stand_in
 
 import senet_fused
 from senet_fused import backends
@@ -264,7 +263,6 @@ def test_every_strategy_and_form_of_the_cuda_plans_runs_and_is_right():
     assert any("2 and 2 samples" in line for line in lines)
 
 
-@needs_tails("triton")
 @needs_triton
 def test_every_strategy_and_form_of_the_triton_plans_of_tails_runs_and_is_right():
     lines, met = sanitized("triton", "--op", "tail")
@@ -272,7 +270,6 @@ def test_every_strategy_and_form_of_the_triton_plans_of_tails_runs_and_is_right(
     assert {"batch", "given"} == {norm for norm in ("batch", "given") if any(f"{norm} statistics" in x for x in lines)}
 
 
-@needs_tails("cuda")
 @needs_cuda_host
 def test_every_strategy_and_form_of_the_cuda_plans_of_tails_runs_and_is_right():
     lines, met = sanitized("cuda", "--op", "tail")
@@ -282,21 +279,11 @@ def test_every_strategy_and_form_of_the_cuda_plans_of_tails_runs_and_is_right():
 
 @needs_interpreter
 def test_tails_are_planned_run_and_held_against_float64(program, monkeypatch, capsys):
-    """By the CPU kernels where the Triton backend has none."""
     gpu_sanitize = program("gpu_sanitize")
-    stand_in(monkeypatch, "triton")
-    from senet_fused.backends.triton import plan as planner
-
-    if "norm" not in planner.Problem.__dataclass_fields__:
-        from senet_fused import tune
-
-        monkeypatch.setattr(gpu_sanitize.planner, "Problem", tune.Problem)
-        few = gpu_sanitize.TAILS[:6]  # SE's planner knows no layer without a gate
-    else:
-        few = gpu_sanitize.TAILS
     layers, variants, wanted = gpu_sanitize.TAIL_BACKENDS["triton"]
-    assert len(layers) == 12
-    monkeypatch.setattr(gpu_sanitize, "TAIL_BACKENDS", {"triton": (few, variants, wanted | {"circles"})})
+    assert len(layers) == 12 and "partials" in wanted
+    few = layers[:1], variants, {"partials", "planes", "circles"}
+    monkeypatch.setattr(gpu_sanitize, "TAIL_BACKENDS", {"triton": few})
     argv = ["gpu_sanitize.py", "--device", "cpu", "--backend", "triton", "--op", "tail"]
     monkeypatch.setattr(sys, "argv", argv)
     assert gpu_sanitize.main() == 1
@@ -342,7 +329,7 @@ def test_a_strategy_or_form_that_was_not_met_is_missed(program, monkeypatch, cap
     contiguous = tuple(layer for layer in layers[:3] if not layer.channels_last)
     monkeypatch.setattr(gpu_sanitize, "BACKENDS", {"cuda": (contiguous, variants, wanted)})
     monkeypatch.setattr(gpu_sanitize, "wrong", lambda layer, backend, device: [])
-    monkeypatch.setattr(gpu_sanitize.gpu_backends, "refusal", lambda backend, device, op: None)
+    monkeypatch.setattr(gpu_sanitize.gpu_backends, "refusal", lambda backend, device: None)
     monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--device", "cpu", "--backend", "cuda"])
     assert gpu_sanitize.main() == 1
     assert capsys.readouterr().err == "gpu_sanitize: cuda: not met: channels_last\n"
@@ -369,8 +356,6 @@ def test_the_launches_of_a_layer_are_counted():
     assert "squeeze_backward_tile_of_planes_kernel" in backward
 
 
-@needs_tails("cuda")
-@needs_tails("triton")
 @needs_cuda_host
 @needs_triton
 def test_the_launches_of_a_tail_are_counted():
@@ -387,7 +372,6 @@ def test_the_launches_of_a_tail_are_counted():
 def test_a_tail_is_called_for_its_launches(program, monkeypatch, capsys, times):
     """As often as asked for, on vectors in float32 and without running statistics; three launches are promised."""
     gpu_launches = program("gpu_launches")
-    stand_in(monkeypatch, "triton")
     seen, real = [], gpu_launches.block_tail
     monkeypatch.setattr(gpu_launches, "block_tail", lambda *a, **kw: seen.append((a, kw)) or real(*a, **kw))
 
@@ -412,7 +396,6 @@ def test_a_tail_is_called_for_its_launches(program, monkeypatch, capsys, times):
 @needs_triton
 def test_the_strategy_of_a_tail_is_its_own_problems(program, monkeypatch):
     gpu_backends = program("gpu_backends")
-    stand_in(monkeypatch, "triton", "cuda")
     from senet_fused.backends import cuda
     from senet_fused.backends.triton import launch
     from senet_fused.bench.problems import cases
@@ -426,17 +409,6 @@ def test_the_strategy_of_a_tail_is_its_own_problems(program, monkeypatch):
     for name in ("triton", "cuda"):
         assert gpu_backends.strategy(name, case, True, torch.device("cpu")) == "partials"
     assert [(p.norm, p.backward, p.channels) for p in asked] == [("batch", True, 16)] * 2 and asked[1].n == 2
-
-
-@pytest.mark.parametrize("name", ["gpu_sanitize", "gpu_launches"])
-def test_a_backend_without_tails_is_refused_for_them(program, monkeypatch, capsys, name):
-    loaded = program(name)
-    monkeypatch.delitem(senet_fused.tails.OPERATORS, "triton", raising=False)
-    argv = [name, "--device", "cpu", "--backend", "triton", "--op", "tail"]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert loaded.main() == 2
-    why = "'triton' cannot run with --device cpu: it has no kernels for block tails"
-    assert capsys.readouterr().err.startswith(f"{name}: {why}")
 
 
 @pytest.mark.parametrize("name", ["gpu_sanitize", "gpu_launches"])

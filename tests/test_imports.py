@@ -38,11 +38,11 @@ PYTHON = {
         "_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
     },  # fmt: skip
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tails", "tune"},
-    "bench": {"senet_fused", "backends", "machine", "modules", "tails"},
+    "doctor": {"senet_fused", "_plan", "backends", "bench", "machine", "select", "tune"},
+    "bench": {"senet_fused", "backends", "machine", "modules"},
     "tune": {"senet_fused", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "bench"},
-    "train": {"senet_fused", "machine", "select", "tails"},
+    "train": {"senet_fused", "machine", "select"},
     "cli": {"senet_fused", "bench", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }

@@ -16,7 +16,7 @@ from torch import nn
 import senet_fused
 from senet_fused import FusedSE
 from senet_fused.backends import triton
-from senet_fused.tails import OPERATORS, FusedSETail, block_tail
+from senet_fused.tails import FusedSETail, block_tail
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
@@ -27,7 +27,7 @@ pytestmark = [
 
 C, RANKS = 6, 2
 GPU_PROBLEMS = {"triton": triton.problem(DEVICE), "cuda": cuda_runner.PROBLEM}
-GPU_BACKENDS = tuple(name for name, problem in GPU_PROBLEMS.items() if name in OPERATORS and problem is None)
+GPU_BACKENDS = tuple(name for name, problem in GPU_PROBLEMS.items() if problem is None)
 BACKENDS = ("cpu", "reference", *GPU_BACKENDS)
 SPLITS = {"even": (3, 3), "uneven": (4, 2), "one value": (5, 1), "none": (6, 0)}
 OPTIONS = {"plain": (True, False), "no gate": (False, True), "everything": (True, True)}
@@ -146,7 +146,7 @@ def test_two_processes_are_one_with_the_whole_batch(backend, split, options, way
         torch.testing.assert_close(found, expected[name], **limits, msg=lambda m: f"{name}: {m}")
 
     for found, counts in results:
-        names = [f"{backend}.tail_forward"] + [f"{backend}.tail_backward"] * (backend in OPERATORS)
+        names = [f"{backend}.tail_forward"] + [f"{backend}.tail_backward"] * (backend != "reference")
         assert counts == dict.fromkeys(names, 1) and all(t is None or t.dtype == dtype for t in found.values())
         for name in ("running_mean", "running_var"):
             assert_close(found[name], name, 1e-12, 1e-12)

@@ -410,18 +410,6 @@ def test_bad_calls(name):
     assert torch.equal(given["running_mean"], before[0]) and torch.equal(given["running_var"], before[1])
 
 
-def test_a_backend_that_has_no_tails_says_which_have(monkeypatch):
-    from senet_fused.tails import functional
-
-    monkeypatch.setattr(functional, "OPERATORS", {})
-    x = torch.randn(2, 4, 3, 3)
-    with pytest.raises(senet_fused.BackendUnavailableError, match="'cpu' has no kernels for block tails"):
-        block_tail(x, training=True, backend="cpu")
-    senet_fused.reset_call_counts()
-    block_tail(x, training=True)
-    assert senet_fused.call_counts() == {"reference.tail_forward": 1}
-
-
 def test_one_value_per_channel_is_enough_for_evaluation():
     given = good(x=ones(1, C, 1, 1), residual=None, factor=None, training=False)
     torch.testing.assert_close(block_tail(**given), block_tail(**given, backend="reference"))

@@ -8,7 +8,6 @@ import json
 
 import pytest
 import torch
-from tail_standin import needs_tails, stand_in
 
 import senet_fused
 from senet_fused import cli, tune
@@ -303,8 +302,7 @@ def test_the_command_end_to_end(path, capsys):
 # ---------------------------------------------------------------------------------------------------- block tails
 
 
-def test_the_problem_of_a_tail_says_whose_statistics_it_takes(monkeypatch):
-    stand_in(monkeypatch, "triton")
+def test_the_problem_of_a_tail_says_whose_statistics_it_takes():
     for direction, norm in (("forward", "batch"), ("backward", "batch"), ("eval-forward", "given")):
         (case,) = cases([], [SHAPE], op="tail", directions=[direction])
         for backward in (False, True):
@@ -313,12 +311,11 @@ def test_the_problem_of_a_tail_says_whose_statistics_it_takes(monkeypatch):
             native = tune.cuda_problem(3, problem)
             assert (native.n, native.norm, native.channels, native.backward) == (3, norm, 16, backward)
     (case,) = cases([], [SHAPE])
-    assert getattr(tune.problem_of(case, False), "norm", "") == ""
+    assert tune.problem_of(case, False).norm == ""
 
 
 @runs
-def test_tails_are_tuned(path, capsys, monkeypatch):
-    stand_in(monkeypatch, "triton")
+def test_tails_are_tuned(path, capsys):
     assert tuning(path, "--op", "tail", "--candidates", "2", "--dtype", "float32") == 0
     output = capsys.readouterr()
     assert "2 x 16/4 @ 3x5 float32 channels_last tail  backward " in output.out
@@ -332,7 +329,6 @@ def test_tails_are_tuned(path, capsys, monkeypatch):
     ("direction", "number", "name"), [("forward", 0, "y"), ("forward", 1, "statistics"), ("backward", 1, "dweight")]
 )
 def test_a_wrong_default_plan_of_a_tail_is_an_error(path, monkeypatch, capsys, direction, number, name):
-    stand_in(monkeypatch, "triton")
     real = tune._Tail.call
 
     def wrong(self, inputs, kept):
@@ -346,7 +342,6 @@ def test_a_wrong_default_plan_of_a_tail_is_an_error(path, monkeypatch, capsys, d
     assert f"ERROR RuntimeError: the default plan is wrong: {name} is off by" in capsys.readouterr().out
 
 
-@needs_tails("triton")
 @runs
 def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
     asked = []
@@ -359,12 +354,6 @@ def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
         with torch.no_grad(), launch.using({}):
             tail.call(inputs, tail.forward(inputs))
         assert asked == [tune.problem_of(case, backward) for backward in (False, True)], case
-
-
-def test_without_kernels_for_tails_there_is_nothing_to_tune(path, capsys, monkeypatch):
-    monkeypatch.delitem(senet_fused.tails.OPERATORS, "triton", raising=False)
-    assert tuning(path, "--op", "tail") == 2
-    assert "--op tail: the Triton backend has no kernels for block tails" in capsys.readouterr().err
 
 
 @runs

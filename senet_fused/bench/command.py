@@ -306,15 +306,6 @@ def check_device(args: argparse.Namespace) -> None:
             raise RequestError(f"backend {args.backend!r} cannot run here: {known[args.backend].reason}")
 
 
-def _no_tails(op: str, backend: str) -> str | None:
-    """Why the backend cannot serve the op; None if it can."""
-    from .. import tails
-
-    if op == "se" or backend in (None, "auto", "reference", *tails.OPERATORS):
-        return None
-    return f"it has no kernels for block tails (with kernels: {', '.join(tails.OPERATORS)})"
-
-
 def _refusal(args: argparse.Namespace, name: str, dtypes: Sequence[str]) -> str | None:
     """Why this backend cannot be a provider in the run; None if it can."""
     import torch
@@ -322,14 +313,11 @@ def _refusal(args: argparse.Namespace, name: str, dtypes: Sequence[str]) -> str 
     from .. import backends
 
     refusals = (backends.refusal(name, args.device, getattr(torch, dtype)) for dtype in dtypes)
-    return next(filter(None, refusals), None) or _no_tails(args.op, name)
+    return next(filter(None, refusals), None)
 
 
 def _providers(args: argparse.Namespace) -> tuple[str, ...]:
     """Who is measured. Raises RequestError for a backend that is asked for and cannot run."""
-    refusal = _no_tails(args.op, args.backend)
-    if refusal is not None:
-        raise RequestError(f"backend {args.backend!r} cannot run with --op {args.op}: {refusal}")
     if args.providers is None:
         candidates = GPU_BACKENDS if args.device == "cuda" else ()
         serving = [name for name in candidates if _refusal(args, name, args.dtype) is None]
@@ -341,13 +329,6 @@ def _providers(args: argparse.Namespace) -> tuple[str, ...]:
                 f"provider {name!r} cannot run with --device {args.device}: {refusal}; leave it out of --providers"
             )
     return tuple(name for name in PROVIDERS if name in args.providers)
-
-
-def _left_out(args: argparse.Namespace, providers: Sequence[str]) -> str | None:
-    """Backends that a tail is not measured with although nobody chose the providers, and why."""
-    if args.op == "se" or args.device != "cuda" or args.providers is not None:
-        return None
-    return "; ".join(f"{name}: {_refusal(args, name, args.dtype)}" for name in GPU_BACKENDS if name not in providers)
 
 
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:
@@ -365,10 +346,8 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
             f"twice the last-level cache of {size}"
         )
     texts = {"cold": f"cold: {cold}", "warm": "warm: one input buffer, again and again"}
-    left_out = _left_out(args, options.providers)
     return {
         **stamp("senet-fused bench", command, args.device, options.settings),
-        **({"left_out": left_out} if left_out else {}),
         "cache": "; ".join(texts[cache] for cache in options.caches),
         "cache_bytes": options.cache_bytes,
         **({"backward": _KEPT_GRAPH} if "backward" in args.direction else {}),

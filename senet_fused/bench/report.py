@@ -18,7 +18,7 @@ __all__ = [
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "cache", "byte_model", "copy", "baseline",
-           "backward", "left_out", "interrupted")  # fmt: skip
+           "backward", "interrupted")  # fmt: skip
 # What a row has to have for tables and pictures, by the kind of run that the header names; without a name it is layers.
 _NEEDED = {
     "layers": (

@@ -20,7 +20,6 @@ from ..recognition import (
     may_be_one,
     not_covered,
 )  # fmt: skip
-from ..tails import tail_choice
 from .blocks import FORMS, BlockFusion, FusedBlock, block_alteration, examine_block, form_of, main_se
 from .layer import (
     GATE_FORMS,
@@ -242,7 +241,7 @@ def _block_row(one: _FoundBlock) -> BlockReport:
     served = "every BatchNorm as a tail" + ("" if verified else "; not verified")
     if weight.device.type != "meta":
         try:
-            chosen, reason = tail_choice(weight, backend)
+            chosen, reason = select.choose(backend, weight.device.type, weight.dtype)
         except select.BackendUnavailableError as error:
             return BlockReport(one.name, kind, 0, "cannot run", str(error))
         if chosen == "reference" and select.requested(backend)[0] == "auto":

@@ -1,10 +1,7 @@
 """Block tails: BatchNorm -> SE -> + residual -> ReLU as one operator, and modules that run as one."""
 
 from .functional import block_tail
-from .functional import choose as tail_choice
 from .module import FusedSETail, Reading, Tail, fits, has_hooks, norm_problem
 from .ops import OPERATORS
 
-__all__ = [
-    "OPERATORS", "FusedSETail", "Reading", "Tail", "block_tail", "fits", "has_hooks", "norm_problem", "tail_choice",
-]  # fmt: skip
+__all__ = ["OPERATORS", "FusedSETail", "Reading", "Tail", "block_tail", "fits", "has_hooks", "norm_problem"]

@@ -20,7 +20,7 @@ from .ops import OPERATORS
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["block_tail", "choose", "route"]
+__all__ = ["block_tail", "route"]
 
 
 def block_tail(
@@ -72,8 +72,7 @@ def block_tail(
             gets no gradient.
         group: processes whose samples share the statistics in training (synchronised BatchNorm), None for this one
             alone. All of them have to make the same calls.
-        backend: as in :func:`senet_fused.squeeze_excite`; "auto" takes the reference where no backend has kernels for
-            block tails.
+        backend: as in :func:`senet_fused.squeeze_excite`.
 
     Returns:
         y with x's shape and memory layout, and dtype ``torch.result_type(x, residual)``. Sums, statistics and the
@@ -143,32 +142,18 @@ def _track(running_mean: Tensor, running_var: Tensor, statistics: Tensor, moment
 
 
 def route(x: Tensor, backend: str | None) -> str:
-    """The backend that serves a call with x now: :func:`senet_fused.functional.route`, where block tails have kernels.
+    """The backend that serves a call with x now, as :func:`senet_fused.functional.route` says it of an SE layer.
 
     Unlike an SE layer's, a tail's operator stays in a graph that torch.compile makes for a CPU: it is the faster one.
 
     Raises:
-        BackendUnavailableError: a backend that has no block tails was asked for by name.
+        ValueError: an unknown backend name.
+        BackendUnavailableError: the named backend cannot serve x.
     """
+    chosen = select.choose(backend, x.device.type, x.dtype).backend
     if needs_plain_operators() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
-        select.choose(backend, x.device.type, x.dtype)
         return "reference"
-    return choose(x, backend).backend
-
-
-def choose(x: Tensor, backend: str | None) -> select.Choice:
-    """The backend for the tails of tensors like x, and why.
-
-    Raises:
-        BackendUnavailableError: as :func:`route`.
-    """
-    choice = select.choose(backend, x.device.type, x.dtype)
-    if choice.backend == "reference" or choice.backend in OPERATORS:
-        return choice
-    reason = f"backend {choice.backend!r} has no kernels for block tails"
-    if select.requested(backend)[0] == "auto":
-        return select.Choice("reference", reason)
-    raise select.BackendUnavailableError(f"{reason}; use one of {', '.join(OPERATORS)} or 'reference'")
+    return chosen
 
 
 def _check(

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import machine
-from senet_fused.tails import tail_choice
 
 from .network import SeparateTail, SEResNet, TutorialSE
 from .side_by_side import Contender, accuracy, time_layers, train
@@ -117,8 +116,7 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
     """
     images, targets, held_images, held_targets = load_images(options.image_size, options.seed)
     choice = senet_fused.explain(images, backend=options.backend)
-    tails = _tails_backend(options, images)
-    contenders = _contenders(options, images, tails.backend)
+    contenders = _contenders(options, images, choice.backend)
     compared = {key: contender for key, contender in contenders.items() if key != "nudged"}
     stock = contenders["stock"]
     network = f"SE-ResNet-{stock.network.depth()}"
@@ -129,8 +127,7 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
         f"of {batches} batches of {options.batch_size}"
     )
     say(f"{network} on {title}")
-    say(f"Backend of FusedSE: {choice.backend} ({choice.reason})")
-    say(f"Backend of FusedSETail: {tails.backend or 'none'} ({tails.reason})")
+    say(f"Backend of FusedSE{' and FusedSETail' * options.tails}: {choice.backend} ({choice.reason})")
     for contender in compared.values():
         tensors = check_same_weights(stock.network, contender.network)
     say(f"Initial weights: all {tensors} parameters and buffers are equal")
@@ -160,8 +157,6 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
         "names": {key: NAMES[key] for key in contenders},
         "backend": choice.backend,
         "backend_reason": choice.reason,
-        "tails_backend": tails.backend or None,
-        "tails_backend_reason": tails.reason,
         "call_counts": counts,
         "accuracy": shares,
         "loss": {key: c.losses for key, c in contenders.items()},
@@ -169,7 +164,7 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
             key: _distance(stock.losses, c.losses) for key, c in contenders.items() if c is not stock
         },
         "step_s": _times({key: c.step_s for key, c in compared.items()}),
-        **_time_layers(options, {key: c.network for key, c in compared.items()}, some, tails.backend),
+        **_time_layers(options, {key: c.network for key, c in compared.items()}, some, choice.backend),
         "options": asdict(options),
         "environment": {
             "senet_fused": senet_fused.__version__,
@@ -183,7 +178,7 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
     }
     steps = options.epochs * batches
     training_calls = {"fused": steps * len(stock.network.se_layers())}
-    if tails.backend:
+    if options.tails:
         in_blocks = (module for block in stock.network.blocks() for module in block.modules())
         training_calls["tails"] = steps * sum(isinstance(module, nn.BatchNorm2d) for module in in_blocks)
     return {**report, "problems": _problems(report, options, training_calls)}
@@ -194,17 +189,9 @@ def _listed(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}"
 
 
-def _tails_backend(options: Options, images: Tensor) -> senet_fused.Choice:
-    """The backend of the third network and why; with an empty name, there is to be none."""
-    if not options.tails:
-        return senet_fused.Choice("", "not wanted")
-    try:
-        return tail_choice(images, options.backend)
-    except senet_fused.BackendUnavailableError as error:
-        return senet_fused.Choice("", str(error))
+def _contenders(options: Options, images: Tensor, backend: str) -> dict[str, Contender]:
+    """The networks by their keys. backend: of the tails, as "auto" calls the modules where it finds no kernels."""
 
-
-def _contenders(options: Options, images: Tensor, tails_backend: str) -> dict[str, Contender]:
     def fused_se(channels: int) -> nn.Module:
         post_act = "relu" if options.fuse_tail else None
         return senet_fused.FusedSE(channels, post_act=post_act, backend=options.backend)
@@ -217,16 +204,16 @@ def _contenders(options: Options, images: Tensor, tails_backend: str) -> dict[st
         return Contender(NAMES[key], network.to(memory_format=layout), images)
 
     made = {"stock": contender("stock", TutorialSE, images), "fused": contender("fused", fused_se, images)}
-    if tails_backend:
+    if options.tails:
         made["tails"] = contender("tails", TutorialSE, images)
-        senet_fused.fuse(made["tails"].network, backend=tails_backend, tails=True)
+        senet_fused.fuse(made["tails"].network, backend=backend, tails=True)
     if options.nudged:
         made["nudged"] = contender("nudged", TutorialSE, nudge(images, options.seed))
     return made
 
 
 def _time_layers(
-    options: Options, networks: dict[str, SEResNet], images: Tensor, tails_backend: str
+    options: Options, networks: dict[str, SEResNet], images: Tensor, backend: str
 ) -> dict[str, Any]:
     """What the SE layers and the tails of the blocks take on a batch's activations, in all and by layer.
 
@@ -254,7 +241,7 @@ def _time_layers(
     chains = {"stock": separate(stock), "fused": separate(networks["fused"])}
     if "tails" in networks:
         chains["tails"] = [
-            senet_fused.FusedSETail(block.bn3, block.se_module, block.relu, backend=tails_backend)
+            senet_fused.FusedSETail(block.bn3, block.se_module, block.relu, backend=backend)
             for block in networks["tails"].blocks()
         ]
     for chain in chains.values():
@@ -309,7 +296,7 @@ def _problems(report: dict[str, Any], options: Options, training_calls: dict[str
     """What was not shown; training_calls is how often training calls FusedSE layers and tails."""
     problems = []
     for key, calls in training_calls.items():
-        backend, prefix = (report["backend"], "") if key == "fused" else (report["tails_backend"], "tail_")
+        backend, prefix = report["backend"], "" if key == "fused" else "tail_"
         # The reference's backward is PyTorch's own and is not counted.
         directions = ("forward",) if backend == "reference" else ("forward", "backward")
         counts = counts_of(report["call_counts"], key)

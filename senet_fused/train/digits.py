@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--batch-size", batch, default.batch_size, "images a step")
     number("--image-size", size, default.image_size, "pixels a side that the images are enlarged to")
     number("--seed", seed, default.seed, "of weights, held-out images and batches")
-    add("--backend", "of FusedSE (default: $SENET_FUSED_BACKEND, else auto)", choices=select.BACKEND_CHOICES)
+    about = "of FusedSE and FusedSETail (default: $SENET_FUSED_BACKEND, else auto)"
+    add("--backend", about, choices=select.BACKEND_CHOICES)
     add("--fuse-tail", "let FusedSE do each block's '+ shortcut' and ReLU too", action="store_true")
     about = "also train the tutorial network after fuse(network, tails=True), which runs FusedSETail's operator"
     add("--tails", about, action=yes_or_no, default=default.tails)
@@ -192,11 +193,10 @@ def _text(report: dict[str, Any]) -> str:
         errors = {key: max(layer["error"][key] for layer in layers) for key in layers[0]["error"]}
         words = ", ".join(f"{NAMES[key]} {error:.1e}" for key, error in errors.items())
         lines.append(f"One {title}'s output and gradients, at most off float64 in relative norm: {words}.")
-    served = {"fused": report["backend"], "tails": report["tails_backend"]}
     for key in keys[1:]:
         counts = counts_of(report["call_counts"], key)
         calls = ", ".join(f"{name} {count} times" for name, count in counts.items())
-        lines.append(f"{NAMES[key]} was served by the {served[key]} backend: {calls}.")
+        lines.append(f"{NAMES[key]} was served by the {report['backend']} backend: {calls}.")
     return "\n".join(lines)
 
 

@@ -13,10 +13,9 @@ from test_models import assert_close, assert_same_training, evaluate, noise_of, 
 
 import senet_fused
 from senet_fused import fuse_report, unfuse
-from senet_fused.tails import OPERATORS
 
 BACKEND = senet_fused.explain(torch.empty(0)).backend
-assert BACKEND in OPERATORS, "without compiled code the modules run, and nothing would be tested"
+assert BACKEND != "reference", "without compiled code the modules run, and nothing would be tested"
 fuse = functools.partial(senet_fused.fuse, tails=True)
 
 LEGACY, TIMM, MONAI = "legacy SE bottleneck", "timm bottleneck", "MONAI SE block"

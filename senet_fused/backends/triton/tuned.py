@@ -68,7 +68,7 @@ def misfit(p: Problem, plan: Plan, facts: DeviceFacts) -> str | None:
         return "block tails have no tiles of 'rows'"
     if not allows(p, tile, plan.strategy):
         what = f"{tile.form} and squeeze {p.squeeze!r}" if p.gated else "a block tail without a gate"
-        return f"the strategy must be {'launches' if p.gated else 'partials'} for {what}, got {plan.strategy!r}"
+        return f"the strategy must be {'launches' if p.gated else 'partials'!r} for {what}, got {plan.strategy!r}"
     if plan.strategy == "last_block" and facts.vendor == "hip":
         return "there is no 'last_block' on AMD"
     if tile.form == "rows":
