@@ -264,8 +264,8 @@ def squeeze_backward_kernel(
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
         b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0, eviction_policy=EVICT_X)
         g = load_gradient(
-            dy, dy_stride, mask, o, m, o_n, i_c, p0, N, M, C, ALIGN, CHANNELS_LAST, RELU, SAMPLES, CHANNELS, POSITIONS,
-            "",
+            dy + n[:, None, None] * dy_stride * ALIGN + o, m, mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, RELU,
+            SAMPLES, CHANNELS, POSITIONS, "",
         )  # fmt: skip
         total += b_x.to(tl.float32) * g
     b_dgate = tl.sum(total, AXIS)

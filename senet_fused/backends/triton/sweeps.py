@@ -12,12 +12,10 @@ __all__ = ["load_gradient", "scale_backward_tile", "scale_tile"]
 
 @triton.jit
 def load_gradient(
-    dy, dy_stride, mask, o, m, o_n, i_c, p0, N, M, C: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, RELU: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr, EVICT: tl.constexpr,
+    at, m, mask, o_n, i_c, p0, N, M, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, RELU: tl.constexpr,
+    SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """g of (B1): dy where the ReLU lets it through. o, m: the block's offsets, and which of them exist."""
-    at = dy + o_n.to(tl.int64)[:, None, None] * dy_stride * ALIGN + o
+    """g of (B1): dy, whose block is at `at`, where the ReLU lets it through. m: which of its elements exist."""
     g = tl.load(at, mask=m, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if RELU:
         keep = load_mask(mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS, POSITIONS)
@@ -89,8 +87,8 @@ def scale_backward_tile(
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
         at_out = n[:, None, None] * dx_stride * ALIGN + o
         g = load_gradient(
-            dy, dy_stride, mask, o, m, o_n, i_c, p0, N, M, C, ALIGN, CHANNELS_LAST, RELU, SAMPLES, CHANNELS, POSITIONS,
-            EVICT,
+            dy + (n[:, None, None] * dy_stride * ALIGN + o), m, mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, RELU,
+            SAMPLES, CHANNELS, POSITIONS, EVICT,
         )  # fmt: skip
         if RELU:
             if dresidual is not None:

@@ -314,8 +314,8 @@ def tail_sums_kernel(
         m = inside(o_n, o_c, o_p, N, M, C, CHANNELS_LAST, SAMPLES, CHANNELS)
         b_x = tl.load(x + n[:, None, None] * x_stride * ALIGN + o, mask=m, other=0.0)
         g = load_gradient(
-            dy, dy_stride, mask, o, m, o_n, i_c, p0, N, M, C, ALIGN, CHANNELS_LAST, RELU, SAMPLES, CHANNELS, POSITIONS,
-            "",
+            dy + n[:, None, None] * dy_stride * ALIGN + o, m, mask, o_n, i_c, p0, N, M, C, CHANNELS_LAST, RELU,
+            SAMPLES, CHANNELS, POSITIONS, "",
         )  # fmt: skip
         total += g
         centred += g * (b_x.to(tl.float32) - mean)
