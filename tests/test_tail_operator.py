@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_fused
 from senet_fused.ops import unpack_mask
-from senet_fused.tails import OPERATORS, block_tail
+from senet_fused.tails import OPERATORS, block_tail, functional
 
 pytestmark = pytest.mark.skipif(
     senet_fused.backends.native.problem() is not None, reason="the compiled CPU library is not installed"
@@ -568,3 +568,18 @@ def test_every_branch_of_the_plan():
 def test_bad_sizes_of_a_plan_are_refused(bad):
     with pytest.raises(ValueError, match="plan_cpu_tail"):
         plan(**{"n": 8, "c": 256, "spatial": 49, **bad})
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.float64), (torch.bfloat16,) * 2])
+def test_running_statistics_move_alike_in_one_launch_or_two(dtypes):
+    """As on a GPU, where it is one if dtypes allow it."""
+    statistics = torch.randn(3, 7)
+    moved = []
+    for at_once in (False, True):
+        running = [torch.linspace(0, 1, 7, dtype=dtype) for dtype in dtypes]
+        functional._track(*running, statistics, 0.3, at_once=at_once)
+        moved.append(running)
+    for one, two, now in zip(*moved, (statistics[0], statistics[2]), strict=True):
+        assert torch.equal(one, two)
+        expected = 0.7 * torch.linspace(0, 1, 7) + 0.3 * now
+        torch.testing.assert_close(one.float(), expected, rtol=0.02, atol=0.02)
