@@ -81,6 +81,8 @@ else
   "$python" tests/cuda_host/build.py --sanitize
   # Every CUDA thread is a fibre here, and following up on returned stacks makes switching them ten times slower.
   export ASAN_OPTIONS=$ASAN_OPTIONS:detect_stack_use_after_return=0
+  # As in the tests' own run: they are held to stock PyTorch's error, which depends on its threads.
+  export OMP_NUM_THREADS=1
   SENET_HOST_SANITIZE=1 sanitized -c "$outside
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -p no:faulthandler --capture=sys \
