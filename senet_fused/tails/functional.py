@@ -144,8 +144,8 @@ def _track(running_mean: Tensor, running_var: Tensor, statistics: Tensor, moment
 def route(x: Tensor, backend: str | None) -> str:
     """The backend that serves a call with x now, as :func:`senet_fused.functional.route` says it of an SE layer.
 
-    Unlike an SE layer's, a tail's operator stays in a graph that torch.compile makes: on a CPU it is the faster one, and
-    on a GPU it makes 10 passes a step where the compiler's own kernels make 15.
+    Unlike an SE layer's, a tail's operator stays in a graph that torch.compile makes: on a CPU it is the faster one,
+    and on a GPU it makes 10 passes a step where the compiler's own kernels make 15.
 
     Raises:
         ValueError: an unknown backend name.
