@@ -60,7 +60,7 @@ def _module(command: str):
     elif command == "doctor":
         from . import doctor as module
     else:
-        from .train import digits as module
+        from .demo import digits as module
     return module
 
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
     try:
-        from .bench.problems import RequestError
+        from .arguments import RequestError
 
         try:
             return _module(command).run(*((args, rest) if command.startswith("bench") else (args,)))

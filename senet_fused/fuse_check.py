@@ -8,9 +8,9 @@ import sys
 import time
 import warnings
 
-from .bench.command import check_device, positive
+from .arguments import RequestError, check_device, positive
 from .bench.model import MODES
-from .bench.problems import DTYPES, LAYOUTS, RequestError
+from .bench.problems import DTYPES, LAYOUTS
 
 __all__ = ["add_arguments", "run"]
 

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from . import Activation, machine, ops, reference, tails
+from .arguments import RequestError, positive
 from .backends import cuda
 from .backends import triton as backend
 from .backends.triton import tuned
 from .backends.triton.plan import DeviceFacts, Plan, Problem, candidates
 from .bench import buffers, cuda_timing
-from .bench.command import add_layers, positive
+from .bench.command import add_layers
 from .bench.oracle import InputSet, relative_error
-from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, RequestError, cases
+from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
 from .bench.timing import Outcome, Rotation, Settings, describe, interleave
 
 __all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "cuda_problem", "problem_of", "run", "variations"]

@@ -19,8 +19,9 @@ from torch import nn
 
 import senet_fused
 from senet_fused import backends, cli
+from senet_fused.arguments import RequestError
 from senet_fused.bench import buffers, command, cuda_timing, oracle, problems, providers, report, runner, timing
-from senet_fused.bench.problems import Case, RequestError, Shape
+from senet_fused.bench.problems import Case, Shape
 
 CPU = torch.device("cpu")
 FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=3)

@@ -15,6 +15,7 @@ from torch import nn
 
 import senet_fused
 from senet_fused import cli
+from senet_fused.arguments import RequestError
 from senet_fused.bench import (
     model,
     model_case,
@@ -27,7 +28,6 @@ from senet_fused.bench import (
     variants,
     zoo,
 )
-from senet_fused.bench.problems import RequestError
 
 FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
 SIZE = (3, 12, 10)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import backends, cli
+from senet_fused.arguments import RequestError
 from senet_fused.bench import buffers, compare, oracle, problems, providers, report, runner
-from senet_fused.bench.problems import TAIL_DIRECTIONS, Case, RequestError, Shape
+from senet_fused.bench.problems import TAIL_DIRECTIONS, Case, Shape
 from senet_fused.tails import reference
 
 NO_KERNELS = pytest.mark.skipif(

@@ -48,7 +48,7 @@ def test_help_imports_nothing_that_only_a_run_needs():
         "import sys; from senet_fused import cli; from contextlib import suppress\n"
         "for words in (['bench'], ['bench', 'compare'], ['bench', 'model'], ['tune']):\n"
         "    with suppress(SystemExit): cli.main([*words, '--help'])\n"
-        "heavy = ['senet_fused.bench.runner', 'senet_fused.train', 'matplotlib', 'rich', 'sklearn', 'triton',\n"
+        "heavy = ['senet_fused.bench.runner', 'senet_fused.demo', 'matplotlib', 'rich', 'sklearn', 'triton',\n"
         "         'senet_fused.bench.model_run', 'senet_fused.bench.zoo', 'timm', 'torchvision']\n"
         "print('imported:', [name for name in heavy if name in sys.modules])"
     )
@@ -76,7 +76,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
 
 
 def test_demo_is_the_training_demo(monkeypatch):
-    from senet_fused.train import digits
+    from senet_fused.demo import digits
 
     monkeypatch.setattr(digits, "run", lambda args: 40 + args.seed)
     assert cli.main(["demo", "--seed", "2"]) == 42

@@ -15,10 +15,10 @@ from torch import nn
 
 import senet_fused
 from senet_fused import backends
-from senet_fused.train import comparison, digits
-from senet_fused.train.comparison import DemoFailure, Options, check_same_weights
-from senet_fused.train.network import SeparateTail, SEResNet, TutorialSE
-from senet_fused.train.side_by_side import Contender, accuracy, time_layers, train
+from senet_fused.demo import comparison, digits
+from senet_fused.demo.comparison import DemoFailure, Options, check_same_weights
+from senet_fused.demo.network import SeparateTail, SEResNet, TutorialSE
+from senet_fused.demo.side_by_side import Contender, accuracy, time_layers, train
 
 SERVING = [
     pytest.param(
@@ -477,7 +477,7 @@ def test_lines_are_printed_on_a_terminal_with_and_without_rich(rich, monkeypatch
 
 def test_options_can_be_listed_without_the_extra():
     code = (
-        "import argparse, sys; from senet_fused.train import digits; "
+        "import argparse, sys; from senet_fused.demo import digits; "
         "digits.add_arguments(argparse.ArgumentParser()); "
         "print(sorted({'sklearn', 'matplotlib', 'rich'} & set(sys.modules)))"
     )

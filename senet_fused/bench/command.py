@@ -8,9 +8,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import machine
+from ..arguments import RequestError, check_device, positive, require_writable
 from .problems import (
     ACTS,
     DTYPES,
@@ -20,7 +21,6 @@ from .problems import (
     OPS,
     POST_ACTS,
     TAIL_DIRECTIONS,
-    RequestError,
     cases,
     problems,
 )
@@ -28,7 +28,7 @@ from .problems import (
 if TYPE_CHECKING:
     from .runner import Options
 
-__all__ = ["add_arguments", "add_layers", "check_device", "positive", "require_writable", "run"]
+__all__ = ["add_arguments", "add_layers", "run"]
 
 PROVIDERS = ("eager", "compile", "max-autotune", "fused", *GPU_BACKENDS, "fused+compile")
 _BY_DEFAULT = ("eager", "compile", "fused")
@@ -79,23 +79,6 @@ whole networks, and two runs side by side:
 exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met,
 130 interrupted or out of time
 """
-
-
-def positive(kind: type) -> Any:
-    """The argparse type of a finite number above zero."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no positive {'integer' if kind is int else 'number'}"
-            )
-        return value
-
-    return read
 
 
 def add_layers(group: argparse._ArgumentGroup) -> None:
@@ -253,20 +236,6 @@ def _list_problems() -> None:
             print(f"  {shape.channels}/{shape.rd_channels} @ {spatial}  x {shape.count}")
 
 
-def require_writable(path: Path) -> None:
-    """Raises RequestError unless a file can be written there; leaves nothing behind."""
-    if path.is_dir():
-        raise RequestError(f"cannot write {path}: it is a folder")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
-    if not existed:
-        path.unlink()
-
-
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.json is not None:
         require_writable(args.json)
@@ -280,30 +249,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise RequestError(f"{option} needs matplotlib: pip install 'senet-fused[bench]'")
         require_writable(path)
-
-
-def check_device(args: argparse.Namespace) -> None:
-    """Raises RequestError unless --device and --backend can be served here."""
-    import torch
-
-    from .. import backends
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        why = (
-            "this PyTorch is built without CUDA"
-            if torch.version.cuda is None
-            else "PyTorch finds no CUDA GPU"
-        )
-        raise RequestError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu")
-    if args.backend not in (None, "auto"):
-        try:
-            known = {status.name: status for status in backends.status()}
-        except RuntimeError as error:
-            raise RequestError(f"backend {args.backend!r}: {error}") from None
-        if args.backend not in known:
-            raise RequestError(f"unknown backend {args.backend!r}; known: {', '.join(['auto', *known])}")
-        if not known[args.backend].available:
-            raise RequestError(f"backend {args.backend!r} cannot run here: {known[args.backend].reason}")
 
 
 def _refusal(args: argparse.Namespace, name: str, dtypes: Sequence[str]) -> str | None:

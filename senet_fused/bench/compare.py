@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import positive, require_writable
+from ..arguments import RequestError, positive, require_writable
 from .model_report import dtype_label, input_label
-from .problems import RequestError
 from .report import COMMANDS, geometric_mean, kind_of, read_json, shape_label, task_label, write_json
 from .tables import Table, ratio_label, show, time_label
 

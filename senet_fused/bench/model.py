@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import check_device, positive, require_writable
-from .problems import LAYOUTS, RequestError
+from ..arguments import RequestError, check_device, positive, require_writable
+from .problems import LAYOUTS
 
 if TYPE_CHECKING:
     from .model_run import Options

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import resources
 
+from ..arguments import RequestError
+
 __all__ = [
     "ACTS", "DIRECTIONS", "DTYPES", "GATES", "GPU_BACKENDS", "LAYOUTS", "OPS", "POST_ACTS", "TAIL_DIRECTIONS",
-    "Case", "Problem", "RequestError", "Shape", "cases", "problem", "problems", "shape_of",
+    "Case", "Problem", "Shape", "cases", "problem", "problems", "shape_of",
 ]  # fmt: skip
 
 # The SE layer; the end of a residual block: BatchNorm -> SE -> + residual -> ReLU.
@@ -27,10 +29,6 @@ ACTS = ("identity", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", 
 GATES = ("sigmoid", "hardsigmoid", "tanh", "relu", "identity")
 # The fused layer with each of these is a provider of its own, named after it.
 GPU_BACKENDS = ("cuda", "triton")
-
-
-class RequestError(ValueError):
-    """What was asked for cannot be measured; the message says why and what to write instead."""
 
 
 @dataclasses.dataclass(frozen=True)

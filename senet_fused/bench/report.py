@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .problems import OPS, TAIL_DIRECTIONS, RequestError
+from ..arguments import RequestError
+from .problems import OPS, TAIL_DIRECTIONS
 from .tables import Table, ratio_label, share_label, show, show_header, time_label
 
 __all__ = [

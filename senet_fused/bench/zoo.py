@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .problems import RequestError
+from ..arguments import RequestError
 from .timing import describe
 
 __all__ = ["LIBRARIES", "input_size", "load", "settle"]

@@ -21,7 +21,7 @@ def check_format(path: Path) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Writes the picture of a report (senet_fused.train.comparison) to path; the suffix gives the format."""
+    """Writes the picture of a report (senet_fused.demo.comparison) to path; the suffix gives the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.8), dpi=150, layout="constrained")
