@@ -269,8 +269,9 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # every byte is as it was written, so it is what was written that is wrong
-        raise CheckpointError(f"{foreign}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except Exception as error:  # the checksums are right, so most likely it is what was written that is wrong
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{foreign}, or damaged: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{foreign}; PyTorch reads it, and finds a {_name(type(content))} of something else")
     if content.get("version") != _VERSION:
@@ -297,15 +298,15 @@ def _fault(file: BinaryIO) -> str | None:
         return "is empty"
     if start != b"PK\x03\x04":
         return "is no checkpoint: it does not begin as a file of torch.save does"
-    if not zipfile.is_zipfile(file):
-        return f"is truncated, or damaged at its end: it stops after {os.fstat(file.fileno()).st_size:,} bytes"
     try:
+        if not zipfile.is_zipfile(file):
+            return f"is truncated, or damaged at its end: it stops after {os.fstat(file.fileno()).st_size:,} bytes"
         with zipfile.ZipFile(file) as archive:
             member = archive.testzip()
-    except OSError:
-        raise
     except Exception as error:  # zipfile raises half a dozen kinds for a damaged directory
-        return f"is damaged: {error}"
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to nowhere
+            raise
+        return f"is damaged: {str(error) or type(error).__name__}"
     return None if member is None else f"is damaged: the checksum of {member} is wrong"
 
 
