@@ -7,6 +7,7 @@ import pickle
 import sys
 import warnings
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -120,6 +121,28 @@ def test_augmentation_follows_the_epoch_inside_other_datasets(items):
     assert not same(first, second)
     with in_epoch(1):
         assert torch.equal(second[0][0][3], items[3][0])
+
+
+def test_loaders_of_one_dataset_do_not_disturb_each_other(items):
+    first, second = loader_of(items), loader_of(items)
+    expected = batches(first)
+    iterator = iter(first)
+    start = [next(iterator) for _ in range(2)]
+    set_epoch(second, 4)
+    batches(second)
+    assert same([(images, targets.tolist()) for images, targets in [*start, *iterator]], expected)
+
+
+def test_processes_that_are_spawned_see_the_same(cifar10):
+    """They get the dataset by pickle."""
+    for spec in ("synthetic:2,3,4", f"cifar10:{cifar10}"):
+        train = open_source(spec, size=16, seed=0).train
+        image, target = pickle.loads(pickle.dumps(train))[2]
+        assert torch.equal(image, train[2][0]) and target == train[2][1]
+    loader = loader_of(open_source("synthetic:2,3,4", size=16, seed=0).train)
+    received = pickle.loads(bytes(ForkingPickler.dumps(loader.dataset)))
+    set_epoch(loader, 6)
+    assert int(received.epoch) == 6
 
 
 def test_leaving_an_epoch_early(items):
@@ -331,6 +354,7 @@ def test_states_that_do_not_fit(items):
 
 
 def test_digits():
+    pytest.importorskip("sklearn", reason='scikit-learn is missing: pip install "senet_fused[train]"')
     source = open_source("digits", size=None, seed=2)
     images, targets, held, held_targets = handwritten_digits.load_images(32, 2)
     assert source.shape == (1, 32, 32) and source.classes == tuple("0123456789")

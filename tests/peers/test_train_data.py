@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
 import warnings
 
@@ -67,6 +68,7 @@ def test_held_out_images_are_centre_crops(folder):
     assert plain[5][1] == 1 and plain[5][0].shape == (3, 32, 32)
     assert torch.equal(plain[5][0], opened(folder, augment=False, seed=2).train[5][0])
     assert opened(folder, size=None).shape == (3, 224, 224)
+    assert torch.equal(pickle.loads(pickle.dumps(source.train))[3][0], source.train[3][0]), "for spawned processes"
 
 
 def test_augmentation_depends_on_seed_epoch_and_index(folder):
