@@ -14,14 +14,16 @@ from typing import Any
 from torch import nn
 
 from .bn_inception import BNInception
+from .caffe import CaffeResult, caffe_names, load_caffe
 from .layers import SE_CHOICES
 from .mobilenet import MobileNet
 from .senet import STRATEGIES, SENet, basic, bottleneck, resnext, senet
 
 __all__ = [
-    "SE_CHOICES", "STRATEGIES", "BNInception", "MobileNet", "SENet", "create_model", "model_names", "se_bn_inception",
-    "se_mobilenet", "se_resnet18", "se_resnet20", "se_resnet34", "se_resnet50", "se_resnet56", "se_resnet101",
-    "se_resnet110", "se_resnet152", "se_resnext50_32x4d", "se_resnext101_32x4d", "senet154",
+    "SE_CHOICES", "STRATEGIES", "BNInception", "CaffeResult", "MobileNet", "SENet", "caffe_names", "create_model",
+    "load_caffe", "model_names", "se_bn_inception", "se_mobilenet", "se_resnet18", "se_resnet20", "se_resnet34",
+    "se_resnet50", "se_resnet56", "se_resnet101", "se_resnet110", "se_resnet152", "se_resnext50_32x4d",
+    "se_resnext101_32x4d", "senet154",
 ]  # fmt: skip
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
