@@ -30,7 +30,7 @@ __all__ = [
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 _FORMAT, _VERSION = "senet-fused training checkpoint", 1
-_UNFINISHED = ".checkpoint-"  # how names of files begin that are not in place yet
+_UNFINISHED, _ENDINGS = ".checkpoint-", (".new", ".old")  # names of files that are not in place yet
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 
@@ -70,7 +70,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> Path:
             if alone:
                 _remove_leftovers(folder)
             _write_and_rotate(folder, content)
-            os.fsync(descriptor)
+            _sync_folder(descriptor)
     except OSError as error:
         raise CheckpointError(_why_not_saved(folder, content, error)) from error
     return folder / LAST
@@ -126,13 +126,22 @@ def _locked(folder: Path) -> Iterator[tuple[int, bool]]:
 
 def _remove_leftovers(folder: Path) -> None:
     """What killed processes left behind: nobody who holds no lock is writing."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
-        path.unlink(missing_ok=True)
+    for ending in _ENDINGS:
+        for path in folder.glob(f"{_UNFINISHED}*{ending}"):
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and keep names by themselves
+            raise
 
 
 def _write_and_rotate(folder: Path, content: dict[str, Any]) -> None:
     stem = f"{_UNFINISHED}{secrets.token_hex(8)}"
-    new, old = folder / f"{stem}.new", folder / f"{stem}.old"
+    new, old = (folder / f"{stem}{ending}" for ending in _ENDINGS)
     last, previous = folder / LAST, folder / PREVIOUS
     try:
         _write(new, content)
@@ -221,8 +230,7 @@ def _why_not_saved(folder: Path, content: dict[str, Any], error: OSError) -> str
         with suppress(OSError):
             message += f", {shutil.disk_usage(folder).free:,} are free there"
     kept = " and ".join(name for name in (LAST, PREVIOUS) if (folder / name).is_file())
-    kept = f"; {kept} in it can be resumed from" if kept else ""
-    return f"{message}{kept}. Make room or make it writable, or name another folder."
+    return f"{message}{f'; {kept} in it can be resumed from' if kept else ''}. Make room or make it writable, or name another folder."
 
 
 # ---------------------------------------------------------------------------------- load
@@ -273,7 +281,7 @@ def _read(path: Path) -> dict[str, Any]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{foreign}, or damaged: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{foreign}; PyTorch reads it, and finds a {_name(type(content))} of something else")
+        raise CheckpointError(f"{foreign}; PyTorch finds a {_name(type(content))} of another kind")
     if content.get("version") != _VERSION:
         raise CheckpointError(
             f"{path} is a checkpoint of format version {content.get('version')!r}, and this release reads "
@@ -331,7 +339,7 @@ def check_model(state: Mapping[str, Any], description: Mapping[str, Any]) -> Non
     if not isinstance(saved, Mapping):
         raise CheckpointError("the checkpoint does not say of which model it is")
     different = [
-        f"{name} is {_value(saved, name)} in the checkpoint and {_value(description, name)} here"
+        f"{name} is {_shown(saved, name)} in the checkpoint and {_shown(description, name)} here"
         for name in dict.fromkeys([*saved, *description])
         if saved.get(name, _ABSENT) != description.get(name, _ABSENT)
     ]
@@ -339,5 +347,5 @@ def check_model(state: Mapping[str, Any], description: Mapping[str, Any]) -> Non
         raise CheckpointError(f"the checkpoint is of another model: {'; '.join(different)}")
 
 
-def _value(mapping: Mapping[str, Any], name: str) -> str:
+def _shown(mapping: Mapping[str, Any], name: str) -> str:
     return repr(mapping[name]) if name in mapping else "absent"
