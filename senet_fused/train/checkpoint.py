@@ -45,8 +45,8 @@ class CheckpointError(RequestError):
 def save(folder: Path, state: Mapping[str, Any]) -> Path:
     """Writes a state to last.pt in a folder, made if need be; what was last.pt is then previous.pt.
 
-    Killed at any instant, it leaves last.pt complete: as it was, or new. (On a file system without hard links
-    there is an instant with previous.pt only, which ``load`` then takes.) An error leaves both as they were.
+    Killed at any instant, it leaves last.pt complete: as it was, or new. (Without hard links there is an instant
+    with previous.pt only, which ``load`` then takes.) An error leaves both as they were.
 
     Args:
         folder: Where last.pt and previous.pt are.
@@ -92,9 +92,7 @@ def _require_readable(value: Any, place: str) -> None:
             raise TypeError(f"{place} is a {value.dtype} tensor on {value.device} with layout {value.layout}; "
                             "a checkpoint holds plain strided tensors with data")  # fmt: skip
     elif kind not in _PLAIN:
-        raise TypeError(
-            f"{place} is a {_name(kind)}; a checkpoint holds tensors, dicts, lists, tuples, numbers, str and None"
-        )
+        raise TypeError(f"{place} is a {_name(kind)}; a checkpoint holds tensors, containers, numbers, str and None")
 
 
 def _name(kind: type) -> str:
@@ -126,8 +124,8 @@ def _locked(folder: Path) -> Iterator[tuple[int, bool]]:
 
 def _remove_leftovers(folder: Path) -> None:
     """What killed processes left behind: nobody who holds no lock is writing."""
-    for ending in _ENDINGS:
-        for path in folder.glob(f"{_UNFINISHED}*{ending}"):
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        if path.suffix in _ENDINGS:
             path.unlink(missing_ok=True)
 
 
@@ -230,7 +228,8 @@ def _why_not_saved(folder: Path, content: dict[str, Any], error: OSError) -> str
         with suppress(OSError):
             message += f", {shutil.disk_usage(folder).free:,} are free there"
     kept = " and ".join(name for name in (LAST, PREVIOUS) if (folder / name).is_file())
-    return f"{message}{f'; {kept} in it can be resumed from' if kept else ''}. Make room or make it writable, or name another folder."
+    kept = f"; {kept} in it can be resumed from" if kept else ""
+    return f"{message}{kept}. Make room or make it writable, or name another folder."
 
 
 # ---------------------------------------------------------------------------------- load
