@@ -283,6 +283,11 @@ def test_an_unknown_network():
         create_model("seresnet50")
 
 
+def test_an_option_that_the_network_does_not_have():
+    with pytest.raises(ValueError, match=r"se_mobilenet has no option 'drop_path'; help\(senet_fused.models"):
+        create_model("se_mobilenet", drop_path=0.1)
+
+
 def test_names():
     assert set(SIZES) < set(model_names())
     for name in model_names():

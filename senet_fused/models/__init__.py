@@ -134,4 +134,10 @@ def create_model(name: str, **options: Any) -> nn.Module:
         close = difflib.get_close_matches(name, _MODELS, n=3)
         similar = f"; similar: {', '.join(close)}" if close else ""
         raise ValueError(f"there is no network {name!r} in senet_fused.models{similar}; known: {', '.join(_MODELS)}")
-    return _MODELS[name](**options)
+    try:
+        return _MODELS[name](**options)
+    except TypeError as error:
+        _, unexpected, option = str(error).partition("got an unexpected keyword argument ")
+        if not unexpected:
+            raise
+        raise ValueError(f"{name} has no option {option}; help(senet_fused.models.{name}) lists them") from None
