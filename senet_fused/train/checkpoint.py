@@ -30,7 +30,7 @@ __all__ = [
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 _FORMAT, _VERSION = "senet-fused training checkpoint", 1
-_UNFINISHED = ".checkpoint-"  # how names of files begin that are not in place yet
+_UNFINISHED, _ENDINGS = ".checkpoint-", (".new", ".old")  # names of files that are not in place yet
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 
@@ -45,8 +45,8 @@ class CheckpointError(RequestError):
 def save(folder: Path, state: Mapping[str, Any]) -> Path:
     """Writes a state to last.pt in a folder, made if need be; what was last.pt is then previous.pt.
 
-    Killed at any instant, it leaves last.pt complete: as it was, or new. (On a file system without hard links
-    there is an instant with previous.pt only, which ``load`` then takes.) An error leaves both as they were.
+    Killed at any instant, it leaves last.pt complete: as it was, or new. (Without hard links there is an instant
+    with previous.pt only, which ``load`` then takes.) An error leaves both as they were.
 
     Args:
         folder: Where last.pt and previous.pt are.
@@ -70,7 +70,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> Path:
             if alone:
                 _remove_leftovers(folder)
             _write_and_rotate(folder, content)
-            os.fsync(descriptor)
+            _sync_folder(descriptor)
     except OSError as error:
         raise CheckpointError(_why_not_saved(folder, content, error)) from error
     return folder / LAST
@@ -92,9 +92,7 @@ def _require_readable(value: Any, place: str) -> None:
             raise TypeError(f"{place} is a {value.dtype} tensor on {value.device} with layout {value.layout}; "
                             "a checkpoint holds plain strided tensors with data")  # fmt: skip
     elif kind not in _PLAIN:
-        raise TypeError(
-            f"{place} is a {_name(kind)}; a checkpoint holds tensors, dicts, lists, tuples, numbers, str and None"
-        )
+        raise TypeError(f"{place} is a {_name(kind)}; a checkpoint holds tensors, containers, numbers, str and None")
 
 
 def _name(kind: type) -> str:
@@ -127,12 +125,21 @@ def _locked(folder: Path) -> Iterator[tuple[int, bool]]:
 def _remove_leftovers(folder: Path) -> None:
     """What killed processes left behind: nobody who holds no lock is writing."""
     for path in folder.glob(f"{_UNFINISHED}*"):
-        path.unlink(missing_ok=True)
+        if path.suffix in _ENDINGS:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and keep names by themselves
+            raise
 
 
 def _write_and_rotate(folder: Path, content: dict[str, Any]) -> None:
     stem = f"{_UNFINISHED}{secrets.token_hex(8)}"
-    new, old = folder / f"{stem}.new", folder / f"{stem}.old"
+    new, old = (folder / f"{stem}{ending}" for ending in _ENDINGS)
     last, previous = folder / LAST, folder / PREVIOUS
     try:
         _write(new, content)
@@ -273,7 +280,7 @@ def _read(path: Path) -> dict[str, Any]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{foreign}, or damaged: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{foreign}; PyTorch reads it, and finds a {_name(type(content))} of something else")
+        raise CheckpointError(f"{foreign}; PyTorch finds a {_name(type(content))} of another kind")
     if content.get("version") != _VERSION:
         raise CheckpointError(
             f"{path} is a checkpoint of format version {content.get('version')!r}, and this release reads "
@@ -331,7 +338,7 @@ def check_model(state: Mapping[str, Any], description: Mapping[str, Any]) -> Non
     if not isinstance(saved, Mapping):
         raise CheckpointError("the checkpoint does not say of which model it is")
     different = [
-        f"{name} is {_value(saved, name)} in the checkpoint and {_value(description, name)} here"
+        f"{name} is {_shown(saved, name)} in the checkpoint and {_shown(description, name)} here"
         for name in dict.fromkeys([*saved, *description])
         if saved.get(name, _ABSENT) != description.get(name, _ABSENT)
     ]
@@ -339,5 +346,5 @@ def check_model(state: Mapping[str, Any], description: Mapping[str, Any]) -> Non
         raise CheckpointError(f"the checkpoint is of another model: {'; '.join(different)}")
 
 
-def _value(mapping: Mapping[str, Any], name: str) -> str:
+def _shown(mapping: Mapping[str, Any], name: str) -> str:
     return repr(mapping[name]) if name in mapping else "absent"
