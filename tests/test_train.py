@@ -30,6 +30,7 @@ pytest.importorskip("torchdata", reason='torchdata is missing: pip install "sene
 KERNELS = pytest.mark.skipif(
     senet_fused.explain(torch.empty(0)).backend == "reference", reason="the compiled CPU library is not installed"
 )
+PACKAGE = Path(senet_fused.__file__).parent
 TINY = Path(__file__).with_name("train_networks.py")
 # 40 training images, so 5 steps of 8 an epoch.
 DATA = ["--data", "synthetic:6,40,13", "--size", "8", "--batch-size", "8"]
@@ -433,23 +434,24 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
         train(*EVERYTHING, "--output", tmp_path)
 
 
-def test_the_program_killed_with_sigterm(tmp_path):
-    """Workers and all, from outside."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_of_the_program(number, status, tmp_path):
+    """Terminals, torchrun and schedulers send it to the workers as well."""
     words = ["--model", f"{TINY}:Tiny", *DATA, *QUIET, "--epochs", "100000", "--workers", "1", "--output", tmp_path]
     process = subprocess.Popen(
-        [sys.executable, "-m", "senet_fused", "train", *map(str, words)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(senet_fused.__file__).parent.parent)},
+        [sys.executable, "-m", "senet_fused", "train", *map(str, words)], text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )  # fmt: skip
     try:
         give_up = time.monotonic() + 60
-        while not (tmp_path / "last.pt").exists() and time.monotonic() < give_up:
+        while not (tmp_path / "last.pt").exists() and process.poll() is None and time.monotonic() < give_up:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        text, _ = process.communicate(timeout=60)
+        os.killpg(process.pid, number)
+        text, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, text
-    assert "Stopped by signal 15" in text
+    assert process.returncode == status, errors
+    assert f"Stopped by signal {int(number)}" in text and errors == ""
     assert checkpoint.load(tmp_path)["step"] == int(rows(tmp_path / "log.csv")[-1]["step"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint, data
 from .evaluation import Accuracy, evaluate
 from .logs import RunLog
-from .processes import AgreedError, Processes, StopSignals, distribute
+from .processes import AgreedError, Processes, StopSignals, distribute, leave_signals_to_the_run
 from .settings import Settings
 from .state import Learner, Place, seed_everything
 
@@ -86,6 +86,8 @@ class Trainer:
                 data.make_loader(source.held_out, shuffle=False, **how),
             )
         )
+        for loader in (self._train, self._held_out):
+            loader.worker_init_fn = leave_signals_to_the_run
         # What does not fill a step at the end of an epoch is left out of it.
         self.steps_per_epoch = min(processes.of_all(len(self._train))) // settings.accumulate
         if self.steps_per_epoch == 0:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..arguments import RequestError
 
-__all__ = ["AgreedError", "Processes", "StopSignals", "distribute", "join"]
+__all__ = ["AgreedError", "Processes", "StopSignals", "distribute", "join", "leave_signals_to_the_run"]
 
 T = TypeVar("T")
 
@@ -158,6 +158,16 @@ def distribute(network: nn.Module, processes: Processes, *, sync_batchnorm: bool
         # Weights and buffers stay the same tensors.
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return parallel
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """For worker processes that load images: the signals that StopSignals catches go by.
+
+    Terminals, torchrun and schedulers send them to all processes, and the step at hand still wants its images. Workers
+    end when the run does, or when its process has died.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
