@@ -40,7 +40,7 @@ $(torch_stamp): | $(PY)
 
 $(installed): $(torch_stamp) pyproject.toml setup.py
 	$(PY) -m pip install 'setuptools>=77' ninja 'pybind11>=2.13'
-	$(PY) -m pip install --no-build-isolation -e '.[bench,demo,test,lint]'
+	$(PY) -m pip install --no-build-isolation -e '.[bench,demo,train,test,lint]'
 	@touch $@
 
 env: $(installed) ## make .venv and install torch, the tools and this package (editable)

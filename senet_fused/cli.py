@@ -1,4 +1,4 @@
-"""The command line: ``senet-fused bench | fuse-check | tune | doctor | demo``, also ``python -m senet_fused``.
+"""The command line: ``senet-fused bench | train | fuse-check | tune | doctor | demo``, also ``python -m senet_fused``.
 
 A subcommand's module is imported only when it runs, so ``--help`` and a mistyped option answer at once.
 """
@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
+    "train": "train SENet, SE-ResNet or a network of timm's or your own on images, alone or under torchrun",
     "fuse-check": "what senet_fused.fuse does to a network of timm, torchvision or your own: layers, time and numbers",
     "tune": "time plans of the Triton kernels on this GPU, and keep the fastest in a file that calls look up",
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",
@@ -24,7 +25,7 @@ _OF_BENCH = {
     "compare": "two saved runs of `senet-fused bench`, or of `bench model`, row by row: faster, slower or the same",
     "model": "time whole networks, inference and a training step: stock, torch.compile, fused, and the twin without SE",
 }
-_DESCRIPTION = "Fused Squeeze-and-Excitation for PyTorch: measure it, examine the installation, see it train."
+_DESCRIPTION = "Fused Squeeze-and-Excitation for PyTorch: measure it, train with it, examine the installation."
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -53,6 +54,8 @@ def _module(command: str):
         from .bench import model as module
     elif command == "bench":
         from .bench import command as module
+    elif command == "train":
+        from .train import command as module
     elif command == "fuse-check":
         from . import fuse_check as module
     elif command == "tune":

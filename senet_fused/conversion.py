@@ -24,7 +24,7 @@ NAMINGS = (
 
 
 def rename_keys(state_dict: MutableMapping[str, Tensor], prefix: str, layer: nn.Module) -> None:
-    """Rewrites one layer's entries to ``fc1``/``fc2`` and 2-D, in place; entries it does not know stay.
+    """Rewrites one layer's entries to ``fc1``/``fc2`` and their dimensions, in place; entries it does not know stay.
 
     Raises:
         RuntimeError: there are biases and the layer has none.
@@ -44,8 +44,8 @@ def rename_keys(state_dict: MutableMapping[str, Tensor], prefix: str, layer: nn.
             value = state_dict[key]
             if theirs != ours:
                 del state_dict[key]
-            if kind == "weight" and value.dim() > 2 and all(size == 1 for size in value.shape[2:]):
-                value = value.flatten(1)
+            if kind == "weight" and value.dim() >= 2 and all(size == 1 for size in value.shape[2:]):
+                value = value.reshape(*value.shape[:2], *(1,) * (getattr(layer, ours).weight.dim() - 2))
             state_dict[f"{prefix}{ours}.{kind}"] = value
 
 

@@ -42,13 +42,15 @@ class FusedSE(RecordsGates, nn.Module):
         rd_divisor: the rule of timm's SEModule: R = channels / reduction rounded to the nearest multiple of rd_divisor
             (upwards from halfway), at least rd_divisor.
         bias: whether fc1 and fc2 have one (the original Caffe networks, timm and torchvision: yes; SELayer: no).
+        conv: keep the weights as 1x1 convolutions do: fc1 and fc2 are nn.Conv2d, and saved weights [R, C, 1, 1] and
+            [C, R, 1, 1], which the libraries whose layers are convolutions load back.
         act, gate, squeeze, post_act, backend: as in :func:`senet_fused.squeeze_excite`.
         device, dtype: of the parameters.
 
     State dicts load strictly in each of these namings, 2-D or 4-D: ``fc1/fc2`` (torchvision, timm, legacy SENet, our
     own), ``fc.0/fc.2`` (SELayer, MONAI), ``conv_reduce/conv_expand`` (EfficientNet in timm), ``squeeze/expand``
     (NVIDIA), ``conv1.conv/conv2.conv`` (OpenMMLab). Saved keys are ``fc1.weight`` [R, C] and ``fc2.weight``
-    [C, R] (+ biases).
+    [C, R] (+ biases), 4-D with ``conv``.
 
     Raises:
         ValueError: sizes that are no positive integers, two rules for R at once, or unknown names.
@@ -62,6 +64,7 @@ class FusedSE(RecordsGates, nn.Module):
         rd_channels: int | None = None,
         rd_divisor: int | None = None,
         bias: bool = False,
+        conv: bool = False,
         act: Function = "relu",
         gate: Function = "sigmoid",
         squeeze: str = "avg",
@@ -83,8 +86,9 @@ class FusedSE(RecordsGates, nn.Module):
         self.squeeze = squeeze
         self.post_act = post_act
         self.backend = backend
-        self.fc1 = nn.Linear(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
+        kind, size = (nn.Conv2d, (1,)) if conv else (nn.Linear, ())
+        self.fc1 = kind(self.channels, self.rd_channels, *size, bias=bias, device=device, dtype=dtype)
+        self.fc2 = kind(self.rd_channels, self.channels, *size, bias=bias, device=device, dtype=dtype)
         self._senet_captured = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -46,23 +46,24 @@ def test_the_module_runs_as_a_program():
 def test_help_imports_nothing_that_only_a_run_needs():
     code = (
         "import sys; from senet_fused import cli; from contextlib import suppress\n"
-        "for words in (['bench'], ['bench', 'compare'], ['bench', 'model'], ['tune']):\n"
+        "for words in (['bench'], ['bench', 'compare'], ['bench', 'model'], ['tune'], ['train']):\n"
         "    with suppress(SystemExit): cli.main([*words, '--help'])\n"
         "heavy = ['senet_fused.bench.runner', 'senet_fused.demo', 'matplotlib', 'rich', 'sklearn', 'triton',\n"
-        "         'senet_fused.bench.model_run', 'senet_fused.bench.zoo', 'timm', 'torchvision']\n"
+        "         'senet_fused.bench.model_run', 'senet_fused.bench.zoo', 'timm', 'torchvision', 'torchdata',\n"
+        "         'senet_fused.train.session', 'senet_fused.models', 'tensorboard']\n"
         "print('imported:', [name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "imported: []", done.stderr
     for text in ("--problem", "--candidates", "bench compare before.json", "bench model seresnet50", "--fail-slower",
-                 "FILE.py:FACTORY", "price of SE"):  # fmt: skip
+                 "FILE.py:FACTORY", "price of SE", "--sync-batchnorm"):  # fmt: skip
         assert text in done.stdout
 
 
 def test_without_a_command_it_prints_help_and_fails(capsys):
     assert cli.main([]) == 2
     text = capsys.readouterr().out
-    assert all(name in text for name in ("bench", "tune", "doctor", "demo"))
+    assert all(name in text for name in ("bench", "train", "tune", "doctor", "demo"))
 
 
 @pytest.mark.parametrize(

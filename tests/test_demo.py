@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import senet_fused
-from senet_fused import backends
+from senet_fused import backends, handwritten_digits
 from senet_fused.demo import comparison, digits
 from senet_fused.demo.comparison import DemoFailure, Options, check_same_weights
 from senet_fused.demo.network import SeparateTail, SEResNet, TutorialSE
@@ -164,7 +164,7 @@ def test_tails_drift_from_stock_as_far_as_one_ulp_does(extra):
     far: dict[str, list[list[float]]] = {"tails": [], "nudged": []}
     shares: dict[str, list[float]] = {"stock": [], "tails": [], "nudged": []}
     for seed in range(3):
-        images, targets, held, held_targets = comparison.load_images(8, seed)
+        images, targets, held, held_targets = handwritten_digits.load_images(8, seed)
         made = comparison._contenders(Options(seed=seed), images, senet_fused.explain(images).backend)
         made.pop("fused")
         list(train(list(made.values()), targets, epochs=3, batch_size=64, seed=seed))
@@ -329,13 +329,13 @@ def test_runs_with_one_seed_are_the_same(extra):
 
 
 def test_images_are_split_by_seed_with_every_digits_share(extra):
-    images, targets, held, held_targets = comparison.load_images(16, seed=0)
+    images, targets, held, held_targets = handwritten_digits.load_images(16, seed=0)
     assert images.shape == (1437, 1, 16, 16) and held.shape == (360, 1, 16, 16)
-    assert len(targets) + len(held_targets) == comparison.IMAGES
+    assert len(targets) + len(held_targets) == handwritten_digits.IMAGES
     assert images.mean().abs() < 1e-5 and images.std() == pytest.approx(1, abs=1e-5)
     assert ((targets.bincount() / 4 - held_targets.bincount()).abs() < 1.5).all()
-    assert torch.equal(comparison.load_images(16, seed=0)[3], held_targets)
-    assert not torch.equal(comparison.load_images(16, seed=1)[3], held_targets)
+    assert torch.equal(handwritten_digits.load_images(16, seed=0)[3], held_targets)
+    assert not torch.equal(handwritten_digits.load_images(16, seed=1)[3], held_targets)
 
 
 def test_low_accuracy_fails_but_is_shown(extra, tmp_path, capsys):

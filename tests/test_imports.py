@@ -43,9 +43,10 @@ PYTHON = {
     "bench": {"senet_fused", "arguments", "backends", "machine", "modules"},
     "tune": {"senet_fused", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
-    "demo": {"senet_fused", "machine", "select"},
+    "handwritten_digits": set(),
+    "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
     "models": {"senet_fused"},
-    "train": {"senet_fused", "arguments", "machine", "models"},
+    "train": {"senet_fused", "arguments", "handwritten_digits", "machine", "models"},
     "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }
@@ -54,7 +55,10 @@ CORE = (
     "conversion", "modules", "tails", "fusion", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
-OPTIONAL = {"triton", "matplotlib", "rich", "sklearn", "onnx", "pandas", "PIL", "pytest"}
+OPTIONAL = {
+    "triton", "matplotlib", "rich", "sklearn", "onnx", "pandas", "PIL", "pytest", "tensorboard", "torchdata",
+    "torchvision",
+}  # fmt: skip
 # The Triton kernels and what launches them: imported when the first one is launched.
 OF_TRITON = {
     f"backends/triton/{name}.py"

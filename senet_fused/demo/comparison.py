@@ -11,24 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import machine
+from senet_fused.handwritten_digits import load_images
 
 from .network import SeparateTail, SEResNet, TutorialSE
 from .side_by_side import Contender, accuracy, time_layers, train
 
 __all__ = [
-    "HELD_OUT",
-    "IMAGES",
     "NAMES",
     "DemoFailure",
     "Options",
     "check_same_weights",
     "compare",
     "counts_of",
-    "load_images",
     "nudge",
 ]
 
@@ -38,8 +35,6 @@ NAMES = {
     "tails": "FusedSETail",
     "nudged": "tutorial SE on nudged pixels",
 }
-IMAGES = 1797
-HELD_OUT = 360
 LAYER_ROUNDS = 100
 # Of the first loss, and of a layer's output and gradients in relative norm: float32 sums in another order.
 LARGEST_ERROR = 1e-4
@@ -65,24 +60,6 @@ class Options:
     channels_last: bool = True
     nudged: bool = True
     min_accuracy: float = 97.0
-
-
-def load_images(size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images [1437, 1, size, size] and their digits [1437], then the 360 held-out ones.
-
-    Float32, scaled so that the training images have mean 0 and standard deviation 1. The seed draws the
-    split, which keeps every digit's share.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images, targets = torch.tensor(digits.images, dtype=torch.float32)[:, None], torch.tensor(digits.target)
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    split = train_test_split(range(IMAGES), test_size=HELD_OUT, random_state=seed, stratify=digits.target)
-    kept, held = (torch.tensor(part) for part in split)
-    images = (images - images[kept].mean()) / images[kept].std()
-    return images[kept], targets[kept], images[held], targets[held]
 
 
 def nudge(images: Tensor, seed: int) -> Tensor:

@@ -25,9 +25,10 @@ import torch
 
 import senet_fused
 from senet_fused import select
+from senet_fused.handwritten_digits import HELD_OUT, IMAGES
 
 from . import picture
-from .comparison import HELD_OUT, IMAGES, NAMES, DemoFailure, Options, compare, counts_of
+from .comparison import NAMES, DemoFailure, Options, compare, counts_of
 
 __all__ = ["add_arguments", "run"]
 
