@@ -208,6 +208,28 @@ def check_loaded(layer, entries, naming, prefix=""):
             assert torch.equal(ours.bias, entries[f"{prefix}{theirs}.bias"])
 
 
+def test_conv_keeps_the_weights_as_convolutions_do():
+    """The same layer, from the same seed, and its dict is that of a layer of 1x1 convolutions."""
+    torch.manual_seed(3)
+    plain = FusedSE(8, 4, bias=True)
+    torch.manual_seed(3)
+    layer = FusedSE(8, 4, bias=True, conv=True)
+    theirs = nn.ModuleDict({"fc1": nn.Conv2d(8, 2, 1), "fc2": nn.Conv2d(2, 8, 1)})
+    theirs.load_state_dict(layer.state_dict())
+    assert layer.fc1.weight.shape == (2, 8, 1, 1)
+    x = torch.randn(2, 8, 5, 3)
+    assert torch.equal(layer(x), plain(x))
+    plain.load_state_dict(layer.state_dict())
+    layer.load_state_dict(plain.state_dict())
+    assert torch.equal(layer(x), plain(x))
+    for trailing in ((), (1, 1)):
+        entries = foreign_dict("timm_efficientnet", trailing=trailing)
+        layer.load_state_dict(entries)
+        assert torch.equal(layer.fc1.weight.flatten(1), next(iter(entries.values())).flatten(1))
+    layer(x).square().mean().backward()
+    assert layer.fc1.weight.grad.shape == layer.fc1.weight.shape and layer.fc1.weight.grad.any()
+
+
 @pytest.mark.parametrize("trailing", [(), (1,), (1, 1), (1, 1, 1)], ids=["2d", "3d", "4d", "5d"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("naming", NAMINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -19,7 +20,9 @@ from torch import nn
 
 import senet_fused
 from senet_fused.arguments import RequestError
-from senet_fused.train import checkpoint, command, curves, logs, loop, network, session
+from senet_fused.train import checkpoint, command, curves, logs, loop, network, processes, session
+from senet_fused.train.evaluation import Accuracy, evaluate
+from senet_fused.train.processes import Processes
 from senet_fused.train.schedule import make_schedule, paper_rate, paper_step_epochs
 
 pytest.importorskip("torchdata", reason='torchdata is missing: pip install "senet_fused[train]"')
@@ -332,6 +335,50 @@ def test_the_process_is_left_as_it_was(tmp_path):
     assert train(*words, "--threads", threads + 1, "--deterministic") == 0
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"), [([], torch.channels_last), (["--contiguous"], torch.contiguous_format)]
+)
+def test_the_memory_layout_of_images_and_weights(options, layout, tmp_path, monkeypatch):
+    found, move = [], loop.Trainer._move
+
+    def recorded(self, images):
+        moved = move(self, images)
+        found.extend([moved, self.learner.network.conv2.weight])
+        return moved
+
+    monkeypatch.setattr(loop.Trainer, "_move", recorded)
+    words = ["--model", f"{TINY}:Tiny", *DATA, *QUIET, "--max-steps", "1", "--output", tmp_path]
+    assert train(*words, *options) == 0
+    assert len(found) == 2 and all(t.is_contiguous(memory_format=layout) for t in found)
+
+
+def test_evaluation_counts():
+    """Of 8 images the first one's class is scored highest, the second one's comes next, and so on to the last place."""
+    network = nn.Sequential(nn.Identity(), nn.BatchNorm1d(8, affine=False, track_running_stats=False)).train()
+    scores = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    targets = torch.stack([row.argsort(descending=True)[place] for place, row in enumerate(scores)])
+    alone = Processes(0, 1, torch.device("cpu"))
+    how = {"move": lambda x: x, "autocast": contextlib.nullcontext, "stopped": lambda: False}
+    found = evaluate(network[0], [(scores[:3], targets[:3]), (scores[3:], targets[3:])], alone, **how)
+    assert found == Accuracy(1 / 8, 5 / 8, 8)
+    assert evaluate(network[0], [(scores[:, :4], targets % 4)], alone, **how).top5 is None
+    assert evaluate(network, [(scores, targets)], alone, **(how | {"stopped": lambda: True})) is None
+    assert network.training
+
+
+@pytest.mark.parametrize("sending", ["forward_sync_buffers", "broadcast_buffers"])  # torch 2.13, and before
+def test_only_running_statistics_stay_unsent(sending, monkeypatch):
+    said = []
+    namespace = {"said": said}
+    exec(f"def parallel(module, device_ids, gradient_as_bucket_view, {sending}): said.append({sending})", namespace)
+    monkeypatch.setattr(processes, "DistributedDataParallel", namespace["parallel"])
+    network, two = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), Processes(0, 2, torch.device("cpu"))
+    processes.distribute(network, two, sync_batchnorm=False)
+    network.register_buffer("counted", torch.zeros(1))
+    processes.distribute(network, two, sync_batchnorm=False)
+    assert said == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------ signals

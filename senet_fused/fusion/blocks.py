@@ -247,11 +247,17 @@ def block_alteration(block: nn.Module) -> str | None:
         weights = Tail(norm, se, fusion.reading if last else None).weights()
         if isinstance(weights, str):
             return f"{path}: {weights}"
-    drop_path = getattr(block, "drop_path", None)
-    if drop_path is not None and not isinstance(drop_path, nn.Identity):
+    drop_path = _drop_path_of(block, form)
+    if drop_path is not None:
         if fusion.drop_path != (type(drop_path), type(drop_path).forward) or has_hooks(drop_path):
             return "its drop_path is not what was proven, or has hooks"
     return None
+
+
+def _drop_path_of(block: nn.Module, form: BlockForm) -> Any:
+    """What a block of this form calls as its drop_path; None if it has none, or one that does nothing."""
+    drop_path = getattr(block, "drop_path", None) if "drop_path" in form.has else None
+    return None if isinstance(drop_path, nn.Identity) else drop_path
 
 
 # ---------------------------------------------------------------------------------------------------- the proof
@@ -286,8 +292,10 @@ def examine_block(
     reading = Reading.of(se, verify=verify)
     if not fits(block.get_submodule(form.norms[-1]), reading.recipe):
         raise Unsuited("its SE layer is for another number of dimensions than its BatchNorm")
-    drop_path, dropped = getattr(block, "drop_path", None), None
-    if drop_path is not None and not isinstance(drop_path, nn.Identity):
+    drop_path, dropped = _drop_path_of(block, form), None
+    if drop_path is not None:
+        if not isinstance(drop_path, nn.Module):
+            raise Unsuited(f"its drop_path is a {type(drop_path).__name__}, not a module")
         if isinstance(drop_path, nn.modules.dropout._DropoutNd) or list(drop_path.parameters()):
             raise Unsuited(f"its drop_path, a {type(drop_path).__name__}, does not drop whole samples")
         dropped = (type(drop_path), type(drop_path).forward)

@@ -13,11 +13,15 @@ from typing import Any
 
 from torch import nn
 
+from .bn_inception import BNInception
+from .caffe import CaffeResult, caffe_names, load_caffe
 from .layers import SE_CHOICES
+from .mobilenet import MobileNet
 from .senet import STRATEGIES, SENet, basic, bottleneck, resnext, senet
 
 __all__ = [
-    "SE_CHOICES", "STRATEGIES", "SENet", "create_model", "model_names", "se_resnet18", "se_resnet20", "se_resnet34",
+    "SE_CHOICES", "STRATEGIES", "BNInception", "CaffeResult", "MobileNet", "SENet", "caffe_names", "create_model",
+    "load_caffe", "model_names", "se_bn_inception", "se_mobilenet", "se_resnet18", "se_resnet20", "se_resnet34",
     "se_resnet50", "se_resnet56", "se_resnet101", "se_resnet110", "se_resnet152", "se_resnext50_32x4d",
     "se_resnext101_32x4d", "senet154",
 ]  # fmt: skip
@@ -103,6 +107,18 @@ def se_resnet110(**options: Any) -> SENet:
     return _for_small_images(110, **options)
 
 
+@_model
+def se_bn_inception(**options: Any) -> BNInception:
+    """SE-BN-Inception (section 6.1): 11.94 M parameters, 0.65 M of them the SE layers'. Options: BNInception's."""
+    return BNInception(**options)
+
+
+@_model
+def se_mobilenet(width: float = 1.0, **options: Any) -> MobileNet:
+    """SE-MobileNet (section 6.1): 4.72 M parameters, 0.49 M of them the SE layers'. Options: MobileNet's."""
+    return MobileNet(width, **options)
+
+
 def model_names() -> tuple[str, ...]:
     """The names that :func:`create_model` knows."""
     return tuple(_MODELS)
@@ -118,4 +134,10 @@ def create_model(name: str, **options: Any) -> nn.Module:
         close = difflib.get_close_matches(name, _MODELS, n=3)
         similar = f"; similar: {', '.join(close)}" if close else ""
         raise ValueError(f"there is no network {name!r} in senet_fused.models{similar}; known: {', '.join(_MODELS)}")
-    return _MODELS[name](**options)
+    try:
+        return _MODELS[name](**options)
+    except TypeError as error:
+        _, unexpected, option = str(error).partition("got an unexpected keyword argument ")
+        if not unexpected:
+            raise
+        raise ValueError(f"{name} has no option {option}; help(senet_fused.models.{name}) lists them") from None

@@ -158,7 +158,7 @@ class SENet(nn.Module):
         planes: of the first stage; each next one has twice as many.
         expansion: channels behind a block / its planes.
         groups: of the blocks' 3x3 convolutions.
-        stem, stem_channels: "7x7" with a pool, "deep" (three 3x3 with a pool), or "small" (one 3x3, for 32 x 32 images).
+        stem, stem_channels: "7x7" with a pool, "deep" (three 3x3, pool), or "small" (one 3x3, for 32 x 32 images).
         downsample_size: of the shortcut's convolution in all stages but the first.
         num_classes: of the last layer; 0 for features [N, C] instead.
         in_chans: channels of an image.

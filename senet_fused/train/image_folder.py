@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from senet_fused.arguments import RequestError
@@ -39,7 +41,7 @@ def _torchvision() -> tuple[Any, Any]:
 
 
 class ImageFiles:
-    """Image i is ``(read(files[i]), targets[i])``.
+    """Image i is ``(read(file(i)), class number)``.
 
     With broken="skip", in place of a file that cannot be decoded comes the next one in the list that can be, behind
     the last the first, and with its class: so there are as many images as files, and any process and any later run
@@ -47,40 +49,44 @@ class ImageFiles:
     """
 
     def __init__(self, samples: list[tuple[str, int]], read: Callable[[str], Any], broken: str) -> None:
-        self.files = [name for name, _ in samples]
-        self.targets = [target for _, target in samples]
+        # Arrays: worker processes share their memory, but copy that of Python objects, whose reference counts change.
+        self._files = np.array([os.fsencode(name) for name, _ in samples], dtype=np.bytes_)
+        self._targets = np.array([target for _, target in samples], dtype=np.int64)
         self.read = read
         self.broken = broken
         # Shared, so that worker processes can tell the main one.
         self._found_broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._files)
+
+    def file(self, index: int) -> str:
+        return os.fsdecode(bytes(self._files[index]))
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         for place in (*range(index, len(self)), *range(index)):
             try:
-                return self.read(self.files[place]), self.targets[place]
+                return self.read(self.file(place)), int(self._targets[place])
             except Exception as error:  # what decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
                 system = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
                 if system or self.broken == "raise":
                     raise BrokenImageError(
-                        f"cannot read the image {self.files[place]}: {error}"
+                        f"cannot read the image {self.file(place)}: {error}"
                         + ("" if system else "; replace it, take it away, or ask to skip broken images")
                     ) from None
                 self._report(place, error)
-        raise BrokenImageError(f"none of the {len(self)} images can be read, from {self.files[0]} on")
+        raise BrokenImageError(f"none of the {len(self)} images can be read, from {self.file(0)} on")
 
     def _report(self, place: int, error: Exception) -> None:
         if not self._found_broken[place]:
             self._found_broken[place] = True
             warnings.warn(
-                f"skipping the broken image {self.files[place]}: {error}; the next one takes its place", stacklevel=2
+                f"skipping the broken image {self.file(place)}: {error}; the next one takes its place", stacklevel=2
             )
 
     def found_broken(self) -> list[str]:
         """The files that were skipped so far, in whichever process."""
-        return [self.files[place] for place in self._found_broken.nonzero().flatten().tolist()]
+        return [self.file(place) for place in self._found_broken.nonzero().flatten().tolist()]
 
 
 def read_folder(where: str, broken: str) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:

@@ -62,9 +62,8 @@ class EpochSampler(Sampler[int]):
             order = torch.randperm(self.length, generator=generator)
         else:
             order = torch.arange(self.length)
-        if self.drop_last or self.shuffle:
-            order = order[torch.arange(len(self) * self.world_size) % max(self.length, 1)]
-        return order[self.rank :: self.world_size].tolist()
+        places = self.rank + self.world_size * torch.arange(len(self))
+        return order[places % max(self.length, 1)].tolist()
 
     def __len__(self) -> int:
         if self.drop_last:

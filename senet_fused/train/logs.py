@@ -149,6 +149,10 @@ class RunLog:
         self.epochs.write(row)
         self._scalars("held out", row, ("accuracy", "top5", "ema_accuracy", "ema_top5"))
 
+    def flush(self) -> None:
+        """Whoever reads log.csv meanwhile finds what has been written."""
+        self.steps.offset()
+
     def _scalars(self, group: str, row: dict[str, Any], names: tuple[str, ...]) -> None:
         if self._events is not None:
             for name in names:

@@ -206,6 +206,7 @@ class Trainer:
                 )  # fmt: skip
         place.seconds += seconds
         if self.log is not None:
+            self.log.flush()
             left = (self.total_steps - place.step) * seconds / len(losses)
             self.log.terminal.progress(
                 place.step, self.total_steps,

@@ -65,7 +65,9 @@ def _own(settings: Settings, sizes: dict[str, int]) -> nn.Module:
         meant = f"; similar: {', '.join(similar)}" if similar else f"; known: {', '.join(known)}"
         raise RequestError(f"there is no network {name!r}{meant} (others: timm:NAME, FILE.py:FACTORY)")
     se = None if settings.no_se else _SE[settings.fuse]
-    options = {"drop_path": settings.drop_path, "reduction": settings.reduction}
+    options = {"reduction": settings.reduction}
+    if settings.drop_path:  # not all networks have residual branches
+        options["drop_path"] = settings.drop_path
     if settings.dropout is not None:  # some networks have a rate of their own
         options["dropout"] = settings.dropout
     return _made(name, lambda: models.create_model(name, se=se, **sizes, **options)).train()
@@ -131,7 +133,8 @@ def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
     except RequestError:
         raise
     except Exception as error:
-        raise RequestError(f"cannot make {name}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise RequestError(f"cannot make {name}: {kind}{error}") from error
 
 
 def describe(settings: Settings, classes: int, shape: tuple[int, ...]) -> dict[str, Any]:

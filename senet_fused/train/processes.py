@@ -102,10 +102,19 @@ def join(device: str) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=_TIMEOUT)
     if distributed.is_initialized():
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), here)
-        # Not after an error: the others may be dead, and would be waited for.
-        if ours:
-            distributed.destroy_process_group()
+        left = True
+        try:
+            yield Processes(distributed.get_rank(), distributed.get_world_size(), here)
+        except BaseException as error:
+            # Others may be dead, or wait for this one in another place; of an agreed error all know.
+            left = isinstance(error, (AgreedError, SystemExit))
+            raise
+        finally:
+            if ours and left:
+                # Nobody leaves before the first one's files are there. And gloo's threads are done by then with what
+                # was sent before: one that frees a Python object after Python's end would abort the process.
+                distributed.barrier()
+                distributed.destroy_process_group()
     else:
         yield Processes(0, 1, here)
 
@@ -162,7 +171,8 @@ class StopSignals:
         self._processes = processes
         self._received = 0
         self._before: dict[int, Any] = {}
-        self._question: tuple[Any, Tensor] | None = None
+        self._question: torch.distributed.Work | None = None
+        self._number = torch.zeros((), dtype=torch.int64)
 
     def __enter__(self) -> StopSignals:
         with contextlib.suppress(ValueError):
@@ -172,7 +182,7 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is None and self._question is not None:
-            self._question[0].wait()
+            self._question.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -196,9 +206,8 @@ class StopSignals:
             return self._received
         answer = 0
         if self._question is not None:
-            work, number = self._question
-            work.wait()
-            answer = int(number)
-        number = torch.tensor(self._received)
-        self._question = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, async_op=True), number
+            self._question.wait()
+            answer = int(self._number)
+        self._number.fill_(self._received)
+        self._question = torch.distributed.all_reduce(self._number, torch.distributed.ReduceOp.MAX, async_op=True)
         return answer
