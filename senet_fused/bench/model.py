@@ -19,10 +19,11 @@ __all__ = ["add_arguments", "run"]
 
 VARIANTS = (
     "stock", "compile", "max-autotune", "graph", "fused", "fused+compile", "tails", "tails+compile", "tails+graph",
-    "no-se", "no-se+compile",
+    "folded", "folded+compile", "folded+fused", "folded+fused+compile", "no-se", "no-se+compile",
 )  # fmt: skip
 GRAPHS = ("graph", "tails+graph")
-_BY_DEFAULT = tuple(name for name in VARIANTS if name not in (*GRAPHS, "max-autotune"))
+ON_REQUEST = ("max-autotune", *GRAPHS, *(name for name in VARIANTS if name.startswith("folded")))
+_BY_DEFAULT = tuple(name for name in VARIANTS if name not in ON_REQUEST)
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
 _BUDGET_S = 10.0
@@ -37,9 +38,12 @@ variants:
   stock              the network as it is
   fused              a copy after senet_fused.fuse
   tails              a copy after senet_fused.fuse(tails=True): BatchNorm, SE, + shortcut and ReLU are one operator
+  folded             a copy after senet_fused.fold_batchnorm(fuse=False): every BatchNorm in the convolution in front
+  folded+fused       a copy after senet_fused.fold_batchnorm: also SE, + shortcut and ReLU are one operator;
+                     both in inference alone
   no-se              the twin: a copy with nn.Identity for every SE layer, where each returns its scaled input
-  compile, fused+compile, tails+compile, no-se+compile
-                     these four under torch.compile (default options, static shapes)
+  compile, fused+compile, tails+compile, folded+compile, folded+fused+compile, no-se+compile
+                     these six under torch.compile (default options, static shapes)
   max-autotune       stock under torch.compile in that mode, on a GPU with CUDA graphs of its own; takes minutes
   graph, tails+graph stock and tails on a GPU, all that is timed, the optimizer's step too, as one CUDA graph
 The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without. All
@@ -70,6 +74,7 @@ examples:
   senet-fused bench model torchvision:mobilenet_v3_large --mode inference --batch 1 32 --layout channels_last
   senet-fused bench model seresnext101_32x4d senet154 --device cuda --dtype float16 --amp --batch 64 --json out.json
   senet-fused bench model legacy_senet154 --device cuda --mode training --providers stock graph tails+graph no-se
+  senet-fused bench model legacy_seresnet50 --mode inference --providers stock compile fused folded folded+fused
   senet-fused bench model my_net.py:make --size 1,28,28 --providers stock fused no-se --quick
   senet-fused bench compare before.json after.json
 
@@ -103,12 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers",
         nargs="+",
         choices=VARIANTS,
-        help="the variants (default: all but max-autotune, graph, tails+graph)",
+        help=f"the variants (default: all but {', '.join(ON_REQUEST)})",
     )
     who.add_argument(
         "--backend",
         metavar="NAME",
-        help="of fused and tails, compiled or not: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+        help="of fused, tails and folded+fused, compiled or not: auto, reference, cpu, ... "
+        "(default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     who.add_argument(

@@ -168,6 +168,8 @@ def _rows(
             "se_fused": variant.fused,
             "se_blocks": variant.blocks,
             "se_tails": variant.tails,
+            "se_joined": variant.joined,
+            "norms_folded": variant.folded,
             "note": variant.note,
             "error": error,
         }
