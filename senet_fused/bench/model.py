@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import RequestError, check_device, positive, require_writable
+from .presets import LARGEST, PRESETS, batch_size, resolve
 from .problems import LAYOUTS
 
 if TYPE_CHECKING:
@@ -33,6 +34,18 @@ models:
   NAME               timm's network of that name, else torchvision's; timm:NAME and torchvision:NAME are explicit
   FILE.py:FACTORY    what a function (or class) without arguments in a file returns
 Weights of timm's and torchvision's are random, nothing is downloaded, and all variants begin with the same ones.
+
+presets:
+  senet154           timm's legacy_senet154
+  se_resnext101      timm's legacy_seresnext101_32x4d
+  se_resnet50        timm's legacy_seresnet50
+These are the original networks (Hu et al. 2018), with images of 3x224x224. A preset means --layout channels_last, and
+  on a CPU           --dtype float32 --batch 1 4 8 --providers stock compile fused tails no-se
+  on a GPU           --dtype bfloat16 --amp --batch 32 64 128 max
+                     --providers stock compile graph fused tails tails+compile tails+graph no-se
+What is given besides counts, a NAME too. Several batches are a sweep: tables of images/s and of the price of SE by
+batch follow. --batch max is found by trying training steps of stock, with room left for what the other variants keep
+(a CUDA graph keeps the memory of a step), and all variants run with it, in inference, too. Batches beyond it are left.
 
 variants:
   stock              the network as it is
@@ -75,6 +88,7 @@ examples:
   senet-fused bench model seresnext101_32x4d senet154 --device cuda --dtype float16 --amp --batch 64 --json out.json
   senet-fused bench model legacy_senet154 --device cuda --mode training --providers stock graph tails+graph no-se
   senet-fused bench model legacy_seresnet50 --mode inference --providers stock compile fused folded folded+fused
+  senet-fused bench model --preset senet154 se_resnet50 --device cuda --mode training --json sweep.json
   senet-fused bench model my_net.py:make --size 1,28,28 --providers stock fused no-se --quick
   senet-fused bench compare before.json after.json
 
@@ -88,9 +102,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what is computed")
-    what.add_argument("models", nargs="+", metavar="NAME", help="a network, as below; in front of the options")
-    what.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="default: both")
-    what.add_argument("--batch", nargs="+", type=positive(int), default=[8], metavar="N", help="default 8")
+    what.add_argument("models", nargs="*", metavar="NAME", help="a network, as below; in front of the options")
+    what.add_argument("--preset", nargs="+", choices=PRESETS, help="networks, and other defaults, as below")
+    what.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
+    what.add_argument(
+        "--batch",
+        nargs="+",
+        type=batch_size,
+        metavar="N",
+        help=f"default 8; {LARGEST}, on a GPU, is the largest that fits in training",
+    )
     what.add_argument(
         "--size",
         "--input-size",
@@ -98,9 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one input: N for a square image, or C,H,W (also C,L and C,D,H,W); "
         "default: what timm says of its network, else 3,224,224",
     )
-    what.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32")
     what.add_argument("--amp", action="store_true", help="float32 weights, and autocast to the dtype")
-    what.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
+    what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default contiguous")
     what.add_argument("--seed", type=int, default=0, help="of weights, inputs and labels (default 0)")
 
     who = parser.add_argument_group("who computes it")
@@ -154,6 +175,11 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
 
     header = stamp("senet-fused bench model", command, args.device, options.settings)
     header["versions"] |= {library: machine.package_version(library) for library in LIBRARIES}
+    if LARGEST in args.batch:
+        header["largest batch"] = (
+            "of a training step of stock, beside the weights and momentum of all variants and a step's memory for each "
+            "CUDA graph"
+        )
     return {
         **header,
         "kind": "model",
@@ -184,6 +210,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     Raises:
         RequestError: the request cannot be met; nothing has been measured.
     """
+    resolve(args)
     if args.amp and "float32" in args.dtype:
         raise RequestError("--amp is for --dtype bfloat16 or float16: autocast to float32 changes nothing")
     if args.json is not None:

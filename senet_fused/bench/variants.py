@@ -24,15 +24,19 @@ FOLDED = ("folded", "folded+fused")
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """One cell of the measurement, under the names that the progress display asks for."""
+    """One cell of the measurement, under the names that the progress display asks for.
+
+    batch: "max" until it is known. largest: that it is the largest that fits.
+    """
 
     problem: str
     size: tuple[int, ...]
-    batch: int
+    batch: int | str
     dtype: str
     amp: bool
     layout: str
     direction: str
+    largest: bool = False
 
     @property
     def label(self) -> str:
