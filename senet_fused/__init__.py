@@ -3,6 +3,7 @@
 from . import reference
 from ._version import __version__
 from .activations import Activation
+from .folding import fold_batchnorm
 from .functional import excitation, explain, squeeze_excite
 from .fusion import FuseReport, fuse, fuse_report, unfuse
 from .modules import FusedSE, capture_gates
@@ -23,6 +24,7 @@ __all__ = [
     "capture_gates",
     "excitation",
     "explain",
+    "fold_batchnorm",
     "fuse",
     "fuse_report",
     "reference",

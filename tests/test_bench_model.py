@@ -700,7 +700,7 @@ def quick_compile(monkeypatch):
 
 
 def test_every_variant_can_be_measured(file, quick_compile):
-    names = tuple(name for name in model.VARIANTS if name not in model.GRAPHS)
+    names = tuple(name for name in model.VARIANTS if name not in model.GRAPHS and not name.startswith("folded"))
     rows = measure(zoo.load(f"{file}:bottlenecks"), names)
     assert [(row["provider"], row["error"]) for row in rows] == [(name, None) for name in names] * 2
     assert all(row["median_s"] > 0 and row["price_of_se"] > 0 for row in rows)
@@ -720,6 +720,63 @@ def test_every_variant_can_be_measured(file, quick_compile):
 def test_max_autotune_is_torch_compiles_mode(file, quick_compile):
     rows = measure(zoo.load(f"{file}:small"), ("stock", "compile", "max-autotune"), modes=["inference"])
     assert [row["error"] for row in rows] == [None] * 3 and quick_compile == [None, "max-autotune"]
+
+
+# ------------------------------------------------------------------------------------------------------ folded
+
+FOLDED = ("folded", "folded+compile", "folded+fused", "folded+fused+compile")
+
+
+def test_folded_networks_are_compared_with_stock(file, quick_compile):
+    names = ("stock", *FOLDED, "no-se")
+    rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), names, modes=["inference"]))
+    assert [(row["error"], row["note"]) for row in rows.values()] == [(None, None)] * 6
+    auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
+    for name in FOLDED:
+        row = rows[name]
+        assert row["median_s"] > 0 and 0 < row["output_error"] < 1e-5
+        assert row["price_of_se"] == pytest.approx(row["median_s"] / rows["no-se"]["median_s"])
+        # Eight BatchNorms and two layers.
+        assert (row["norms_folded"], row["se_joined"], row["se_fused"]) == ((8, 2, 2) if "fused" in name else (8, 0, 0))
+    assert (rows["folded"]["backend"], rows["folded+fused"]["backend"]) == ("aten", auto)
+    assert rows["folded+compile"]["backend"] == "inductor" and rows["stock"]["norms_folded"] == 0
+
+
+def test_folded_networks_are_for_inference(file):
+    rows = by_provider(measure(zoo.load(f"{file}:small"), ("stock", *FOLDED), modes=["training"]))
+    for name in FOLDED:
+        assert rows[name]["note"].startswith("for inference only") and rows[name]["error"] is None
+        assert rows[name]["median_s"] is None and rows["stock"]["median_s"] > 0
+
+
+def test_a_network_that_is_folded_in_part_or_not_at_all_is_told(file):
+    names = ("stock", "folded", "folded+fused")
+
+    class Decides(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    plain = by_provider(measure(zoo.load(f"{file}:plain"), names, modes=["inference"]))
+    assert plain["folded"]["note"] == "nothing to fold: the network has no BatchNorm"
+    assert plain["folded+fused"]["note"] == "nothing to fuse: the network has no SE layer"
+    stubborn = nn.Sequential(zoo.load(f"{file}:small"), Decides())
+    row = by_provider(measure(stubborn, names, modes=["inference"]))["folded"]
+    assert re.match(r"not folded: .*torch.fx cannot trace 1 \(Decides\)", row["note"]) and row["error"] is None
+    part = nn.Sequential(nn.BatchNorm2d(3), zoo.load(f"{file}:small"))
+    row = by_provider(measure(part, names, modes=["inference"]))["folded+fused"]
+    assert (row["norms_folded"], row["se_fused"], row["se_joined"]) == (2, 2, 0) and row["median_s"] > 0
+    assert row["note"] == "1 BatchNorms are not folded; 0 is not: there is no convolution in front of it"
+
+
+def test_a_folding_that_computes_something_else_is_an_error(file, monkeypatch):
+    def fold_batchnorm(network, **options):
+        folded = senet_fused.fold_batchnorm(network, **options)
+        next(folded.parameters()).data.mul_(1.1)
+        return folded
+
+    monkeypatch.setattr(variants, "fold_batchnorm", fold_batchnorm)
+    row = by_provider(measure(zoo.load(f"{file}:small"), ("stock", "folded"), modes=["inference"]))["folded"]
+    assert row["error"].startswith("ValueError: wrong output: off by ")
 
 
 # ------------------------------------------------------------------------------------------------- CUDA graphs
@@ -869,7 +926,8 @@ def test_the_memory_of_torch_compiles_own_graphs_is_not_told(file, monkeypatch):
 def test_those_that_compile_are_checked_last():
     names = model_run._in_order(model.VARIANTS)
     assert names[:2] == ["stock", "no-se"] and set(names) == set(model.VARIANTS)
-    assert names[2:6] == ["graph", "fused", "tails", "tails+graph"] and names[-1] == "max-autotune"
+    quick = ["graph", "fused", "tails", "tails+graph", "folded", "folded+fused"]
+    assert names[2:8] == quick and names[-1] == "max-autotune"
 
 
 def test_out_of_time_no_further_variant_is_begun_and_the_others_are_timed(file, monkeypatch):

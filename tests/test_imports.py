@@ -34,8 +34,9 @@ PYTHON = {
     "modules": {"activations", "conversion", "functional", "reference", "select"},
     "tails": {"activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select"},
     "fusion": {"functional", "modules", "recognition", "select", "tails"},
+    "folding": {"fusion", "modules", "select", "tails"},
     "senet_fused": {
-        "_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
+        "_version", "activations", "folding", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
     },  # fmt: skip
     "arguments": {"backends"},
     "machine": {"senet_fused", "_plan", "backends"},
@@ -52,7 +53,7 @@ PYTHON = {
 }
 CORE = (
     "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
-    "conversion", "modules", "tails", "fusion", "senet_fused",
+    "conversion", "modules", "tails", "fusion", "folding", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {
@@ -248,6 +249,7 @@ print(*sorted(set(sys.modules) - before))
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
         *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
+        *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
         *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),
     }  # fmt: skip

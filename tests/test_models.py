@@ -250,6 +250,22 @@ def test_compile_in_one_graph():
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("se", [*CHOICES, None])
+def test_batchnorms_can_be_folded(se):
+    """Those in tails, too; the SE layer then adds the shortcut and acts, in one call."""
+    model = tiny(se=se).eval()
+    folded = senet_fused.fold_batchnorm(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    wanted = model(x)
+    senet_fused.reset_call_counts()
+    torch.testing.assert_close(folded(x), wanted, rtol=1e-10, atol=1e-12)
+    assert senet_fused.call_counts() == ({} if se is None else {"cpu.forward": 3})
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert (len(folded.folding.folded), folded.folding.left) == (norms, ())
+    assert len(folded.folding.joined) == (3 if se in ("tails", "reference") else 0)
+
+
 def test_channels_last_and_features():
     model = tiny(num_classes=0, dtype=torch.float32).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)

@@ -16,8 +16,10 @@
 Whole networks, `senet-fused bench model`:
 
     zoo          networks by name: timm's, torchvision's, and those of files
-    variants     stock, the twin without SE, fused, and tails, each as it is, compiled, or as a CUDA graph
+    presets      networks and defaults by a short name
+    variants     stock, the twin without SE, fused, tails, and folded, each as it is, compiled, or as a CUDA graph
     model_case   input, loss, the check against stock, the timed call;  model_run: one case after the other -> rows
+    largest_batch  --batch max
     model_graph  a call as a CUDA graph
     model_memory what autograd saves, and the peak of a training step
     model_report rows -> tables, summary

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import RequestError, check_device, positive, require_writable
+from .presets import LARGEST, PRESETS, batch_size, resolve
 from .problems import LAYOUTS
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ __all__ = ["add_arguments", "run"]
 
 VARIANTS = (
     "stock", "compile", "max-autotune", "graph", "fused", "fused+compile", "tails", "tails+compile", "tails+graph",
-    "no-se", "no-se+compile",
+    "folded", "folded+compile", "folded+fused", "folded+fused+compile", "no-se", "no-se+compile",
 )  # fmt: skip
 GRAPHS = ("graph", "tails+graph")
-_BY_DEFAULT = tuple(name for name in VARIANTS if name not in (*GRAPHS, "max-autotune"))
+ON_REQUEST = ("max-autotune", *GRAPHS, *(name for name in VARIANTS if name.startswith("folded")))
+_BY_DEFAULT = tuple(name for name in VARIANTS if name not in ON_REQUEST)
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("inference", "training")
 _BUDGET_S = 10.0
@@ -33,13 +35,28 @@ models:
   FILE.py:FACTORY    what a function (or class) without arguments in a file returns
 Weights of timm's and torchvision's are random, nothing is downloaded, and all variants begin with the same ones.
 
+presets:
+  senet154           timm's legacy_senet154
+  se_resnext101      timm's legacy_seresnext101_32x4d
+  se_resnet50        timm's legacy_seresnet50
+These are the original networks (Hu et al. 2018), with images of 3x224x224. A preset means --layout channels_last, and
+  on a CPU           --dtype float32 --batch 1 4 8 --providers stock compile fused tails no-se
+  on a GPU           --dtype bfloat16 --amp --batch 32 64 128 max
+                     --providers stock compile graph fused tails tails+compile tails+graph no-se
+What is given besides counts, a NAME too. Several batches are a sweep: tables of images/s and of the price of SE by
+batch follow. --batch max is found by trying training steps of stock, with room left for what the other variants keep
+(a CUDA graph keeps the memory of a step), and all variants run with it, in inference, too. Batches beyond it are left.
+
 variants:
   stock              the network as it is
   fused              a copy after senet_fused.fuse
   tails              a copy after senet_fused.fuse(tails=True): BatchNorm, SE, + shortcut and ReLU are one operator
+  folded             a copy after senet_fused.fold_batchnorm(fuse=False): every BatchNorm in the convolution in front
+  folded+fused       a copy after senet_fused.fold_batchnorm: also SE, + shortcut and ReLU are one operator;
+                     both in inference alone
   no-se              the twin: a copy with nn.Identity for every SE layer, where each returns its scaled input
-  compile, fused+compile, tails+compile, no-se+compile
-                     these four under torch.compile (default options, static shapes)
+  compile, fused+compile, tails+compile, folded+compile, folded+fused+compile, no-se+compile
+                     these six under torch.compile (default options, static shapes)
   max-autotune       stock under torch.compile in that mode, on a GPU with CUDA graphs of its own; takes minutes
   graph, tails+graph stock and tails on a GPU, all that is timed, the optimizer's step too, as one CUDA graph
 The price of SE of a variant is its time / the time of no-se: 1.20 says that SE costs 20 % of the network without. All
@@ -70,6 +87,8 @@ examples:
   senet-fused bench model torchvision:mobilenet_v3_large --mode inference --batch 1 32 --layout channels_last
   senet-fused bench model seresnext101_32x4d senet154 --device cuda --dtype float16 --amp --batch 64 --json out.json
   senet-fused bench model legacy_senet154 --device cuda --mode training --providers stock graph tails+graph no-se
+  senet-fused bench model legacy_seresnet50 --mode inference --providers stock compile fused folded folded+fused
+  senet-fused bench model --preset senet154 se_resnet50 --device cuda --mode training --json sweep.json
   senet-fused bench model my_net.py:make --size 1,28,28 --providers stock fused no-se --quick
   senet-fused bench compare before.json after.json
 
@@ -83,9 +102,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what is computed")
-    what.add_argument("models", nargs="+", metavar="NAME", help="a network, as below; in front of the options")
-    what.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="default: both")
-    what.add_argument("--batch", nargs="+", type=positive(int), default=[8], metavar="N", help="default 8")
+    what.add_argument("models", nargs="*", metavar="NAME", help="a network, as below; in front of the options")
+    what.add_argument("--preset", nargs="+", choices=PRESETS, help="networks, and other defaults, as below")
+    what.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
+    what.add_argument(
+        "--batch",
+        nargs="+",
+        type=batch_size,
+        metavar="N",
+        help=f"default 8; {LARGEST}, on a GPU, is the largest that fits in training",
+    )
     what.add_argument(
         "--size",
         "--input-size",
@@ -93,9 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one input: N for a square image, or C,H,W (also C,L and C,D,H,W); "
         "default: what timm says of its network, else 3,224,224",
     )
-    what.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32")
     what.add_argument("--amp", action="store_true", help="float32 weights, and autocast to the dtype")
-    what.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
+    what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default contiguous")
     what.add_argument("--seed", type=int, default=0, help="of weights, inputs and labels (default 0)")
 
     who = parser.add_argument_group("who computes it")
@@ -103,12 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers",
         nargs="+",
         choices=VARIANTS,
-        help="the variants (default: all but max-autotune, graph, tails+graph)",
+        help=f"the variants (default: all but {', '.join(ON_REQUEST)})",
     )
     who.add_argument(
         "--backend",
         metavar="NAME",
-        help="of fused and tails, compiled or not: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
+        help="of fused, tails and folded+fused, compiled or not: auto, reference, cpu, ... "
+        "(default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     who.add_argument(
@@ -148,6 +175,11 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
 
     header = stamp("senet-fused bench model", command, args.device, options.settings)
     header["versions"] |= {library: machine.package_version(library) for library in LIBRARIES}
+    if LARGEST in args.batch:
+        header["largest batch"] = (
+            "of a training step of stock, beside the weights and momentum of all variants and a step's memory for each "
+            "CUDA graph"
+        )
     return {
         **header,
         "kind": "model",
@@ -178,6 +210,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     Raises:
         RequestError: the request cannot be met; nothing has been measured.
     """
+    resolve(args)
     if args.amp and "float32" in args.dtype:
         raise RequestError("--amp is for --dtype bfloat16 or float16: autocast to float32 changes nothing")
     if args.json is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from .report import geometric_mean
@@ -12,7 +12,7 @@ __all__ = ["dtype_label", "input_label", "render", "summarise"]
 
 Row = dict[str, Any]
 _HEADER = ("device", "versions", "threads", "revision", "warning", "weights", "inference", "training", "price of SE",
-           "memory", "check", "interrupted")  # fmt: skip
+           "largest batch", "memory", "check", "interrupted")  # fmt: skip
 
 
 def input_label(row: Row) -> str:
@@ -80,6 +80,43 @@ def _memory_cells(row: Row) -> dict[str, str]:
     }
 
 
+def _sweeps(rows: Sequence[Row]) -> list[Table]:
+    """Images/s and the price of SE by batch and variant, for what was measured at more than one batch."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["median_s"]:
+            what = (row["mode"], dtype_label(row), row["size"].replace(",", "x"), row["layout"])
+            groups.setdefault(f"{row['model']}: {', '.join(what)}", []).append(row)
+    tables = []
+    for title, members in groups.items():
+        if len({row["batch"] for row in members}) > 1:
+            rates = _by_batch(members, lambda row: rate_label(_rate(row)))
+            best = {"batch": "best"}
+            for name in dict.fromkeys(row["provider"] for row in members):
+                fastest = max((row for row in members if row["provider"] == name), key=_rate)
+                best[name] = f"{rate_label(_rate(fastest))} at {fastest['batch']}"
+            tables.append(Table(f"images/s by batch, {title}", [*rates, best]))
+            if any(row["price_of_se"] for row in members):
+                prices = _by_batch(members, lambda row: ratio_label(row["price_of_se"]))
+                tables.append(Table(f"price of SE by batch, {title}", prices))
+    return tables
+
+
+def _rate(row: Row) -> float:
+    return row["batch"] / row["median_s"]
+
+
+def _by_batch(rows: Sequence[Row], label: Callable[[Row], str]) -> list[dict[str, str]]:
+    """A line per batch, in order, with a cell per variant."""
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        batch = f"{row['batch']}{' (max)' if row.get('largest_batch') else ''}"
+        line = lines.setdefault(row["batch"], {"batch": batch} | dict.fromkeys(names, "-"))
+        line[row["provider"]] = label(row)
+    return list(lines.values())
+
+
 def _summary_table(summary: Sequence[Row]) -> Table:
     lines = [
         {
@@ -96,6 +133,6 @@ def _summary_table(summary: Sequence[Row]) -> Table:
 
 
 def render(header: Row, rows: Sequence[Row], summary: Sequence[Row], out: TextIO, plain: bool = False) -> None:
-    """Prints what was measured and how, a table per model, mode, dtype, batch and layout, and the summary."""
+    """Prints what was measured and how, a table per model, mode, dtype, batch and layout, sweeps, and the summary."""
     show_header(header, _HEADER, out)
-    show([*_tables(rows), _summary_table(summary)] if rows else [], out, plain)
+    show([*_tables(rows), *_sweeps(rows), _summary_table(summary)] if rows else [], out, plain)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .largest_batch import fits_in_training, largest_batch
 from .model_case import Cell, Results
+from .presets import LARGEST
 from .providers import forget_compiled
 from .runner import Progress
 from .timing import Outcome, Rotation, Settings, describe, interleave
@@ -82,7 +84,7 @@ def _check(
                 wanted[name] = found
                 stochastic = stochastic or cell.is_stochastic(variant, found)
                 if cell.case.dtype != "float32" and not stochastic:
-                    cell.compare(variant, found, cell.in_float32(network, name))
+                    _compare_with_float32(network, cell, variant, found)
             elif stochastic and variant.compiled:
                 variant.remark("the network is random in training and torch.compile draws other numbers: not compared")
             else:
@@ -95,6 +97,13 @@ def _check(
             variant.error, variant.model = describe(error), None
         checked[name] = variant
     return [checked[name] for name in options.variants]
+
+
+def _compare_with_float32(network: Network, cell: Cell, variant: Variant, found: Results) -> None:
+    try:
+        cell.compare(variant, found, cell.in_float32(network, variant.name))
+    except torch.cuda.OutOfMemoryError:  # a batch that fits in bfloat16 need not in float32
+        variant.remark("not compared with float32, which does not fit in the memory")
 
 
 def _measure(
@@ -143,6 +152,7 @@ def _rows(
         row: Row = {
             "model": case.problem,
             "batch": case.batch,
+            "largest_batch": case.largest,
             "size": ",".join(map(str, case.size)),
             "dtype": case.dtype,
             "amp": case.amp,
@@ -168,6 +178,8 @@ def _rows(
             "se_fused": variant.fused,
             "se_blocks": variant.blocks,
             "se_tails": variant.tails,
+            "se_joined": variant.joined,
+            "norms_folded": variant.folded,
             "note": variant.note,
             "error": error,
         }
@@ -197,6 +209,39 @@ def _failed(case: ModelCase, options: Options, error: str) -> list[Row]:
     return _rows(case, None, [Variant(name, error=error) for name in options.variants], {})
 
 
+class _Largest:
+    """The largest batches of one network, each found once; of an error, that."""
+
+    def __init__(self, network: Network, cases: Sequence[ModelCase], options: Options) -> None:
+        self._network, self._options = network, options
+        self._asked = {self._key(case) for case in cases if case.batch == LARGEST}
+        self._found: dict[ModelCase, int | Exception] = {}
+
+    def _key(self, case: ModelCase) -> ModelCase:
+        return dataclasses.replace(case, batch=LARGEST, direction="training")
+
+    def sized(self, case: ModelCase) -> ModelCase:
+        """The case with its batch as a number. Raises NoVariant if it is beyond the largest that was asked for."""
+        key = self._key(case)
+        if key not in self._asked:
+            return case
+        if key not in self._found:
+            options = self._options
+            fits = fits_in_training(self._network, case, options.variants, options.device, options.seed)
+            try:
+                self._found[key] = largest_batch(fits)
+            except Exception as error:
+                self._found[key] = error
+        largest = self._found[key]
+        if isinstance(largest, Exception):
+            raise largest
+        if case.batch == LARGEST:
+            return dataclasses.replace(case, batch=largest, largest=True)
+        if case.batch > largest:
+            raise NoVariant(f"not measured: a batch of {largest} is the largest that fits in training")
+        return case
+
+
 def run(
     todo: Sequence[tuple[nn.Module, Sequence[ModelCase]]],
     options: Options,
@@ -215,7 +260,7 @@ def run(
     rows = [] if rows is None else rows
     start = time.monotonic()
     for model, todo_cases in todo:
-        network, trouble = None, ""
+        network, largest, trouble = None, None, ""
         for case in todo_cases:
             if time.monotonic() - start > options.time_limit_s:
                 return rows
@@ -223,6 +268,7 @@ def run(
             if network is None and not trouble:
                 try:
                     network = Network(model, case.size, options.device, options.backend, options.seed)
+                    largest = _Largest(network, todo_cases, options)
                 except Exception as error:  # an input that it cannot take, most of the time
                     shape = "x".join(map(str, case.size))
                     trouble = f"{describe(error)} (on an input of {shape}; --size gives another)"
@@ -230,7 +276,10 @@ def run(
                 rows += _failed(case, options, trouble)
             else:
                 try:
+                    case = largest.sized(case)
                     rows += _measure(network, case, options, progress, start + options.time_limit_s)
+                except NoVariant as reason:
+                    rows += _rows(case, None, [Variant(name, note=str(reason)) for name in options.variants], {})
                 except Exception as error:  # the case as a whole: out of memory, say
                     rows += _failed(case, options, describe(error))
             if options.device == "cuda":

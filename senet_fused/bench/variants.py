@@ -1,4 +1,5 @@
-"""The variants of a network: stock, its twin without SE, fused, and tails, as they are, compiled, or a CUDA graph."""
+"""The variants of a network: stock, its twin without SE, fused, tails, and folded for inference, as they are, compiled,
+or a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,25 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from senet_fused import fuse, fuse_report
+from senet_fused import fold_batchnorm, fuse, fuse_report
 
 from .providers import under_compile
 from .zoo import settle
 
-__all__ = ["ModelCase", "Network", "NoVariant", "Variant", "twin"]
+__all__ = ["FOLDED", "ModelCase", "Network", "NoVariant", "Variant", "twin"]
+
+FOLDED = ("folded", "folded+fused")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """One cell of the measurement, under the names that the progress display asks for."""
+    """One cell of the measurement, under the names that the progress display asks for.
+
+    batch: "max" until it is known. largest: that it is the largest that fits.
+    """
 
     problem: str
     size: tuple[int, ...]
-    batch: int
+    batch: int | str
     dtype: str
     amp: bool
     layout: str
     direction: str
+    largest: bool = False
 
     @property
     def label(self) -> str:
@@ -56,7 +63,8 @@ class Variant:
     a CUDA graph is made of such calls.
 
     reference: whom it is compared with. fused: how many SE layers are. blocks, tails: the blocks around SE layers, and
-    how many of them run with tails.
+    how many of them run with tails. folded: how many convolutions have a BatchNorm in them. joined: how many SE layers
+    run with their shortcut's addition and ReLU.
     """
 
     name: str
@@ -66,6 +74,8 @@ class Variant:
     fused: int = 0
     blocks: int | None = None
     tails: int = 0
+    folded: int = 0
+    joined: int = 0
     backend: str | None = None
     output_error: float | None = None
     gradient_error: float | None = None
@@ -87,7 +97,7 @@ class Variant:
     @property
     def prototype(self) -> str:
         name, _, how = self.name.rpartition("+")
-        return name or ("stock" if how in ("compile", "max-autotune", "graph") else how)
+        return (name or "stock") if how in ("compile", "max-autotune", "graph") else self.name
 
     @property
     def reference(self) -> str:
@@ -118,20 +128,42 @@ def twin(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fused(model: nn.Module, backend: str | None, tails: bool = False) -> nn.Module:
-    """A copy after fuse. Raises NoVariant where no layer is one that fuse is for."""
+def _require_layers(model: nn.Module) -> None:
+    """Raises NoVariant where no layer is one that fuse is for."""
     layers = fuse_report(model).layers
     if not layers:
         raise NoVariant("nothing to fuse: the network has no SE layer")
     if all(layer.form is None for layer in layers):
         raise NoVariant(f"nothing to fuse: {layers[0].name or 'the network'} ({layers[0].kind}): {layers[0].reason}")
+
+
+def _fused(model: nn.Module, backend: str | None, tails: bool = False) -> nn.Module:
+    """A copy after fuse. Raises NoVariant where no layer is one that fuse is for."""
+    _require_layers(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of nothing fused: the variant has a note, or an error
         return fuse(copy.deepcopy(model), backend=backend, tails=tails)
 
 
+def _folded(model: nn.Module, backend: str | None, fused: bool) -> nn.Module:
+    """A copy after fold_batchnorm. Raises NoVariant where there is nothing to fold, or to fuse if that is asked for."""
+    if fused:
+        _require_layers(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            folded = fold_batchnorm(model, fuse=fused, backend=backend)
+    except ValueError as error:  # most of all that it cannot be traced
+        raise NoVariant(f"not folded: {error}") from error
+    if not folded.folding.folded:
+        left = folded.folding.left
+        why = f"{left[0][0]}: {left[0][1]}" if left else "the network has no BatchNorm"
+        raise NoVariant(f"nothing to fold: {why}")
+    return folded
+
+
 class Network:
-    """One network on its device, and what its variants are copies of: stock, no-se, fused and tails."""
+    """One network on its device, and what its variants are copies of: stock, no-se, fused, tails, and the folded."""
 
     def __init__(self, stock: nn.Module, size: tuple[int, ...], device: str, backend: str | None, seed: int) -> None:
         self.layers = len(fuse_report(stock).layers)
@@ -148,13 +180,21 @@ class Network:
     def _prototype(self, name: str) -> nn.Module | Exception:
         if name not in self._prototypes:  # proofs take seconds: made for those who ask
             try:
-                self._prototypes[name] = _fused(self._prototypes["stock"], self._backend, tails=name == "tails")
+                self._prototypes[name] = self._make(name)
             except Exception as error:
                 self._prototypes[name] = error
         return self._prototypes[name]
 
+    def _make(self, name: str) -> nn.Module:
+        stock = self._prototypes["stock"]
+        if name in FOLDED:
+            return _folded(stock, self._backend, fused=name == "folded+fused")
+        return _fused(stock, self._backend, tails=name == "tails")
+
     def build(self, variant: Variant, case: ModelCase) -> None:
         """Gives the variant a fresh copy for one case. Raises NoVariant, or why it cannot be made."""
+        if variant.prototype in FOLDED and case.training:
+            raise NoVariant("for inference only: its BatchNorms are folded into the convolutions")
         found = self._prototype(variant.prototype)
         if isinstance(found, Exception):
             raise found
@@ -162,13 +202,23 @@ class Network:
         if not case.amp:
             model.to(getattr(torch, case.dtype))
         model.to(memory_format=case.memory_format).train(case.training)
-        if variant.prototype in ("fused", "tails"):
+        if variant.prototype in FOLDED:
+            _count_folded(variant, model)
+        if variant.prototype in ("fused", "tails", "folded+fused"):
             _count_fused(variant, model)
         variant.model = variant.call = model
         if variant.compiled:
             # Not as one graph: a network may have breaks of its own.
             mode = "max-autotune" if variant.name == "max-autotune" else None
             variant.call, variant.require_a_graph = under_compile(model, mode, fullgraph=False)
+
+
+def _count_folded(variant: Variant, model: nn.Module) -> None:
+    """Notes how many convolutions have a BatchNorm in them, how many SE layers are joined, and what is left."""
+    names, left, joined = model.folding
+    variant.folded, variant.joined = len(names), len(joined)
+    if left:
+        variant.remark(f"{len(left)} BatchNorms are not folded; {left[0][0]} is not: {left[0][1]}")
 
 
 def _count_fused(variant: Variant, model: nn.Module) -> None:

@@ -147,7 +147,8 @@ class BNInception(nn.Module):
         return self._modules[f"{name}_tail"](self._modules[name](x))
 
     def _inception(self, name: str, x: Tensor, inception: Inception) -> Tensor:
-        if inception.stride == 2 and (x.shape[-1] % 2 or x.shape[-2] % 2):
+        # torch.fx traces with something else than tensors, of which no size is known.
+        if isinstance(x, Tensor) and inception.stride == 2 and (x.shape[-1] % 2 or x.shape[-2] % 2):
             raise ValueError(
                 f"{name} halves even planes, got one of {x.shape[-2]} x {x.shape[-1]}, which its pool and its "
                 "convolutions round differently; images of a multiple of 32 pixels fit"

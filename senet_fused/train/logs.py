@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -41,8 +43,9 @@ class Table:
         self._writer.writerow(["" if row.get(name) is None else row[name] for name in self._columns])
 
     def offset(self) -> int:
-        """How long the file is, after what has been written has reached it."""
+        """How long the file is, once all of it has reached the disk, as a checkpoint will that tells of it."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -157,8 +160,9 @@ class RunLog:
                     self._events.add_scalar(f"{group}/{name}", row[name], row["step"])
 
     def close(self) -> None:
-        for table in (self.steps, self.epochs):
-            table.close()
-        if self._events is not None:
-            self._events.close()
-        self.terminal.close()
+        with contextlib.ExitStack() as stack:  # each, even where another fails: the disk may be full
+            stack.callback(self.terminal.close)
+            if self._events is not None:
+                stack.callback(self._events.close)
+            for table in (self.steps, self.epochs):
+                stack.callback(table.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ from .settings import Settings, check_same
 __all__ = ["device_of", "settings_of", "train"]
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+_WRITING_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _NAMED = 5  # of files that cannot be read
 
 
@@ -71,6 +73,13 @@ def train(args: argparse.Namespace) -> int | str:
         try:
             with StopSignals(processes) as signals:
                 return _train(args, processes, signals)
+        except OSError as error:
+            if error.errno not in _WRITING_FAILED:
+                raise
+            raise RequestError(
+                f"cannot write into {args.output}: {error.strerror}. Make room there; --resume goes on from the last "
+                "checkpoint"
+            ) from error
         except Diverged as error:
             if processes.first:
                 print(f"senet-fused train: {error}", file=sys.stderr)
@@ -87,7 +96,7 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
     def prepare() -> tuple[Settings, dict[str, Any] | None, data.Source, nn.Module]:
         settings = settings_of(args, processes.size)
         if processes.first:
-            _claim(folder, resuming=args.resume is not None)
+            _claim(folder, args.resume)
         state = _state_to_resume(args)
         source = data.open_source(
             settings.data, size=settings.size, seed=settings.seed, broken=settings.broken_images,
@@ -140,13 +149,15 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
     return checkpoint.load(args.output if args.resume == Path("") else args.resume)
 
 
-def _claim(folder: Path, *, resuming: bool) -> None:
+def _claim(folder: Path, resume: Path | None) -> None:
     """Raises RequestError unless the run can leave its files there."""
+    own = resume is not None and (resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent))
+    instead = "begins anew" if resume is None else f"goes on from {resume}"
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-        if (folder / name).exists() and not resuming:
+        if (folder / name).exists() and not own:
             raise RequestError(
-                f"{folder} holds the checkpoint {name} of another run: --resume goes on from it, another --output "
-                "begins anew"
+                f"{folder} holds the checkpoint {name} of another run: --resume goes on from it, "
+                f"another --output {instead}"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -102,6 +103,7 @@ class Learner:
 
 
 def seed_everything(seed: int) -> None:
-    """Python's and PyTorch's generators, those of all devices."""
+    """Python's, NumPy's and PyTorch's generators, those of all devices."""
     random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # whose seeds end there
     torch.manual_seed(seed)

@@ -1,0 +1,79 @@
+"""The largest batch that a GPU's memory takes in training, beside all that the other variants hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .model_case import Cell
+from .model_memory import peak_bytes
+from .variants import ModelCase, Network, Variant
+
+__all__ = ["fits_in_training", "largest_batch", "needed_bytes"]
+
+_FIRST, _LIMIT = 8, 2**16
+_FINE_BELOW, _STEP = 64, 8  # large batches to the next multiple of 8
+_USABLE = 0.95  # of what is free: the allocator's blocks, workspaces of libraries
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, by doubling and bisection; from 64 up a multiple of 8.
+
+    Args:
+        fits: whether a batch does; if one does, so do all that are smaller.
+
+    Raises:
+        ValueError: not even one image fits.
+    """
+    low, high = 0, _FIRST
+    while high <= _LIMIT and fits(high):
+        low, high = high, 2 * high
+    while high - low > (step := _STEP if low >= _FINE_BELOW else 1) and low < _LIMIT:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == 0:
+        raise ValueError("not even a batch of 1 fits in the GPU's memory")
+    return low
+
+
+def needed_bytes(peak: int, weights: int, variants: Sequence[Variant]) -> int:
+    """What a case of these variants needs beside the networks that they are copies of.
+
+    peak: of a step of stock, beyond its weights and momentum. weights: of one network. Every variant keeps its weights
+    and momentum, a CUDA graph all that its step takes as well; stock's gradients, a variant's, and those of no-se are
+    there for the comparison.
+    """
+    graphs = sum(variant.graphed or variant.name == "max-autotune" for variant in variants)
+    return peak * (1 + graphs) + weights * (2 * len(variants) + 3)
+
+
+def fits_in_training(
+    network: Network, case: ModelCase, names: Sequence[str], device: str, seed: int
+) -> Callable[[int], bool]:
+    """Whether a batch fits: a training step of stock runs, and there is room for all variants beside it."""
+    variants = [Variant(name) for name in names]
+
+    def fits(batch: int) -> bool:
+        try:
+            return _fits(dataclasses.replace(case, batch=batch, direction="training"))
+        except torch.cuda.OutOfMemoryError:
+            return False
+
+    def _fits(sized: ModelCase) -> bool:
+        # Without a reference to the last trial's tensors: its frames are gone by now.
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        cell, stock = Cell(sized, device, seed), Variant("stock")
+        network.build(stock, sized)
+        weights = sum(parameter.nbytes for parameter in stock.model.parameters())
+        cell.results(stock)
+        step = cell.timed(stock)
+        step(0)  # the optimizer makes its momentum
+        peak = peak_bytes(lambda: step(0), device)
+        return needed_bytes(peak, weights, variants) <= _USABLE * free
+
+    return fits
