@@ -20,6 +20,10 @@
 #                         and tails, stock and tails as one CUDA graph, and without SE (skipped without timm)
 #   models-compile        the same networks: stock, compile, tails, tails+compile, without SE
 #   models-max-autotune   stock, max-autotune, tails, without SE
+#   models-largest        legacy_senet154 and legacy_seresnext101_32x4d at the largest batch that fits: as in models, and
+#                         compile, tails+compile
+#   train                 senet-fused train on the GPUs of this machine by torchrun: SENet-154 with synchronised tails in
+#                         bfloat16, stopped and resumed (skipped without torchdata)
 #   table                 tables of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
@@ -39,7 +43,7 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 all="build tests sanitize-cuda sanitize-triton sanitize-tail-cuda sanitize-tail-triton"
 all="$all bench-bf16 bench-float32 bench-tail-bf16 bench-tail-float32 launches launches-tail"
-all="$all models models-compile models-max-autotune table"
+all="$all models models-compile models-max-autotune models-largest train table"
 parts=${*:-$all}
 
 for part in $parts; do
@@ -62,7 +66,7 @@ fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')-senet154-batch64
-models=${name%-senet154-batch64}-models-batch64
+models=${name%-senet154-batch64}-models
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 build() {
@@ -125,8 +129,9 @@ launches() {
 
 # WHAT VARIANT...
 models() {
-  local what=$1 end=$((SECONDS + ${MODELS_LIMIT:-560})) known=() network left status worst=0
+  local what=$1 batch=64 end=$((SECONDS + ${MODELS_LIMIT:-560})) known=() network left status worst=0
   local asked=${MODELS:-legacy_senet154 seresnet50 legacy_seresnext101_32x4d senet154 seresnext101_32x4d}
+  if [ "$what" = largest ]; then batch=max asked=${MODELS:-legacy_senet154 legacy_seresnext101_32x4d}; fi
   shift
   # shellcheck disable=SC2086
   if ! known=($("$python" -c 'import sys, timm; print(*filter(timm.is_model, sys.argv[1:]))' $asked 2>/dev/null)); then
@@ -145,13 +150,33 @@ models() {
       continue
     fi
     # What takes longer is interrupted as by Ctrl-C: torch.compile has no limit of its own.
-    timeout -s INT -k 25 "$left" "$python" -m senet_fused bench model "$network" --mode training --batch 64 \
+    timeout -s INT -k 25 "$left" "$python" -m senet_fused bench model "$network" --mode training --batch "$batch" \
       --dtype bfloat16 --amp --layout channels_last --device cuda --providers "$@" --budget 5 \
-      --time-limit "${TIME_LIMIT:-$((left * 2 / 3))}" --plain --json "$out/$models-$what-$network.json" \
+      --time-limit "${TIME_LIMIT:-$((left * 2 / 3))}" --plain --json "$out/$models-batch$batch-$what-$network.json" \
       2> >(tee "$out/models-$what-$network.log" | grep --line-buffered -E '^\[[0-9]+/|^senet-fused|Error' >&2) || status=$?
     if [ "$status" != 0 ]; then worst=$status; fi
   done
   return "$worst"
+}
+
+train() {
+  local work gpus run
+  if ! "$python" -c 'import torchdata' 2>/dev/null; then
+    echo "torchdata is not installed: skipped"
+    return
+  fi
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  work=$(mktemp -d)
+  # shellcheck disable=SC2064
+  trap "rm -rf '$work'" EXIT
+  run=(timeout "${TRAIN_LIMIT:-500}" "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus"
+    -m senet_fused train --model senet154 --data "synthetic:10,$((1024 * gpus)),$((128 * gpus))" --epochs 2
+    --batch-size 32 --amp bf16 --fuse tails --sync-batchnorm --ema 0.99 --workers 4 --device cuda --plain
+    --tensorboard off --output "$work/run")
+  "${run[@]}" --max-steps 40
+  "${run[@]}" --resume
+  cp "$work/run/log.csv" "$out/${name%-senet154-batch64}-train.csv"
+  cp "$work/run/curves.png" "$out/${name%-senet154-batch64}-train.png"
 }
 
 table() {
@@ -200,6 +225,7 @@ for part in $parts; do
       models) models eager stock graph fused tails tails+graph no-se ;;
       models-compile) models compile stock compile tails tails+compile no-se ;;
       models-max-autotune) models max-autotune stock max-autotune tails no-se ;;
+      models-largest) models largest stock graph fused tails tails+graph compile tails+compile no-se ;;
       *) "$part" ;;
     esac
   )

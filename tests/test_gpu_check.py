@@ -36,6 +36,8 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   *get_device_name*) [ -n "${NO_GPU:-}" ] && exit 1; echo "NVIDIA H200"; exit ;;
   *"import xdist"*) exit 1 ;;
+  *"import torchdata"*) exit "${NO_TORCHDATA:-0}" ;;
+  *device_count*) echo 2; exit ;;
   *timm.is_model*) [ -n "${NO_TIMM:-}" ] && exit 1; shift 2; [ "$*" = none ] || echo "$*"; exit ;;
 esac
 echo "${SENET_FUSED_CUDA:+SENET_FUSED_CUDA=$SENET_FUSED_CUDA }$*" >>"$LOG"
@@ -43,17 +45,22 @@ for flag in --json --plot --roofline; do
   file=$(sed -n "s/.* $flag \\([^ ]*\\).*/\\1/p" <<<" $*")
   [ -z "$file" ] || echo result >"$file"
 done
+folder=$(sed -n "s/.* --output \\([^ ]*\\).*/\\1/p" <<<" $*")
+[ -z "$folder" ] || { mkdir -p "$folder" && touch "$folder/log.csv" "$folder/curves.png"; }
 case "$*" in
   *"${FAILING:-nothing fails}"*) exit 1 ;;
 esac
 """
 PARTS = """build tests sanitize-cuda sanitize-triton sanitize-tail-cuda sanitize-tail-triton bench-bf16 bench-float32
-    bench-tail-bf16 bench-tail-float32 launches launches-tail models models-compile models-max-autotune table""".split()
+    bench-tail-bf16 bench-tail-float32 launches launches-tail models models-compile models-max-autotune
+    models-largest train table""".split()
+LARGE = ["legacy_senet154", "legacy_seresnext101_32x4d"]
 NETWORKS = "legacy_senet154 seresnet50 legacy_seresnext101_32x4d senet154 seresnext101_32x4d".split()
 MODELS = {
     "eager": "stock graph fused tails tails+graph no-se",
     "compile": "stock compile tails tails+compile no-se",
     "max-autotune": "stock max-autotune tails no-se",
+    "largest": "stock graph fused tails tails+graph compile tails+compile no-se",
 }
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BUILD = "SENET_FUSED_CUDA=1 setup.py -q build_ext --inplace"
@@ -128,14 +135,22 @@ def test_all_parts_run_in_order(check):
         launches = f"benchmarks/gpu_launches.py --op {op} --problem senet154 --batch 64 --dtype bfloat16 float32"
         assert next(rest) == f"{launches} --backend cuda triton"
         assert (check.out / f"nvidia-h200-senet154-batch64-launches{suffix}.txt").exists()
-    models, files = f"{check.out}/nvidia-h200-models-batch64", []
+    models, files = f"{check.out}/nvidia-h200-models", []
     for what, variants in MODELS.items():
-        for network in NETWORKS:
+        batch, networks = ("max", LARGE) if what == "largest" else ("64", NETWORKS)
+        for network in networks:
             call = next(rest)
-            assert call.startswith(f"-m senet_fused bench model {network} --mode training --batch 64 --dtype bfloat16 ")
+            start = f"-m senet_fused bench model {network} --mode training --batch {batch} --dtype bfloat16 "
+            assert call.startswith(start)
             assert f" --amp --layout channels_last --device cuda --providers {variants} --budget 5 " in call
-            assert call.endswith(f"--json {models}-{what}-{network}.json")
-            files.append(f"{models}-{what}-{network}.json")
+            file = f"{models}-batch{batch}-{what}-{network}.json"
+            assert call.endswith(f"--json {file}")
+            files.append(file)
+    train = "-m torch.distributed.run --standalone --nproc-per-node 2 -m senet_fused train --model senet154 "
+    for end in ("--max-steps 40", "--resume"):
+        call = next(rest)
+        assert call.startswith(train) and call.endswith(f" {end}")
+    assert {"nvidia-h200-train.csv", "nvidia-h200-train.png"} <= {path.name for path in check.out.iterdir()}
     for base in (name, f"{name}-tail"):
         assert next(rest) == (
             f"-m senet_fused bench --from {base}-bfloat16.json {base}-float32.json --plain --plot {base}.png "
@@ -152,12 +167,14 @@ def test_the_calls_are_what_the_programs_take(check):
 
     parser = command.argparse.ArgumentParser()
     model.add_arguments(parser)
-    _, _, calls = check("models", "models-compile", "models-max-autotune", TIME_LIMIT="60", MODELS="seresnet50")
-    assert len(calls) == 3
-    for call, variants in zip(calls, MODELS.values(), strict=True):
+    parts = [part for part in PARTS if part.startswith("models")]
+    _, _, calls = check(*parts, TIME_LIMIT="60", MODELS="seresnet50")
+    assert len(calls) == 4
+    for call, (what, variants) in zip(calls, MODELS.items(), strict=True):
         models = parser.parse_args(call.split()[4:])
         assert (models.device, models.amp, models.time_limit, models.mode) == ("cuda", True, 60, ["training"])
-        assert (models.models, models.layout, models.batch) == (["seresnet50"], ["channels_last"], [64])
+        batch = "max" if what == "largest" else 64
+        assert (models.models, models.layout, models.batch) == (["seresnet50"], ["channels_last"], [batch])
         assert models.providers == variants.split()
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -169,8 +186,19 @@ def test_the_calls_are_what_the_programs_take(check):
     for shown, suffix in ((table, ""), (tails, "-tail")):
         assert [path.name for path in shown.saved] == [f"nvidia-h200-senet154-batch64{suffix}-bfloat16.json"]
         assert shown.plot and shown.roofline
-    assert len(of_models.saved) == 3 and not of_models.plot
+    assert len(of_models.saved) == 4 and not of_models.plot
     assert check("table", FAILING="-tail-bfloat16.json")[0] == 1  # and the others are shown
+    from senet_fused.train import command as train
+
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    _, _, (first, second) = check("train")
+    for call in (first, second):
+        args = parser.parse_args(call.partition(" train ")[2].split())
+        assert (args.device, args.amp, args.fuse, args.sync_batchnorm) == ("cuda", "bf16", "tails", True)
+    code, text, calls = check("train", NO_TORCHDATA="1")
+    assert code == 0 and not calls and "torchdata is not installed: skipped" in text
+    assert check("train", FAILING="--max-steps 40")[0] == 1
 
 
 @needs_bash
