@@ -255,6 +255,21 @@ def test_a_block_without_attention_is_none():
     assert fuse_report(model, tails=True).blocks == ()
 
 
+def test_a_tail_of_ones_own_is_no_layer():
+    """Its name is like one's; the layer inside it is one."""
+    model = nn.Sequential(
+        senet_fused.FusedSETail(nn.BatchNorm2d(8), None, nn.ReLU()),
+        senet_fused.FusedSETail(nn.BatchNorm2d(8), FusedSE(8, 2)),
+        senet_fused.FusedSETail(nn.BatchNorm2d(8), LegacySE(8, 2)),
+    )
+    assert [(layer.name, layer.fused) for layer in fuse_report(model).layers] == [("1.se", True), ("2.se", False)]
+    x = torch.randn(2, 8, 5, 4)
+    wanted = model(x)
+    fuse(model)
+    assert [layer.fused for layer in fuse_report(model).layers] == [True, True]
+    torch.testing.assert_close(model(x), wanted)
+
+
 def test_a_report_foretells():
     model = network(LegacyBottleneck())
     assert fuse_report(model).blocks == ()

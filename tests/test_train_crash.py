@@ -243,3 +243,10 @@ def test_the_disk_is_full(folder, capsys, monkeypatch):
     assert cli.main([*TINY, *more]) == 0
     rows = (folder / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(1, 13))]
+    # Full again for the last file, the weights alone.
+    (folder / "model.pt").unlink()
+    (folder / "model.new").symlink_to("/dev/full")
+    assert cli.main([*TINY, *more]) == 2
+    assert f"cannot write the weights {folder / 'model.pt'}: " in capsys.readouterr().err
+    assert cli.main([*TINY, *more]) == 0
+    assert (folder / "model.pt").is_file()

@@ -20,6 +20,7 @@ from ..recognition import (
     may_be_one,
     not_covered,
 )  # fmt: skip
+from ..tails import FusedSETail
 from .blocks import FORMS, BlockFusion, FusedBlock, block_alteration, examine_block, form_of, main_se
 from .layer import (
     GATE_FORMS,
@@ -157,13 +158,14 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
         if is_fused(module):
             return [_Found(name, module, module._senet_fused.recipe)]
         another, family = not_covered(module), family_of(module)
-        if another is None and family is None:
+        tail = isinstance(module, FusedSETail)  # named like a layer, which is inside it
+        if tail or (another is None and family is None):
             within = [
                 found
                 for child_name, child in module.named_children()
                 for found in visit(f"{name}.{child_name}".lstrip("."), child)
             ]
-            if within or not may_be_one(module):
+            if within or tail or not may_be_one(module):
                 return within
         try:
             recipe = examine(module, verify=verify)

@@ -96,8 +96,10 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
     def prepare() -> tuple[Settings, dict[str, Any] | None, data.Source, nn.Module]:
         settings = settings_of(args, processes.size)
         if processes.first:
-            _claim(folder, args.resume)
+            _refuse_another_run(folder, args.resume)
         state = _state_to_resume(args)
+        if processes.first:
+            _claim(folder)
         source = data.open_source(
             settings.data, size=settings.size, seed=settings.seed, broken=settings.broken_images,
             augment=settings.augment,
@@ -149,8 +151,8 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
     return checkpoint.load(args.output if args.resume == Path("") else args.resume)
 
 
-def _claim(folder: Path, resume: Path | None) -> None:
-    """Raises RequestError unless the run can leave its files there."""
+def _refuse_another_run(folder: Path, resume: Path | None) -> None:
+    """Raises RequestError if a run's checkpoint is there and is not the one to go on from."""
     own = resume is not None and (resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent))
     instead = "begins anew" if resume is None else f"goes on from {resume}"
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
@@ -159,6 +161,10 @@ def _claim(folder: Path, resume: Path | None) -> None:
                 f"{folder} holds the checkpoint {name} of another run: --resume goes on from it, "
                 f"another --output {instead}"
             )
+
+
+def _claim(folder: Path) -> None:
+    """Makes the folder; raises RequestError unless the run can leave its files there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -227,7 +233,17 @@ def _say_broken(log: RunLog, source: data.Source) -> None:
 
 
 def _save_weights(path: Path, model: nn.Module) -> None:
-    """The state dict, for torch.load(weights_only=True), in one move."""
+    """The state dict, for torch.load(weights_only=True), in one move.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
     new = path.with_suffix(".new")
-    torch.save(model.state_dict(), new)
-    os.replace(new, path)
+    try:
+        torch.save(model.state_dict(), new)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+        new.unlink(missing_ok=True)
+        raise RequestError(
+            f"cannot write the weights {path}: {error}; the checkpoint is complete: make room, and --resume writes them"
+        ) from error
