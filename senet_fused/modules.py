@@ -91,8 +91,14 @@ class FusedSE(RecordsGates, nn.Module):
         self.fc2 = kind(self.rd_channels, self.channels, *size, bias=bias, device=device, dtype=dtype)
         self._senet_captured = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], dtypes and errors as in squeeze_excite."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None) -> Tensor:
+        """post_act(gate(x) * x + residual); x and residual [N, C, *spatial], dtypes and errors as in squeeze_excite.
+
+        post_act: for this call; None is the layer's own.
+        """
+        return self._run(x, residual, self.post_act if post_act is None else post_act)
+
+    def _run(self, x: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         result = squeeze_excite(
             x,
@@ -104,7 +110,7 @@ class FusedSE(RecordsGates, nn.Module):
             gate=self.gate,
             squeeze=self.squeeze,
             residual=residual,
-            post_act=self.post_act,
+            post_act=post_act,
             backend=self.backend,
             return_gate=self._senet_captured is not None,
         )

@@ -394,6 +394,21 @@ def changes_the_input(self, x):
     return F.relu(z + x)
 
 
+def changes_the_input_through_an_alias(self, x):
+    y = self.conv(x)
+    z = self.relu(y)
+    a = self.se(z)
+    y.mul_(2)
+    return torch.relu(a + x)
+
+
+def changes_the_input_through_a_view(self, x):
+    y = self.conv(x)
+    a = self.se(y.view(y.shape))
+    y += 3
+    return torch.relu(a + y)
+
+
 def uses_the_sum(self, x):
     y = self.se(self.conv(x)) + x
     return F.relu(y) + y
@@ -423,6 +438,8 @@ APART = {
     "minus": lambda s, x: F.relu(s.se(s.conv(x)) - x),
     "changes the shortcut": changes_the_shortcut,
     "changes the input": changes_the_input,
+    "changes the input through an alias": changes_the_input_through_an_alias,
+    "changes the input through a view": changes_the_input_through_a_view,
     "uses the sum": uses_the_sum,
     "uses the scaled": uses_the_scaled,
 }
@@ -435,6 +452,52 @@ def test_what_is_one_operator(name, asked):
     assert folded.folding.joined == ("se",)
     assert_same(folded, model, image(8))
     assert asked == [(True, "relu")]
+
+
+def larger(self, x):
+    return self.relu(self.se(self.conv(x)) + x[None])
+
+
+def a_size(self, x):
+    return self.relu(self.se(self.conv(x)) + x.size(0))
+
+
+@pytest.mark.parametrize("forward", [larger, a_size])
+def test_what_is_no_shortcut_is_added_as_pytorch_does(forward):
+    model = tail(forward)
+    assert_same(fold_batchnorm(model, backend=BACKEND), model, image(8))
+
+
+def test_a_number_of_another_dtype_leaves_the_dtype():
+    model = tail(lambda s, x: F.relu(s.se(s.conv(x)) + s.z), z=torch.tensor(0.5)).bfloat16()
+    model.z = model.z.float()
+    folded = fold_batchnorm(model, backend=BACKEND)
+    assert folded(image(8).bfloat16()).dtype == model(image(8).bfloat16()).dtype == torch.bfloat16
+
+
+def powers(self, x):
+    y = self.bn(self.conv(x))
+    z = y
+    y **= 2
+    return z
+
+
+def divides(self, x):
+    y = self.bn(self.conv(x))
+    z = y
+    y //= 0.5
+    return z
+
+
+@pytest.mark.parametrize("forward", [powers, divides])
+def test_operators_that_write_still_do(forward):
+    model = net(forward)
+    assert_same(fold_batchnorm(model), model, image(4))
+
+
+def test_an_input_named_like_an_argument_with_a_default_stays():
+    model = net(lambda s, x_rgb, x=None: s.bn(s.conv(x_rgb)))
+    assert_same(fold_batchnorm(model), model, image(4))
 
 
 @pytest.mark.parametrize("name", APART)

@@ -46,7 +46,7 @@ PYTHON = {
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
-    "models": {"senet_fused"},
+    "models": {"senet_fused", "tails"},
     "train": {"senet_fused", "arguments", "handwritten_digits", "machine", "models"},
     "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},

@@ -213,6 +213,64 @@ def test_stochastic_depth_rises_to_the_given_rate():
     assert factors.mean().item() == pytest.approx(1, abs=0.05)
 
 
+def _with_other_relus(model):
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.relu = nn.SiLU()
+
+
+def _with_another_drop_path(model):
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.drop_path = 0.5
+
+
+def _with_hooks_on_se(model):
+    for module in model.modules():
+        if isinstance(module, (FusedSE, ReferenceSE)):
+            module.register_forward_hook(lambda module, inputs, y: y * 0.5)
+
+
+def _with_hooks_on_relu(model):
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.relu.register_forward_hook(lambda module, inputs, y: y * 0.5)
+
+
+def _with_identities(model):
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.se_module = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_with_other_relus, _with_another_drop_path, _with_hooks_on_se, _with_hooks_on_relu, _with_identities],
+)
+def test_what_is_changed_later_counts(change):
+    results = []
+    for se in CHOICES:
+        model = tiny(se=se)
+        change(model)
+        results.append(step(model))
+    keys = results[0].keys() & results[2].keys()  # without SE layers there is nothing of them
+    for result in results[:2]:
+        assert_same({key: result[key] for key in keys}, {key: results[2][key] for key in keys})
+
+
+def test_data_parallel_is_refused():
+    model = tiny(se="fused").layer1[0].tail1
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model._replicate_for_data_parallel()
+
+
+def test_the_twin_of_a_resnet18_is_a_resnet18():
+    block = tiny(basic, se=None, act_before_se=True).eval().layer1[0]
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    y = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    assert torch.equal(block(x), torch.relu(y + x))
+
+
 @needs_kernels
 def test_fuse_finds_the_reference_network():
     model, fused = tiny(se="reference"), tiny(se="reference")

@@ -273,7 +273,7 @@ def test_bad_options(name, options, message):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_strategies_are_for_residual_blocks(name):
-    with pytest.raises(TypeError, match="strategy"):
+    with pytest.raises(ValueError, match="has no option 'strategy'"):
         models.create_model(name, strategy="pre")
 
 

@@ -47,7 +47,8 @@ def fold_batchnorm(model: nn.Module, *, fuse: bool = True, backend: str | None =
     All convolutions are folded, also grouped and transposed ones. A pair stays as it is if something else uses the
     convolution's output or weight too, if the convolution is shared by several BatchNorms, if one of the two has hooks,
     a parametrisation or is a subclass, or if the BatchNorm has no running statistics. SE layers, and modules inside the
-    model that have hooks, stay modules, and are called as before.
+    model that have hooks, stay modules, and are called as before. Contexts within a forward (torch.no_grad, autocast)
+    are not seen by torch.fx, and are lost.
 
     Args:
         model: a module that torch.fx can trace, with batches as input. It may be in training mode. Arguments of its

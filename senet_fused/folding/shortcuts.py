@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,12 @@ from ..modules import FusedSE
 from ..tails import has_hooks
 
 __all__ = ["ShortcutSE", "join"]
+
+# What shortcuts are made of.
+_PURE = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd, nn.Identity,
+)  # fmt: skip
 
 
 class ShortcutSE(FusedSE):
@@ -26,10 +33,16 @@ class ShortcutSE(FusedSE):
         if isinstance(x, fx.Proxy):
             return super().forward(x, residual)
         dtype = x.dtype
-        if residual.shape != x.shape and residual.dim() <= x.dim():
+        if not isinstance(residual, Tensor) or not residual.is_floating_point() or residual.dim() > x.dim():
+            return torch.relu(self._plus(self._run(x, None, None), residual))
+        if residual.shape != x.shape:
+            residual = residual.to(torch.result_type(x, residual))  # which for a single number is x's
             x, residual = torch.broadcast_tensors(x, residual)  # a gate is the same of repeated positions
         y = super().forward(x, residual)
         return y.to(dtype) if self.in_place else y
+
+    def _plus(self, y: Tensor, residual: Any) -> Tensor:
+        return y.add_(residual) if self.in_place else y + residual
 
 
 def join(folded: fx.GraphModule, layers: Iterable[str], backend: str | None) -> list[str]:
@@ -56,7 +69,7 @@ def join(folded: fx.GraphModule, layers: Iterable[str], backend: str | None) -> 
 def _pattern(folded: fx.GraphModule, se: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """The addition behind an SE layer, its other operand, and the ReLU, where nobody else sees what is between.
 
-    Nor may anybody else see the layer's input, as the layer is called later then, and it could have been changed.
+    The layer is called later then, so nothing in between may change its input.
     """
     plus = _only_user(se)
     relu = None if plus is None or not _is_addition(plus) else _only_user(plus)
@@ -64,11 +77,23 @@ def _pattern(folded: fx.GraphModule, se: fx.Node) -> tuple[fx.Node, fx.Node, fx.
         return None
     first, second = plus.args
     shortcut = second if first is se else first
-    if shortcut is se or not isinstance(shortcut, fx.Node) or _only_user(se.args[0]) is None:
+    if shortcut is se or not isinstance(shortcut, fx.Node) or not _changes_nothing(folded, se, plus):
         return None
     if plus.target is operator.iadd and first is not se:  # which changes the shortcut
         return None
     return plus, shortcut, relu
+
+
+def _changes_nothing(folded: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether what runs between two nodes, as a shortcut's convolution may, writes into no tensor that exists."""
+    node = first.next
+    while node is not last:
+        module = folded.get_submodule(node.target) if node.op == "call_module" else None
+        method = node.op == "call_method" and not node.target.endswith("_")  # the methods that write end so
+        if not (isinstance(module, _PURE) or method or node.op in ("placeholder", "get_attr")):
+            return False
+        node = node.next
+    return True
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

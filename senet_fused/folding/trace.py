@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,10 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in ("iadd", "isub", "imul", "itruediv"):
+_IN_PLACE = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
+)  # fmt: skip
+for _name in _IN_PLACE:
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
@@ -81,7 +85,8 @@ def _drop_fixed(graph: fx.Graph, names: Iterable[str]) -> None:
     A graph with such an assertion that they are None breaks, once it is unpickled, every later trace in the process.
     """
     # The tracer numbers them: mask_1.
-    for node in [one for one in graph.nodes if one.op == "placeholder" and one.target.rpartition("_")[0] in names]:
+    fixed = re.compile(rf"(?:{'|'.join(map(re.escape, names))})_\d+")
+    for node in [one for one in graph.nodes if one.op == "placeholder" and fixed.fullmatch(one.target)]:
         users = [node]
         for user in users:
             users += user.users

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from senet_fused import Activation, FusedSE, FusedSETail
+from senet_fused.tails import has_hooks
 
 __all__ = ["SE_CHOICES", "Layers", "ReferenceSE", "SeparateTail", "ShortcutConv", "kept_samples"]
 
@@ -65,7 +66,8 @@ class SeparateTail(nn.Module):
 
     The modules belong to ``owner`` and are looked up there by their names at every call, so that what stands in their
     place later (SyncBatchNorm, nn.Identity) is called; a norm that is no child of owner, such as another tail, becomes
-    one of this module. An SE layer that has ``post_act`` gets the residual, and acts itself.
+    one of this module. A FusedSE with a residual and a ReLU behind it does all three in one call, unless one of them
+    has hooks. (nn.DataParallel's replicas would look at the original's modules, and are refused.)
     """
 
     def __init__(
@@ -80,8 +82,8 @@ class SeparateTail(nn.Module):
         """y; x and residual [N, C, H, W], factor [N]."""
         norm, se, act = (name and self._owner[0]._modules[name] for name in self._names)
         y = (self.norm or norm)(x)
-        if se is not None and residual is not None and getattr(se, "post_act", None) is not None:
-            return se(y, residual)
+        if factor is None and residual is not None and _do_all(se, act):
+            return se(y, residual, "relu")
         if se is not None:
             y = se(y)
         if factor is not None:
@@ -90,8 +92,18 @@ class SeparateTail(nn.Module):
             y = y + residual
         return y if act is None else act(y)
 
+    def _replicate_for_data_parallel(self) -> SeparateTail:
+        raise RuntimeError("nn.DataParallel cannot replicate this network's tails; use DistributedDataParallel")
+
     def extra_repr(self) -> str:
         return f"of its owner's {', '.join(name for name in self._names if name)}"
+
+
+def _do_all(se: nn.Module | None, act: nn.Module | None) -> bool:
+    """Whether + residual and act can be done by the SE layer's operator, and nobody looks at what is between."""
+    if type(se) is not FusedSE or type(act) is not nn.ReLU or se.post_act is not None:
+        return False
+    return not (has_hooks(se) or has_hooks(act) or nn.modules.module._has_any_global_hook())
 
 
 class ShortcutConv(nn.Module):
@@ -131,16 +143,16 @@ class Layers:
         if self.backend is not None and self.se not in ("fused", "tails"):
             raise ValueError(f"backend={self.backend!r} is for se='fused' and 'tails', not for se={self.se!r}")
         with torch.device("meta"):
-            self._make(1, None)  # for what it refuses
+            self._make(1)  # for what it refuses
 
     @property
     def joins(self) -> bool:
         """Whether an SE layer becomes part of a tail: a maximum does not follow from BatchNorm's sums."""
         return self.se == "tails" and self.squeeze == "avg"
 
-    def se_layer(self, channels: int, post_act: str | None = None) -> nn.Module | None:
-        """An SE layer, or None. post_act: "relu" for a FusedSE that adds the residual and acts, too."""
-        return None if self.se is None else self._make(channels, post_act)
+    def se_layer(self, channels: int) -> nn.Module | None:
+        """An SE layer, or None."""
+        return None if self.se is None else self._make(channels)
 
     def tail(
         self, owner: nn.Module, norm: nn.Module, se: nn.Module | None = None, act: nn.Module | None = None
@@ -152,12 +164,12 @@ class Layers:
             return FusedSETail(norm, se, act, owner=owner, backend=self.backend)
         return SeparateTail(self.tail(owner, norm), se, act, owner=owner)
 
-    def _make(self, channels: int, post_act: str | None) -> nn.Module:
+    def _make(self, channels: int) -> nn.Module:
         fused = self.se != "reference"
         with contextlib.nullcontext() if fused else torch.device("meta"):
             layer = FusedSE(
                 channels, self.reduction, bias=True, conv=True, act=self.act, gate=self.gate, squeeze=self.squeeze,
-                post_act=post_act, backend=self.backend,
+                backend=self.backend,
             )  # fmt: skip
         return layer if fused else ReferenceSE(channels, layer.rd_channels, layer.act, layer.gate, self.squeeze)
 

@@ -60,7 +60,8 @@ class Block(nn.Module):
         convs: F's convolutions, two or three.
         downsample: the shortcut's module, None for x itself.
         drop_path: the rate at which samples lose their branch in training (stochastic depth).
-        act_before_se: relu(F(x)) before the standard SE layer, as timm's legacy SE-ResNet-18 and 34 have it.
+        act_before_se: relu(F(x)) before the standard SE layer, as timm's legacy SE-ResNet-18 and 34 have it. Nothing
+            changes where there is no SE layer, or where it stands elsewhere.
     """
 
     def __init__(
@@ -78,17 +79,15 @@ class Block(nn.Module):
             self.add_module(f"bn{number}", nn.BatchNorm2d(conv.out_channels))
         self.relu = nn.ReLU(inplace=True)
         standard = strategy == "standard"
-        joins = layers.joins and not act_before_se
-        adds = standard and drop_path == 0.0 and not joins and layers.se in ("fused", "tails")
         channels = convs[0].in_channels if strategy == "pre" else convs[-1].out_channels
-        self.se_module = layers.se_layer(channels, "relu" if adds else None)
+        self.se_module = layers.se_layer(channels)
         self.downsample = downsample
         self.strategy, self.drop_path = strategy, drop_path
         last = len(convs)
         for number in range(1, last):
             self.add_module(f"tail{number}", layers.tail(self, getattr(self, f"bn{number}"), None, self.relu))
         norm, se = getattr(self, f"bn{last}"), self.se_module if standard else None
-        if act_before_se and standard:
+        if act_before_se and se is not None:
             tail = SeparateTail(layers.tail(self, norm, None, self.relu), se, self.relu, owner=self)
         else:
             tail = layers.tail(self, norm, se, self.relu)
@@ -170,7 +169,8 @@ class SENet(nn.Module):
         drop_path: stochastic depth's rate for the last block; it rises linearly from the first block's 1/L of it
             (Huang et al. 2016, equation 4: survival 1 - l/L * (1 - p_L)).
         act_before_se: a ReLU between the last BatchNorm and the SE layer, as in timm's legacy SE-ResNet-18 and 34. Such
-            an SE layer cannot be part of a tail; it runs fused behind one.
+            an SE layer cannot be part of a tail; it runs fused behind one. The twin and the other strategies have no
+            such ReLU.
 
     Raises:
         ValueError: an unknown name, or a number out of range; the message says which.
