@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, data
 from .evaluation import Accuracy, evaluate
+from .items import mixed
 from .logs import RunLog
 from .processes import AgreedError, Processes, StopSignals, distribute, leave_signals_to_the_run
 from .settings import Settings
@@ -69,7 +70,7 @@ class Trainer:
         self._rates: list[float] = []
         self._since = 0.0
         self._restored: dict[str, Any] | None = None
-        seed_everything(settings.seed + processes.rank)
+        seed_everything(mixed(settings.seed, processes.rank) if processes.rank else settings.seed)
 
     # ------------------------------------------------------------------------------ what it is made of
 
@@ -274,7 +275,7 @@ class Trainer:
 
         Raises:
             Diverged: a weight is not finite.
-            checkpoint.CheckpointError: it cannot be written.
+            RequestError: it cannot be written; in all processes.
         """
         self._look_at_losses()
         if not self.learner.is_finite():
@@ -282,7 +283,9 @@ class Trainer:
         within = 0 < self.place.position < self.steps_per_epoch
         own = {"rng": checkpoint.rng_state(), "loader": data.loader_state(self._train) if within else None}
         everyone = self._processes.of_all(own)
-        if self._processes.first:
+
+
+        def write() -> None:
             state = {
                 "description": self._description,
                 "settings": asdict(self._settings),
@@ -292,6 +295,8 @@ class Trainer:
                 **self.learner.state(),
             }
             checkpoint.save(self._folder, state)
+
+        self._processes.together(write if self._processes.first else lambda: None)
         self._since = time.perf_counter()
 
     def restore(self, state: dict[str, Any]) -> None:
