@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor, nn
 
@@ -106,50 +104,6 @@ class FailingInOneProcess(_Counting):
         if self.training and self.batches == 3 and torch.distributed.get_rank() == 1:
             raise RuntimeError("this process fails")
         return super().forward(x)
-
-
-class OutOfMemory(_Counting):
-    """As a GPU says it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of that.")
-        return super().forward(x)
-
-
-class OneValue(_Counting):
-    """A BatchNorm behind a plane of one pixel."""
-
-    def __init__(self, num_classes: int, in_chans: int) -> None:
-        super().__init__(num_classes, in_chans)
-        self.norm = nn.BatchNorm1d(num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
-class Unused(_Counting):
-    """With a layer that nobody calls."""
-
-    def __init__(self, num_classes: int, in_chans: int) -> None:
-        super().__init__(num_classes, in_chans)
-        self.unused = nn.Linear(2, 2)
-
-
-class NoParameters(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-
-def as_wide_as_asked(num_classes: int, in_chans: int) -> nn.Module:
-    """Another network under the same name, as after an edit of this file."""
-    width = int(os.environ["WIDTH"])
-    return nn.Sequential(
-        nn.Conv2d(in_chans, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
-    )
 
 
 def not_a_module() -> int:

@@ -41,7 +41,7 @@ def evaluate(
     """The network's accuracy in evaluation mode; its mode is afterwards as before.
 
     Args:
-        batches: images [N, ...] and their classes [N], those of this process; a class below 0 is not counted.
+        batches: images [N, ...] and their classes [N], those of this process.
         move: brings images to the device, in their layout.
         stopped: asked before each batch. Where it says yes in one process, the result is None in all.
     """
@@ -60,7 +60,7 @@ def evaluate(
             right += (scores.argmax(1) == targets).sum()
             if wide := scores.shape[1] > _TOP:
                 right5 += (scores.topk(_TOP, 1).indices == targets[:, None]).any(1).sum()
-            seen += int((targets >= 0).sum())
+            seen += len(targets)
     finally:
         network.train(training)
     counts = torch.tensor([int(right), int(right5), seen, broken_off, int(wide)], device=processes.device)

@@ -46,13 +46,9 @@ class ImageFiles:
     With broken="skip", in place of a file that cannot be decoded comes the next one in the list that can be, behind
     the last the first, and with its class: so there are as many images as files, and any process and any later run
     sees the same ones. Where the system cannot read a file, it is an error all the same: another run might be able to.
-    With held_out such a substitute has the class -1, so that it is not counted.
     """
 
-    def __init__(
-        self, samples: list[tuple[str, int]], read: Callable[[str], Any], broken: str, *, held_out: bool = False
-    ) -> None:
-        self._held_out = held_out
+    def __init__(self, samples: list[tuple[str, int]], read: Callable[[str], Any], broken: str) -> None:
         # Arrays: worker processes share their memory, but copy that of Python objects, whose reference counts change.
         self._files = np.array([os.fsencode(name) for name, _ in samples], dtype=np.bytes_)
         self._targets = np.array([target for _, target in samples], dtype=np.int64)
@@ -70,8 +66,7 @@ class ImageFiles:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         for place in (*range(index, len(self)), *range(index)):
             try:
-                target = -1 if self._held_out and place != index else int(self._targets[place])
-                return self.read(self.file(place)), target
+                return self.read(self.file(place)), int(self._targets[place])
             except Exception as error:  # what decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
                 system = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
                 if system or self.broken == "raise":
@@ -127,8 +122,7 @@ def read_folder(where: str, broken: str) -> tuple[ImageFiles, ImageFiles, tuple[
     if differing:
         raise RequestError(f"the classes in {folder}/train and {folder}/val differ; {'; '.join(differing)}")
     read = datasets.folder.default_loader
-    held_out = ImageFiles(val.samples, read, broken, held_out=True)
-    return ImageFiles(train.samples, read, broken), held_out, tuple(train.classes)
+    return ImageFiles(train.samples, read, broken), ImageFiles(val.samples, read, broken), tuple(train.classes)
 
 
 def folder_transform(size: int, augment: bool) -> Callable[[Any], torch.Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from . import checkpoint, data
 from .evaluation import Accuracy, evaluate
-from .items import mixed
 from .logs import RunLog
 from .processes import AgreedError, Processes, StopSignals, distribute, leave_signals_to_the_run
 from .settings import Settings
@@ -70,7 +69,7 @@ class Trainer:
         self._rates: list[float] = []
         self._since = 0.0
         self._restored: dict[str, Any] | None = None
-        seed_everything(mixed(settings.seed, processes.rank) if processes.rank else settings.seed)
+        seed_everything(settings.seed + processes.rank)
 
     # ------------------------------------------------------------------------------ what it is made of
 
@@ -275,7 +274,7 @@ class Trainer:
 
         Raises:
             Diverged: a weight is not finite.
-            RequestError: it cannot be written; in all processes.
+            checkpoint.CheckpointError: it cannot be written.
         """
         self._look_at_losses()
         if not self.learner.is_finite():
@@ -283,9 +282,7 @@ class Trainer:
         within = 0 < self.place.position < self.steps_per_epoch
         own = {"rng": checkpoint.rng_state(), "loader": data.loader_state(self._train) if within else None}
         everyone = self._processes.of_all(own)
-
-
-        def write() -> None:
+        if self._processes.first:
             state = {
                 "description": self._description,
                 "settings": asdict(self._settings),
@@ -295,8 +292,6 @@ class Trainer:
                 **self.learner.state(),
             }
             checkpoint.save(self._folder, state)
-
-        self._processes.together(write if self._processes.first else lambda: None)
         self._since = time.perf_counter()
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ import senet_fused
 from senet_fused import models
 
 from ..arguments import RequestError
-from .checkpoint import CheckpointError
 from .settings import Settings
 
-__all__ = ["check_network", "check_state", "describe", "make_network", "se_layers"]
+__all__ = ["check_network", "describe", "make_network", "se_layers"]
 
 _SE = {"none": "reference", "se": "fused", "tails": "tails"}
 
@@ -46,8 +45,6 @@ def make_network(settings: Settings, classes: int, shape: tuple[int, ...]) -> nn
     torch.manual_seed(settings.seed)
     if prefix == "":
         return _own(settings, sizes)
-    if settings.reduction is not None:
-        raise RequestError(f"--reduction is for the networks of this package; {name} decides itself how wide its are")
     if settings.no_se:
         raise RequestError(f"--no-se is for the networks of this package; {name} decides itself where it has SE layers")
     if prefix == "timm":
@@ -68,9 +65,7 @@ def _own(settings: Settings, sizes: dict[str, int]) -> nn.Module:
         meant = f"; similar: {', '.join(similar)}" if similar else f"; known: {', '.join(known)}"
         raise RequestError(f"there is no network {name!r}{meant} (others: timm:NAME, FILE.py:FACTORY)")
     se = None if settings.no_se else _SE[settings.fuse]
-    options: dict[str, Any] = {}
-    if settings.reduction is not None:
-        options["reduction"] = settings.reduction
+    options = {"reduction": settings.reduction}
     if settings.drop_path:  # not all networks have residual branches
         options["drop_path"] = settings.drop_path
     if settings.dropout is not None:  # some networks have a rate of their own
@@ -153,25 +148,6 @@ def describe(settings: Settings, classes: int, shape: tuple[int, ...]) -> dict[s
     }
 
 
-def check_state(state: Mapping[str, Any], network: nn.Module, settings: Settings) -> None:
-    """Raises CheckpointError unless a checkpoint's weights are of this network's names and shapes."""
-    here = network.state_dict()
-    different = [
-        f"{key} is {_shape(state.get(key))} in the checkpoint and {_shape(here.get(key))} here"
-        for key in dict.fromkeys([*here, *state])
-        if _shape(state.get(key)) != _shape(here.get(key))
-    ]
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise CheckpointError(
-            f"the checkpoint is of another {settings.model} than there is now: {'; '.join(different[:3])}{more}"
-        )
-
-
-def _shape(tensor: Any) -> Any:
-    return "absent" if tensor is None else list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
-
-
 def se_layers(network: nn.Module, settings: Settings) -> str:
     """In words: which SE layers the network has, and how many of them, and of its blocks, run fused."""
     if settings.no_se:
@@ -190,9 +166,7 @@ def check_network(network: nn.Module, settings: Settings, classes: int, shape: t
         RequestError: it takes no such images, returns other than [N, classes], or has synchronised BatchNorms that
             cannot run on this device.
     """
-    parameter = next(network.parameters(), None)
-    if parameter is None:
-        raise RequestError(f"{settings.model} has no parameters to train")
+    parameter = next(network.parameters())
     images = torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype)
     # In training mode only where that is in question: BatchNorm then needs more than one value per channel.
     trial = copy.deepcopy(network).train(settings.sync_batchnorm)

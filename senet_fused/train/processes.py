@@ -21,8 +21,7 @@ __all__ = ["AgreedError", "Processes", "StopSignals", "distribute", "join", "lea
 
 T = TypeVar("T")
 
-# How long a process waits for the others. With gloo the connections of one that has died close, and nobody waits that
-# long; with NCCL torchrun ends those that are left.
+# How long a process waits for the others. Where one has died, its connections close and nobody waits that long.
 _TIMEOUT = datetime.timedelta(minutes=10)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

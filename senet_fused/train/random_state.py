@@ -35,7 +35,7 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(inner["gauss"]),
         }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()  # of this process's own device, wherever it will be then
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
@@ -48,5 +48,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
         inner = state["numpy"]
         numpy.random.set_state(("MT19937", inner["key"], inner["pos"], inner["has_gauss"], inner["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, inner in enumerate(state.get("cuda", [])[:devices]):
+        torch.cuda.set_rng_state(inner, device)

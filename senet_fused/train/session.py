@@ -61,8 +61,7 @@ def settings_of(args: argparse.Namespace, processes: int) -> Settings:
         weight_decay=args.weight_decay, nesterov=args.nesterov, schedule=args.schedule,
         step_epochs=args.step_epochs or paper_step_epochs(args.epochs), warmup=args.warmup,
         label_smoothing=args.label_smoothing, amp=args.amp, channels_last=args.channels_last, drop_path=args.drop_path,
-        dropout=args.dropout, ema=args.ema, fuse=args.fuse, no_se=args.no_se,
-        reduction=args.reduction if ":" in args.model else args.reduction or 16,
+        dropout=args.dropout, ema=args.ema, fuse=args.fuse, no_se=args.no_se, reduction=args.reduction,
         sync_batchnorm=args.sync_batchnorm, broken_images=args.broken_images, augment=not args.no_augment,
         seed=args.seed, device=args.device,
     )  # fmt: skip
@@ -89,34 +88,6 @@ def train(args: argparse.Namespace) -> int | str:
             if processes.first:
                 raise
             raise SystemExit(2) from None
-        except RequestError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise RequestError(
-                f"out of GPU memory with --batch-size {args.batch_size}: a smaller one with a larger --accumulate, or "
-                f"--amp bf16, takes less; begin it in another --output ({str(error).splitlines()[0]})"
-            ) from error
-        except (RuntimeError, ValueError) as error:
-            if (problem := _in_other_words(str(error), args)) is None:
-                raise
-            if not processes.first:
-                raise SystemExit(2) from None  # the same in every process
-            raise RequestError(problem) from error
-
-
-def _in_other_words(text: str, args: argparse.Namespace) -> str | None:
-    """What an error of PyTorch's says about this run; None for another one."""
-    if "Expected more than 1 value per channel" in text:
-        return (
-            f"--batch-size {args.batch_size} leaves a BatchNorm of {args.model} a single value per channel; take a "
-            "larger batch, or a larger --size"
-        )
-    if "Expected to have finished reduction in the prior iteration" in text:
-        return (
-            f"{args.model} has parameters that the loss does not depend on, for whose gradients the processes would "
-            "wait; take them out, or set requires_grad=False"
-        )
-    return None
 
 
 def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals) -> int | str:
@@ -145,7 +116,6 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
         if state is not None:
             checkpoint.check_model(state, description)
             check_same(state["settings"], settings)
-            network.check_state(state["model"], model, settings)
         network.check_network(model, settings, classes, shape)
 
     processes.together(check)
@@ -154,38 +124,23 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
         settings, limits, model, description, source, processes, signals, folder,
         workers=args.workers, compiled=args.compile,
     )  # fmt: skip
-    offsets = None
     if state is not None:
         trainer.restore(state)
-        # The logs of another folder's run begin anew here.
-        offsets = state["log_offsets"] if _is_of(folder, args.resume) else None
-        state = None  # as much memory as the network, its optimizer and its average take
     with contextlib.ExitStack() as stack:
-
-        def open_log() -> RunLog | None:
-            if not processes.first:
-                return None
-            try:
-                return RunLog(
-                    folder, open_progress(args.plain), offsets=offsets, step=trainer.place.step,
-                    tensorboard=args.tensorboard == "on",
-                )  # fmt: skip
-            except OSError as error:
-                raise RequestError(f"cannot write the logs in {folder}: {error.strerror or error}") from error
-
-        log = processes.together(open_log)
-        if log is not None:
+        if processes.first:
+            log = RunLog(
+                folder, open_progress(args.plain), offsets=state and state["log_offsets"], step=trainer.place.step,
+                tensorboard=args.tensorboard == "on",
+            )  # fmt: skip
             stack.callback(log.close)
             trainer.log = log
             _say_what(log, settings, trainer, source, processes, model)
         senet_fused.reset_call_counts()
         begin = time.perf_counter()
         end = trainer.run()
-        seconds = time.perf_counter() - begin
-        processes.together(lambda: log and _leave(log, trainer, folder, end, seconds))
-        broken = processes.of_all([*data.broken_files(source.train), *data.broken_files(source.held_out)])
-        if log is not None:
-            _say_broken(log, sorted(set().union(*broken)))
+        if processes.first:
+            _leave(log, trainer, folder, end, time.perf_counter() - begin)
+            _say_broken(log, source)
         return end
 
 
@@ -198,7 +153,7 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _refuse_another_run(folder: Path, resume: Path | None) -> None:
     """Raises RequestError if a run's checkpoint is there and is not the one to go on from."""
-    own = _is_of(folder, resume)
+    own = resume is not None and (resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent))
     instead = "begins anew" if resume is None else f"goes on from {resume}"
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         if (folder / name).exists() and not own:
@@ -206,13 +161,6 @@ def _refuse_another_run(folder: Path, resume: Path | None) -> None:
                 f"{folder} holds the checkpoint {name} of another run: --resume goes on from it, "
                 f"another --output {instead}"
             )
-
-
-def _is_of(folder: Path, resume: Path | None) -> bool:
-    """Whether the checkpoint to go on from is one of this folder's own."""
-    if resume is None:
-        return False
-    return resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent)
 
 
 def _claim(folder: Path) -> None:
@@ -277,11 +225,11 @@ def _leave(log: RunLog, trainer: Trainer, folder: Path, end: int | str, seconds:
     log.say(f"Written: {', '.join(written)}" + ("" if end == "finished" else "; --resume goes on from there"))
 
 
-def _say_broken(log: RunLog, broken: list[str]) -> None:
+def _say_broken(log: RunLog, source: data.Source) -> None:
+    broken = sorted({*data.broken_files(source.train), *data.broken_files(source.held_out)})
     if broken:
         more = ", ..." if len(broken) > _NAMED else ""
-        files = f"{len(broken)} file{'s' * (len(broken) > 1)}"
-        log.say(f"Skipped, for they cannot be read: {files}: {', '.join(broken[:_NAMED])}{more}")
+        log.say(f"Skipped, for they cannot be read: {len(broken)} files: {', '.join(broken[:_NAMED])}{more}")
 
 
 def _save_weights(path: Path, model: nn.Module) -> None:

@@ -190,15 +190,6 @@ def test_a_broken_image_is_replaced_by_the_next(folder):
         assert torch.equal(image, expected[0]) and target == expected[1]
 
 
-def test_a_held_out_substitute_is_not_counted(folder):
-    files = sorted((folder / "val").rglob("*.png"))
-    cut(files[0])
-    held_out = opened(folder, broken="skip").held_out
-    with pytest.warns(UserWarning, match="skipping the broken image"):
-        targets = [held_out[index][1] for index in range(len(held_out))]
-    assert targets.count(-1) == 1 and targets[0] == -1 and len(targets) == len(files)
-
-
 def test_skipping_in_worker_processes(folder, capfd, monkeypatch):
     """The same batches as without; one warning a file even over epochs; and the main process knows of it."""
     # pytest would keep a worker's warnings in that worker.
