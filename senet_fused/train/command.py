@@ -115,7 +115,7 @@ def _add_regularisation(group: argparse._ArgumentGroup) -> None:
         "%(default)g)")  # fmt: skip
     add("--dropout", type=share, metavar="RATE", help="in front of the classifier (default: the network's own)")
     add("--ema", type=share, default=0.0, metavar="DECAY",
-        help="also keep an exponential moving average of weights and statistics, over about the last 1/(1-DECAY) steps: "
+        help="also keep an exponential moving average of weights and statistics, over about 1/(1-DECAY) steps: "
         "0.9999 is for runs of many times 10,000 steps (default: off)")  # fmt: skip
 
 
