@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import senet_fused
 from senet_fused.arguments import RequestError
 from senet_fused.train import checkpoint, command, curves, logs, loop, network, processes, session
 from senet_fused.train.evaluation import Accuracy, evaluate
+from senet_fused.train.items import NO_CLASS
 from senet_fused.train.processes import Processes
 from senet_fused.train.schedule import make_schedule, paper_rate, paper_step_epochs
 
@@ -203,7 +206,20 @@ def test_a_resumed_run_without_its_logs_says_so(tmp_path, capsys):
     words = ["--output", tmp_path / "b", "--max-steps", "4", "--resume", tmp_path / "a" / "last.pt"]
     assert train(*EVERYTHING, *words) == 0
     assert [row["step"] for row in rows(tmp_path / "b" / "log.csv")] == ["4"]
+    (tmp_path / "b" / "log.csv").unlink()
+    capsys.readouterr()
+    assert train(*EVERYTHING, "--output", tmp_path / "b", "--max-steps", "5", "--resume") == 0
+    assert [row["step"] for row in rows(tmp_path / "b" / "log.csv")] == ["5"]
     assert "log.csv is not as long as it was" in capsys.readouterr().out
+
+
+def test_logs_of_another_run_are_not_continued(tmp_path):
+    assert train(*EVERYTHING, "--output", tmp_path / "a", "--max-steps", "3") == 0
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "log.csv").write_text("step,of,another,run\n" * 100)
+    words = ["--output", tmp_path / "b", "--max-steps", "4", "--resume", tmp_path / "a" / "last.pt"]
+    assert train(*EVERYTHING, *words) == 0
+    assert [row["step"] for row in rows(tmp_path / "b" / "log.csv")] == ["4"]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
@@ -234,6 +250,41 @@ def test_resuming_with_other_settings_is_refused(options, named, tmp_path):
         train(*EVERYTHING, *options, "--output", tmp_path, "--resume")
     assert named in str(refusal.value)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_network_of_the_same_name_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    code = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(192, {}), nn.Linear({}, 6){})"
+    words = ["--model", f"{file}:net", *DATA, *QUIET, "--fuse", "none", "--output", tmp_path / "run"]
+    file.write_text(code.format(4, 4, ""))
+    assert train(*words, "--max-steps", "1") == 0
+    for changed, message in {
+        code.format(5, 5, ""): r"another network .* 1\.weight is \[4, 192\] in the checkpoint and \[5, 192\] here; .*",
+        code.format(4, 4, ", nn.BatchNorm1d(6)"): "3.weight is absent in the checkpoint .*; and 2 more",
+    }.items():
+        file.write_text("# changed\n" * len(message) + changed)  # of another size, so that no old bytecode is taken
+        with pytest.raises(RequestError, match=message):
+            train(*words, "--resume")
+
+
+def test_the_checkpoint_is_not_kept_in_memory(tmp_path, monkeypatch):
+    assert train(*EVERYTHING, "--output", tmp_path, "--max-steps", "1") == 0
+    load, run, kept, alive = checkpoint.load, loop.Trainer.run, [], []
+
+    def loaded(path):
+        state = load(path)
+        kept.append(weakref.ref(state["model"]["fc.weight"]))
+        return state
+
+    def recorded(self):
+        gc.collect()
+        alive.append(kept[0]() is not None)
+        return run(self)
+
+    monkeypatch.setattr(checkpoint, "load", loaded)
+    monkeypatch.setattr(loop.Trainer, "run", recorded)
+    assert train(*EVERYTHING, "--output", tmp_path, "--max-steps", "2", "--resume") == 0
+    assert alive == [False]
 
 
 def test_a_folder_with_a_checkpoint_is_not_overwritten(tmp_path):
@@ -365,6 +416,8 @@ def test_evaluation_counts():
     found = evaluate(network[0], [(scores[:3], targets[:3]), (scores[3:], targets[3:])], alone, **how)
     assert found == Accuracy(1 / 8, 5 / 8, 8)
     assert evaluate(network[0], [(scores[:, :4], targets % 4)], alone, **how).top5 is None
+    standing_in = torch.cat([targets[:6], torch.full((2,), NO_CLASS)])
+    assert evaluate(network[0], [(scores, standing_in)], alone, **how) == Accuracy(1 / 6, 5 / 6, 6)
     assert evaluate(network, [(scores, targets)], alone, **(how | {"stopped": lambda: True})) is None
     assert network.training
 
@@ -522,6 +575,9 @@ def test_options_that_are_refused(words, message, capsys):
         (["--model", f"{TINY}:one_channel"], "cannot run on images of 3 x 8 x 8: RuntimeError"),
         (["--model", f"{TINY}:tutorial", "--drop-path", "0.1"], "--drop-path 0.1: .*takes no argument drop_path_rate"),
         (["--model", f"{TINY}:Tiny", "--no-se"], "--no-se is for the networks of this package"),
+        (["--model", f"{TINY}:Tiny", "--reduction", "4"], "--reduction is for the networks of this package"),
+        (["--model", f"{TINY}:without_parameters"], "without_parameters has no parameters to train"),
+        (["--model", f"{TINY}:one_pixel", "--fuse", "none", "--batch-size", "1"], "1: a BatchNorm .* --batch-size 2"),
         (["--batch-size", "64"], "only 40 images"),
         (["--accumulate", "6"], "40 training images do not fill one step of 48"),
         (["--data", "nowhere"], "unknown images 'nowhere'"),
@@ -554,6 +610,40 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="cannot make the folder"):
         train("--model", f"{TINY}:Tiny", *DATA, "--output", tmp_path / "file")
+
+
+def test_logs_that_cannot_be_opened(tmp_path):
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(RequestError, match=r"cannot write .*log\.csv: Is a directory\. Make it writable, or move away"):
+        train("--model", f"{TINY}:Tiny", *DATA, *QUIET, "--output", tmp_path)
+
+
+def test_a_gpu_without_memory_is_told_what_helps(tmp_path):
+    words = ["--model", f"{TINY}:OutOfMemory", *DATA, *QUIET, "--fuse", "none", "--output", tmp_path]
+    with pytest.raises(RequestError, match="out of GPU memory with --batch-size 8 --accumulate 1: .*--amp bf16"):
+        train(*words)
+
+
+@pytest.mark.parametrize(("decay", "warned"), [("0.99", True), ("0.5", False)])
+def test_an_average_over_more_steps_than_there_are(decay, warned, tmp_path, capsys):
+    words = ["--model", f"{TINY}:Tiny", *DATA, *QUIET, "--epochs", "1", "--max-steps", "1", "--output", tmp_path]
+    assert train(*words, "--ema", decay) == 0
+    text = "Warning: --ema 0.99 averages over about 100 steps, and this run has 5: 95% of its average"
+    assert (text in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("se_resnet50", "imagefolder:/a/b", "se_resnet50-imagefolder_b"),
+        ("timm:seresnet18", "cifar10:x/y/", "timm_seresnet18-cifar10_y"),
+        ("dir/nets.py:Net", "digits", "nets.py_Net-digits"),
+    ],
+)
+def test_the_default_output_keeps_the_model_whatever_the_data(model, data, name, monkeypatch):
+    monkeypatch.setattr(session, "train", lambda args: "finished")
+    args = arguments("--model", model, "--data", data)
+    assert command.run(args) == 0 and args.output == Path("runs", name)
 
 
 def test_the_default_output_names_model_and_data(tmp_path, monkeypatch):

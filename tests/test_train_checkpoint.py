@@ -462,18 +462,21 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert [draws(), draws()] == expected
 
 
-def test_random_numbers_of_every_gpu(monkeypatch):
+def test_random_numbers_of_the_process_s_own_gpu(monkeypatch):
+    """Each process saves and restores the current device's, whichever that is, and leaves those of others alone."""
     state = checkpoint.rng_state()
     assert ("cuda" in state) == torch.cuda.is_initialized()
     kept = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    states = [torch.tensor([number], dtype=torch.uint8) for number in range(3)]
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: kept.append((device, state.item())))
-    checkpoint.set_rng_state(checkpoint.rng_state())
-    assert kept == [(0, 0), (1, 1)]  # the third device is not here
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: kept.append(state.item()))
+    state = checkpoint.rng_state()
+    checkpoint.set_rng_state(state)
+    assert kept == [7]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint.set_rng_state(state)
+    assert kept == [7]
 
 
 def test_another_generator_of_numpy(monkeypatch):

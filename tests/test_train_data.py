@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from senet_fused import handwritten_digits
 from senet_fused.arguments import RequestError
+from senet_fused.train import image_folder
 from senet_fused.train.data import (
     broken_files,
     loader_state,
@@ -24,8 +26,9 @@ from senet_fused.train.data import (
     restore_loader,
     set_epoch,
 )
+from senet_fused.train.image_folder import ImageFiles
 from senet_fused.train.images import CIFAR10_URL, BytesToImage, Shift, mean_and_std
-from senet_fused.train.items import in_epoch, mixed, seeded
+from senet_fused.train.items import NO_CLASS, in_epoch, mixed, seeded
 from senet_fused.train.loader import EpochSampler
 
 torchdata = pytest.importorskip("torchdata", reason='torchdata is missing: pip install "senet_fused[train]"')
@@ -559,6 +562,34 @@ def test_a_missing_package_is_named(items, monkeypatch, module, attempt, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RequestError, match=rf'pip install "senet_fused\[{extra}\]"'):
         attempt(items)
+
+
+def test_what_stands_in_for_a_held_out_image_does_not_count():
+    def read(name):
+        if name in "bd":
+            raise ValueError("broken")
+        return name
+
+    samples = [(name, number) for number, name in enumerate("abcd")]
+    trained, held_out = (ImageFiles(samples, read, "skip", count_once=once) for once in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert [trained[i] for i in range(4)] == [("a", 0), ("c", 2), ("c", 2), ("a", 0)]
+        assert [held_out[i] for i in range(4)] == [("a", 0), ("c", NO_CLASS), ("c", 2), ("a", NO_CLASS)]
+    assert held_out.found_broken() == ["b", "d"]
+
+
+def test_folders_are_opened_with_held_out_images_that_count_once(tmp_path, monkeypatch):
+    class Folder:
+        def __init__(self, part, allow_empty):
+            self.targets, self.classes, self.samples = [0], ["cat"], [(f"{part}/cat/1.png", 0)]
+
+    datasets = SimpleNamespace(ImageFolder=Folder, folder=SimpleNamespace(default_loader=str))
+    monkeypatch.setattr(image_folder, "_torchvision", lambda: (datasets, None))
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    train, held_out, _ = image_folder.read_folder(str(tmp_path), "skip")
+    assert (train.count_once, held_out.count_once) == (False, True)
 
 
 def test_nothing_is_broken_where_there_are_no_files(items):

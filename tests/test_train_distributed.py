@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +21,7 @@ from train_networks import Tiny
 import senet_fused
 from senet_fused.arguments import RequestError
 from senet_fused.train import command, loop, session
+from senet_fused.train.items import NOISE, mixed
 
 pytest.importorskip("torchdata", reason='torchdata is missing: pip install "senet_fused[train]"')
 pytestmark = [
@@ -98,6 +102,47 @@ def interrupt_second_process(rank: int) -> int:
         loop.Trainer._step = step
 
 
+def failures_of_the_first_process(rank: int) -> dict[str, tuple[str, str]]:
+    """What both raise where the first one alone cannot write."""
+
+    def fail(error: Exception):
+        def failing(*args):
+            raise error
+
+        return failing
+
+    no_room = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    told, once = {}, [*NOISY, "--epochs", "1", "--output"]
+    no_checkpoint = session.checkpoint.CheckpointError("cannot save a checkpoint: no room")
+    for name, (where, what, instead) in {
+        "checkpoint": (session.checkpoint, "save", fail(no_checkpoint)),
+        "opening": (session, "open_progress", session.open_progress),
+        "log": (session.RunLog, "epoch", fail(no_room)),
+        "weights": (session.torch, "save", session.torch.save),
+    }.items():
+        if rank == 0 and name == "opening":
+            Path(name, "log.csv").mkdir(parents=True)
+        if rank == 0 and name == "weights":
+            Path(name).mkdir()
+            Path(name, "model.new").symlink_to("/dev/full")
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(where, what, instead)
+            try:
+                train(*once, name)
+            except (RequestError, SystemExit) as error:
+                told[name] = type(error).__name__, str(error)
+    return told
+
+
+def files_that_each_process_could_not_read(rank: int) -> str:
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        patch.setattr(session.data, "broken_files", lambda dataset: [f"image{rank}.png"])
+        assert train(*NOISY, "--max-steps", "1", "--output", "broken") == 0
+    return text.getvalue()
+
+
 def worker(rank: int, folder: str) -> None:
     """All cases in one pair of processes, which take longer to start than to train."""
     os.chdir(folder)
@@ -119,6 +164,7 @@ def worker(rank: int, folder: str) -> None:
     assert train(*NOISY, "--output", "parts", "--resume") == 0
     for name, words in {
         "unsynchronised": ["--model", f"{NETWORKS}:tutorial", "--sync-batchnorm"],
+        "unused": ["--model", f"{NETWORKS}:Unused", "--batch-size", "4", "--output", "unused"],
         "other settings": [*NOISY, "--output", "parts", "--resume", "--seed", "1"],
         "taken": [*NOISY, "--output", "parts"],
     }.items():
@@ -126,6 +172,8 @@ def worker(rank: int, folder: str) -> None:
             train(*words)
         except (RequestError, SystemExit) as error:
             told[name] = type(error).__name__, str(error)
+    told.update(failures_of_the_first_process(rank))
+    told["broken"] = files_that_each_process_could_not_read(rank)
     told["signal"] = interrupt_second_process(rank)
     torch.save(told, f"told{rank}.pt")
     torch.distributed.barrier()
@@ -182,7 +230,12 @@ def test_gradients_are_summed_once_a_step(name, steps, told):
 
 
 def test_processes_draw_different_noise(told):
-    assert [one["once"][1] for one in told] == [[0], [1]]
+    assert [one["once"][1] for one in told] == [[0], [mixed(NOISE, 0, 1)]], "and not that of --seed 1"
+
+
+def test_files_are_told_that_any_process_could_not_read(told):
+    assert "Skipped, for they cannot be read: 2 files: image0.png, image1.png\n" in told[0]["broken"]
+    assert told[1]["broken"] == ""
 
 
 def test_a_resumed_run_of_two_ends_in_the_same_bits(folder):
@@ -202,6 +255,11 @@ def test_a_signal_to_one_process_stops_both_at_one_step(folder, told):
     ("name", "message"),
     [
         ("unsynchronised", "--sync-batchnorm on a CPU"),
+        ("unused", "Unused has parameters that the loss does not depend on: head.weight, head.bias. Several processes"),
+        ("checkpoint", "cannot save a checkpoint: no room"),
+        ("opening", "log.csv: Is a directory"),
+        ("log", "cannot write into log: No space left on device. Make room there"),
+        ("weights", "cannot write the weights"),
         ("other settings", "--seed was 0 and is 1"),
         ("taken", "holds the checkpoint last.pt"),
     ],

@@ -106,6 +106,30 @@ class FailingInOneProcess(_Counting):
         return super().forward(x)
 
 
+class OutOfMemory(_Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.batches == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(x)
+
+
+class Unused(_Counting):
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__(num_classes, in_chans)
+        self.head = nn.Linear(in_chans, num_classes)
+
+
+def without_parameters(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def one_pixel(num_classes: int, in_chans: int) -> nn.Module:
+    """Its BatchNorm has one value per image and channel."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_chans, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, num_classes)
+    )
+
+
 def not_a_module() -> int:
     return 1
 

@@ -76,8 +76,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         help="run SE layers fused; with tails also BatchNorm -> SE -> + shortcut -> ReLU (default: %(default)s)",
         )  # fmt: skip
     add("--no-se", action="store_true", help="the twin without SE layers, to compare with")
-    add("--reduction", type=natural, default=16, metavar="R",
-        help="of the SE layers of this package's networks (default: %(default)s)")  # fmt: skip
+    add("--reduction", type=natural, metavar="R", help="of the SE layers of this package's networks (default: 16)")
     add("--seed", type=_number(int, 0, 2**32, "a whole number from 0 to 2^32 - 1"), default=0, metavar="N",
         help="of weights, order, augmentation and dropout (default: %(default)s)")  # fmt: skip
 
@@ -112,12 +111,12 @@ def _add_regularisation(group: argparse._ArgumentGroup) -> None:
     share = _number(float, 0, 1, "a number from 0 to below 1")
     add("--label-smoothing", type=share, default=0.0, metavar="E", help="(default: %(default)g)")
     add("--drop-path", type=share, default=0.0, metavar="RATE",
-        help="stochastic depth: the rate of the last block, to which it rises linearly (default: %(default)g)",
-        )  # fmt: skip
+        help="stochastic depth, per sample: the rate of the last block, to which it rises linearly (default: "
+        "%(default)g)")  # fmt: skip
     add("--dropout", type=share, metavar="RATE", help="in front of the classifier (default: the network's own)")
     add("--ema", type=share, default=0.0, metavar="DECAY",
-        help="also keep an exponential moving average of weights and statistics, for instance 0.9999 (default: off)",
-        )  # fmt: skip
+        help="also keep an exponential moving average of weights and statistics, over about 1/(1-DECAY) steps: "
+        "0.9999 is for runs of many times 10,000 steps (default: off)")  # fmt: skip
 
 
 def _add_where(group: argparse._ArgumentGroup) -> None:
@@ -126,12 +125,16 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     layout = group.add_mutually_exclusive_group()
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     add("--threads", type=natural, metavar="N", help="CPU threads of each process (default: PyTorch's choice)")
-    add("--workers", type=whole, default=0, metavar="N", help="processes that load images (default: %(default)s)")
+    add("--workers", type=whole, default=0, metavar="N",
+        help="processes that load images, N for the training images and N for the held-out ones (default: %(default)s)",
+        )  # fmt: skip
     layout.add_argument("--channels-last", action="store_true", default=True, help="memory layout (the default)")
     layout.add_argument("--contiguous", action="store_false", dest="channels_last", help="the other one")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-batchnorm", action="store_true", help="BatchNorm's statistics of all processes' images together")
-    add("--deterministic", action="store_true", help="the same bits every time, or an error")
+    add("--deterministic", action="store_true",
+        help="the same bits every time, or an error; on a GPU a resumed run ends in the bits of one that was never "
+        "stopped only with it, and on a CPU only with the same --threads")  # fmt: skip
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -158,14 +161,20 @@ def run(args: argparse.Namespace) -> int:
     from . import session
 
     args.device = session.device_of(args)
-    args.output = args.output or Path("runs", _file_name(f"{args.model}-{args.data}"))
+    args.output = args.output or Path("runs", _folder_name(args.model, args.data))
     with _process_settings(args):
         end = session.train(args)
     return _SIGNAL_STATUS + end if isinstance(end, int) and end else int(end == "diverged")
 
 
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", Path(text).name if "/" in text else text).strip("_")
+def _folder_name(model: str, data: str) -> str:
+    """Both are told by it; of a path its last part is."""
+    prefix, _, rest = model.rpartition(":")
+    if prefix.endswith(".py"):
+        model = f"{Path(prefix).name}:{rest}"
+    kind, _, where = data.partition(":")
+    halves = model, f"{kind}:{Path(where).resolve().name}" if where else kind
+    return "-".join(re.sub(r"[^\w.+-]+", "_", half).strip("_") for half in halves)
 
 
 @contextlib.contextmanager

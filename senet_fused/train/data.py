@@ -53,7 +53,8 @@ def open_source(spec: str, *, size: int | None, seed: int, broken: str = "raise"
         size: the side of the square images; None: 32 for digits and CIFAR-10, 224 for the others.
         seed: of the augmentation, the split of the digits, and the synthetic images; from 0 to 2^32 - 1.
         broken: of an image file that cannot be decoded: "raise" an error that names it, or "skip" it, see
-            :class:`.image_folder.ImageFiles` and :func:`broken_files`.
+            :class:`.image_folder.ImageFiles` and :func:`broken_files`. What stands in for a held-out one has the
+            class number -1.
         augment: whether the training images are augmented. The held-out ones never are.
 
     Raises RequestError where that cannot be done.

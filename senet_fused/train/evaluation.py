@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .items import NO_CLASS
 from .processes import Processes
 
 __all__ = ["Accuracy", "evaluate"]
@@ -41,7 +42,7 @@ def evaluate(
     """The network's accuracy in evaluation mode; its mode is afterwards as before.
 
     Args:
-        batches: images [N, ...] and their classes [N], those of this process.
+        batches: images [N, ...] and their classes [N], those of this process; one of class NO_CLASS does not count.
         move: brings images to the device, in their layout.
         stopped: asked before each batch. Where it says yes in one process, the result is None in all.
     """
@@ -60,10 +61,10 @@ def evaluate(
             right += (scores.argmax(1) == targets).sum()
             if wide := scores.shape[1] > _TOP:
                 right5 += (scores.topk(_TOP, 1).indices == targets[:, None]).any(1).sum()
-            seen += len(targets)
+            seen += (targets != NO_CLASS).sum()
     finally:
         network.train(training)
-    counts = torch.tensor([int(right), int(right5), seen, broken_off, int(wide)], device=processes.device)
+    counts = torch.tensor([int(right), int(right5), int(seen), broken_off, int(wide)], device=processes.device)
     right, right5, seen, broken_off, wide = processes.sum(counts).tolist()
     if broken_off:
         return None

@@ -13,6 +13,8 @@ import torch
 
 from senet_fused.arguments import RequestError
 
+from .items import NO_CLASS
+
 __all__ = ["BROKEN", "BrokenImageError", "ImageFiles", "folder_transform", "read_folder"]
 
 BROKEN = ("raise", "skip")
@@ -46,14 +48,20 @@ class ImageFiles:
     With broken="skip", in place of a file that cannot be decoded comes the next one in the list that can be, behind
     the last the first, and with its class: so there are as many images as files, and any process and any later run
     sees the same ones. Where the system cannot read a file, it is an error all the same: another run might be able to.
+
+    With count_once, the class of an image that stands in for another is ``NO_CLASS``, so that whoever counts right
+    answers counts none twice.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], read: Callable[[str], Any], broken: str) -> None:
+    def __init__(
+        self, samples: list[tuple[str, int]], read: Callable[[str], Any], broken: str, *, count_once: bool = False
+    ) -> None:
         # Arrays: worker processes share their memory, but copy that of Python objects, whose reference counts change.
         self._files = np.array([os.fsencode(name) for name, _ in samples], dtype=np.bytes_)
         self._targets = np.array([target for _, target in samples], dtype=np.int64)
         self.read = read
         self.broken = broken
+        self.count_once = count_once
         # Shared, so that worker processes can tell the main one.
         self._found_broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
@@ -66,7 +74,8 @@ class ImageFiles:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         for place in (*range(index, len(self)), *range(index)):
             try:
-                return self.read(self.file(place)), int(self._targets[place])
+                image = self.read(self.file(place))
+                return image, NO_CLASS if self.count_once and place != index else int(self._targets[place])
             except Exception as error:  # what decoders raise: OSError, SyntaxError, ValueError, struct.error, ...
                 system = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
                 if system or self.broken == "raise":
@@ -122,7 +131,8 @@ def read_folder(where: str, broken: str) -> tuple[ImageFiles, ImageFiles, tuple[
     if differing:
         raise RequestError(f"the classes in {folder}/train and {folder}/val differ; {'; '.join(differing)}")
     read = datasets.folder.default_loader
-    return ImageFiles(train.samples, read, broken), ImageFiles(val.samples, read, broken), tuple(train.classes)
+    held_out = ImageFiles(val.samples, read, broken, count_once=True)
+    return ImageFiles(train.samples, read, broken), held_out, tuple(train.classes)
 
 
 def folder_transform(size: int, augment: bool) -> Callable[[Any], torch.Tensor]:

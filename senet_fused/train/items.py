@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["NOISE", "ORDER", "PATTERN", "SeededItems", "in_epoch", "mixed", "seeded"]
+__all__ = ["NOISE", "NO_CLASS", "ORDER", "PATTERN", "SeededItems", "in_epoch", "mixed", "seeded"]
 
 # What random numbers are for; one number more in mixed(), so that no two uses draw the same ones.
 ORDER, AUGMENTATION, PATTERN, NOISE = range(4)
+
+# The class number of an item that only keeps a place: evaluation does not count it.
+NO_CLASS = -1
 
 _epoch: ContextVar[int] = ContextVar("epoch", default=0)
 

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EPOCHS", "STEPS", "Bar", "Lines", "RunLog", "Table", "open_progress"]
+from ..arguments import RequestError
+
+__all__ = ["EPOCHS", "STEPS", "Bar", "Lines", "RunLog", "Table", "not_written", "open_progress", "writing"]
 
 STEPS = ("step", "epoch", "loss", "learning_rate", "images_per_second")
 EPOCHS = ("epoch", "step", "train_loss", "accuracy", "top5", "ema_accuracy", "ema_top5", "seconds")
 _LINE_EVERY_S = 5.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def not_written(folder: Path, error: OSError) -> RequestError:
+    """What to tell of a file in a run's folder that cannot be written."""
+    what = error.filename if isinstance(error.filename, str) else f"into {folder}"
+    todo = "Make room there" if error.errno in _NO_ROOM else "Make it writable, or move away what is in its place"
+    return RequestError(
+        f"cannot write {what}: {error.strerror or error}. {todo}; --resume goes on from the last checkpoint"
+    )
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within the block files of a run's folder are opened or written: an OSError is a RequestError."""
+    try:
+        yield
+    except BrokenPipeError:  # of the terminal
+        raise
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 class Table:
@@ -139,19 +163,17 @@ class RunLog:
         """How long the files are."""
         return {table.path.name: table.offset() for table in (self.steps, self.epochs)}
 
-    def step(self, row: dict[str, Any]) -> None:
-        """A row with the columns STEPS."""
-        self.steps.write(row)
-        self._scalars("train", row, ("loss", "learning_rate", "images_per_second"))
+    def write_steps(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows with the columns STEPS. Whoever reads log.csv meanwhile finds them."""
+        for row in rows:
+            self.steps.write(row)
+            self._scalars("train", row, ("loss", "learning_rate", "images_per_second"))
+        self.steps.offset()
 
     def epoch(self, row: dict[str, Any]) -> None:
         """A row with the columns EPOCHS."""
         self.epochs.write(row)
         self._scalars("held out", row, ("accuracy", "top5", "ema_accuracy", "ema_top5"))
-
-    def flush(self) -> None:
-        """Whoever reads log.csv meanwhile finds what has been written."""
-        self.steps.offset()
 
     def _scalars(self, group: str, row: dict[str, Any], names: tuple[str, ...]) -> None:
         if self._events is not None:

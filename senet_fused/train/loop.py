@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import RequestError
 from . import checkpoint, data
 from .evaluation import Accuracy, evaluate
-from .logs import RunLog
+from .items import NOISE, mixed
+from .logs import RunLog, writing
 from .processes import AgreedError, Processes, StopSignals, distribute, leave_signals_to_the_run
 from .settings import Settings
 from .state import Learner, Place, seed_everything
 
 __all__ = ["Diverged", "Limits", "Trainer"]
 
+T = TypeVar("T")
+_NAMED = 5  # of parameters without a gradient
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,7 +74,9 @@ class Trainer:
         self._rates: list[float] = []
         self._since = 0.0
         self._restored: dict[str, Any] | None = None
-        seed_everything(settings.seed + processes.rank)
+        # seed + rank would not do: process 1 would then draw what process 0 draws with the next seed.
+        seed_everything(settings.seed if processes.first else mixed(NOISE, settings.seed, processes.rank))
+        self._all_trained = processes.size == 1
 
     # ------------------------------------------------------------------------------ what it is made of
 
@@ -163,6 +170,9 @@ class Trainer:
                     loss = self._loss(self.parallel(self._move(images)), targets) / accumulate
                 learner.scaler.scale(loss).backward()
             total += loss.detach()
+        if not self._all_trained:
+            self._processes.together(self._check_gradients)
+            self._all_trained = True
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad()
@@ -170,6 +180,16 @@ class Trainer:
         if learner.ema is not None:
             learner.ema.update_parameters(learner.network)
         return total
+
+    def _check_gradients(self) -> None:
+        """After the first backward pass: DistributedDataParallel would wait for every gradient from the second on."""
+        names = [name for name, p in self.learner.network.named_parameters() if p.requires_grad and p.grad is None]
+        if names:
+            raise RequestError(
+                f"{self._settings.model} has parameters that the loss does not depend on: {', '.join(names[:_NAMED])}"
+                f"{', ...' if len(names) > _NAMED else ''}. Several processes cannot train it: freeze them "
+                "(requires_grad_(False)), take them out, or use one process"
+            )
 
     def _synchronised(self, yes: bool) -> AbstractContextManager:
         """Gradients are summed over the processes once a step, after its last micro-batch."""
@@ -197,18 +217,21 @@ class Trainer:
         losses = (self._processes.sum(torch.stack(self._losses)) / self._processes.size).tolist()
         seconds = time.perf_counter() - self._since
         speed = settings.effective_batch * len(losses) / seconds
-        for step, (loss, rate) in enumerate(zip(losses, self._rates, strict=True), place.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss of step {step} is {loss}. {self._advice()}")
+        first = place.step - len(losses) + 1
+        rows = [
+            {"step": step, "epoch": place.epoch + 1, "loss": loss, "learning_rate": rate,
+             "images_per_second": round(speed, 3)}
+            for step, (loss, rate) in enumerate(zip(losses, self._rates, strict=True), first)
+        ]  # fmt: skip
+        finite = list(itertools.takewhile(lambda row: math.isfinite(row["loss"]), rows))
+        self._write(lambda log: log.write_steps(finite))
+        if len(finite) < len(rows):
+            bad = rows[len(finite)]
+            raise Diverged(f"the loss of step {bad['step']} is {bad['loss']}. {self._advice()}")
+        for loss in losses:  # one by one, so that the sum's rounding does not depend on --log-every
             place.loss_sum += loss
-            if self.log is not None:
-                self.log.step(
-                    {"step": step, "epoch": place.epoch + 1, "loss": loss, "learning_rate": rate,
-                     "images_per_second": round(speed, 3)}
-                )  # fmt: skip
         place.seconds += seconds
         if self.log is not None:
-            self.log.flush()
             left = (self.total_steps - place.step) * seconds / len(losses)
             self.log.terminal.progress(
                 place.step, self.total_steps,
@@ -216,6 +239,17 @@ class Trainer:
                 f"{_duration(left)} left",
             )  # fmt: skip
         self._losses, self._rates, self._since = [], [], time.perf_counter()
+
+    def _write(self, work: Callable[[RunLog], T]) -> T | None:
+        """What ``work`` returns in the first process, which has the log; where it cannot write, all are told."""
+
+        def here() -> T | None:
+            if self.log is None:
+                return None
+            with writing(self._folder):
+                return work(self.log)
+
+        return self._processes.together(here)
 
     def _advice(self) -> str:
         lower = f"a lower --lr than {self._settings.lr:g}, or a longer --warmup"
@@ -237,8 +271,7 @@ class Trainer:
             return max(self._processes.of_all(self._signals.received))
         place.seconds += time.perf_counter() - begin
         place.best = max(place.best, accuracy.top1, averaged.top1 if averaged else -1.0)
-        if self.log is not None:
-            self._log_epoch(accuracy, averaged)
+        self._write(lambda log: self._log_epoch(log, accuracy, averaged))
         return None
 
     def _accuracy(self, network: nn.Module) -> Accuracy | None:
@@ -248,7 +281,7 @@ class Trainer:
             move=self._move, autocast=self._autocast, stopped=lambda: bool(self._signals.received),
         )  # fmt: skip
 
-    def _log_epoch(self, accuracy: Accuracy, averaged: Accuracy | None) -> None:
+    def _log_epoch(self, log: RunLog, accuracy: Accuracy, averaged: Accuracy | None) -> None:
         place = self.place
         row = {
             "epoch": place.epoch + 1,
@@ -260,9 +293,9 @@ class Trainer:
             "ema_top5": averaged and averaged.top5,
             "seconds": round(place.seconds, 3),
         }
-        self.log.epoch(row)
+        log.epoch(row)
         of_ema = f", of its average {averaged}" if averaged else ""
-        self.log.say(
+        log.say(
             f"epoch {row['epoch']}/{self._settings.epochs}: train loss {row['train_loss']:.4f}, accuracy on "
             f"{accuracy.images} held-out images {accuracy}{of_ema}, {_duration(place.seconds)}"
         )
@@ -274,7 +307,7 @@ class Trainer:
 
         Raises:
             Diverged: a weight is not finite.
-            checkpoint.CheckpointError: it cannot be written.
+            AgreedError: it, or the log, cannot be written.
         """
         self._look_at_losses()
         if not self.learner.is_finite():
@@ -282,16 +315,17 @@ class Trainer:
         within = 0 < self.place.position < self.steps_per_epoch
         own = {"rng": checkpoint.rng_state(), "loader": data.loader_state(self._train) if within else None}
         everyone = self._processes.of_all(own)
+        offsets = self._write(RunLog.offsets) or {}
         if self._processes.first:
             state = {
                 "description": self._description,
                 "settings": asdict(self._settings),
                 "processes": everyone,
-                "log_offsets": self.log.offsets() if self.log is not None else {},
+                "log_offsets": offsets,
                 **asdict(self.place),
                 **self.learner.state(),
             }
-            checkpoint.save(self._folder, state)
+        self._processes.together(lambda: checkpoint.save(self._folder, state) if self._processes.first else None)
         self._since = time.perf_counter()
 
     def restore(self, state: dict[str, Any]) -> None:

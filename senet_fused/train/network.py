@@ -37,7 +37,7 @@ def make_network(settings: Settings, classes: int, shape: tuple[int, ...]) -> nn
         shape: of one image, channels first.
 
     Raises:
-        RequestError: there is no such network, it cannot be made, or it has no such option.
+        RequestError: there is no such network, it cannot be made, has no such option, or nothing to train.
     """
     name = settings.model
     sizes = {"num_classes": classes, "in_chans": shape[0]}
@@ -47,12 +47,16 @@ def make_network(settings: Settings, classes: int, shape: tuple[int, ...]) -> nn
         return _own(settings, sizes)
     if settings.no_se:
         raise RequestError(f"--no-se is for the networks of this package; {name} decides itself where it has SE layers")
+    if settings.reduction is not None:
+        raise RequestError(f"--reduction is for the networks of this package; {name} decides itself; leave it out")
     if prefix == "timm":
         network = _of_timm(rest, settings, sizes)
     elif prefix.endswith(".py"):
         network = _of_file(Path(prefix), rest, settings, sizes)
     else:
         raise RequestError(f"cannot read --model {name}; write NAME, timm:NAME or FILE.py:FACTORY")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise RequestError(f"{name} has no parameters to train")
     if settings.fuse != "none":
         senet_fused.fuse(network, tails=settings.fuse == "tails")
     return network.train()
@@ -160,11 +164,12 @@ def se_layers(network: nn.Module, settings: Settings) -> str:
 def check_network(network: nn.Module, settings: Settings, classes: int, shape: tuple[int, ...]) -> None:
     """Runs a copy of the network on one small batch, so that what does not fit is found before the training.
 
-    Every process calls it: a synchronised BatchNorm waits for all of them.
+    Every process calls it: a synchronised BatchNorm waits for all of them. It may draw random numbers.
 
     Raises:
-        RequestError: it takes no such images, returns other than [N, classes], or has synchronised BatchNorms that
-            cannot run on this device.
+        RequestError: it takes no such images, returns other than [N, classes], has synchronised BatchNorms that
+            cannot run on this device, or others that cannot train on batches of one image.
+        torch.OutOfMemoryError: of a GPU.
     """
     parameter = next(network.parameters())
     images = torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype)
@@ -175,6 +180,8 @@ def check_network(network: nn.Module, settings: Settings, classes: int, shape: t
     try:
         with torch.no_grad():
             found = trial(images)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         if settings.sync_batchnorm and "SyncBatchNorm" in str(error):
             raise RequestError(
@@ -186,3 +193,18 @@ def check_network(network: nn.Module, settings: Settings, classes: int, shape: t
     if not isinstance(found, torch.Tensor) or found.shape != (2, classes):
         what = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
         raise RequestError(f"{settings.model} must return [N, {classes}] for N images of {classes} classes, got {what}")
+    if settings.batch_size == 1 and not settings.sync_batchnorm:
+        _check_batch_of_one(trial, images[:1], settings)
+
+
+def _check_batch_of_one(trial: nn.Module, images: torch.Tensor, settings: Settings) -> None:
+    try:
+        with torch.no_grad():
+            trial.train()(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise RequestError(f"{settings.model} cannot train on a batch of one image: {error}") from error
+        raise RequestError(
+            f"--batch-size 1: a BatchNorm of {settings.model} has one value per channel, of which there is no "
+            "variance; use --batch-size 2 or more (--accumulate does not help), or larger images (--size)"
+        ) from None

@@ -21,7 +21,8 @@ __all__ = ["AgreedError", "Processes", "StopSignals", "distribute", "join", "lea
 
 T = TypeVar("T")
 
-# How long a process waits for the others. Where one has died, its connections close and nobody waits that long.
+# How long a process waits for the others. Where one has died, gloo's connections close and nobody waits that long;
+# NCCL's may stay, and torchrun then ends the others.
 _TIMEOUT = datetime.timedelta(minutes=10)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

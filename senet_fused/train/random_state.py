@@ -15,7 +15,7 @@ __all__ = ["rng_state", "set_rng_state"]
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of the global random generators: Python's, NumPy's, PyTorch's on the CPU and on each CUDA device.
+    """The states of the global random generators: Python's, NumPy's, PyTorch's on the CPU and the current CUDA device.
 
     NumPy's if it has been imported, CUDA's if it has been used. Of types that a checkpoint can hold.
 
@@ -35,12 +35,12 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(inner["gauss"]),
         }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators in the state that ``rng_state`` returned; CUDA devices that are not here are left out."""
+    """Puts the generators in the state that ``rng_state`` returned, CUDA's on the current device, if there is one."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
@@ -48,6 +48,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
         inner = state["numpy"]
         numpy.random.set_state(("MT19937", inner["key"], inner["pos"], inner["has_gauss"], inner["gauss"]))
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, inner in enumerate(state.get("cuda", [])[:devices]):
-        torch.cuda.set_rng_state(inner, device)
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ import senet_fused
 
 from ..arguments import RequestError
 from . import checkpoint, curves, data, network
-from .logs import RunLog, open_progress
+from .logs import RunLog, not_written, open_progress, writing
 from .loop import Diverged, Limits, Trainer
 from .processes import AgreedError, Processes, StopSignals, join
 from .schedule import paper_rate, paper_step_epochs
 from .settings import Settings, check_same
+from .state import check_weights
 
 __all__ = ["device_of", "settings_of", "train"]
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 _WRITING_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_REDUCTION = 16  # of this package's networks
+_EMA_SHARE = 0.1  # of the weights that a run begins with
 _NAMED = 5  # of files that cannot be read
 
 
@@ -55,13 +59,14 @@ def settings_of(args: argparse.Namespace, processes: int) -> Settings:
     if args.warmup >= args.epochs:
         raise RequestError(f"--warmup {args.warmup:g} is no shorter than --epochs {args.epochs}; make it shorter")
     batch = args.batch_size * args.accumulate * processes
+    reduction = args.reduction or (None if ":" in args.model else _REDUCTION)
     return Settings(
         model=args.model, data=args.data, size=args.size, epochs=args.epochs, batch_size=args.batch_size,
         accumulate=args.accumulate, processes=processes, lr=args.lr or paper_rate(batch), momentum=args.momentum,
         weight_decay=args.weight_decay, nesterov=args.nesterov, schedule=args.schedule,
         step_epochs=args.step_epochs or paper_step_epochs(args.epochs), warmup=args.warmup,
         label_smoothing=args.label_smoothing, amp=args.amp, channels_last=args.channels_last, drop_path=args.drop_path,
-        dropout=args.dropout, ema=args.ema, fuse=args.fuse, no_se=args.no_se, reduction=args.reduction,
+        dropout=args.dropout, ema=args.ema, fuse=args.fuse, no_se=args.no_se, reduction=reduction,
         sync_batchnorm=args.sync_batchnorm, broken_images=args.broken_images, augment=not args.no_augment,
         seed=args.seed, device=args.device,
     )  # fmt: skip
@@ -76,9 +81,11 @@ def train(args: argparse.Namespace) -> int | str:
         except OSError as error:
             if error.errno not in _WRITING_FAILED:
                 raise
+            raise not_written(args.output, error) from error
+        except torch.OutOfMemoryError as error:
             raise RequestError(
-                f"cannot write into {args.output}: {error.strerror}. Make room there; --resume goes on from the last "
-                "checkpoint"
+                f"out of GPU memory with --batch-size {args.batch_size} --accumulate {args.accumulate}: use a smaller "
+                "--batch-size with an --accumulate as many times larger, or --amp bf16, in another --output"
             ) from error
         except Diverged as error:
             if processes.first:
@@ -116,6 +123,7 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
         if state is not None:
             checkpoint.check_model(state, description)
             check_same(state["settings"], settings)
+            check_weights(state["model"], model)
         network.check_network(model, settings, classes, shape)
 
     processes.together(check)
@@ -124,24 +132,64 @@ def _train(args: argparse.Namespace, processes: Processes, signals: StopSignals)
         settings, limits, model, description, source, processes, signals, folder,
         workers=args.workers, compiled=args.compile,
     )  # fmt: skip
+    offsets = None
     if state is not None:
         trainer.restore(state)
-    with contextlib.ExitStack() as stack:
-        if processes.first:
-            log = RunLog(
-                folder, open_progress(args.plain), offsets=state and state["log_offsets"], step=trainer.place.step,
-                tensorboard=args.tensorboard == "on",
-            )  # fmt: skip
-            stack.callback(log.close)
-            trainer.log = log
+        # Of another folder's logs they say nothing about what may lie in this one.
+        offsets = state["log_offsets"] if _is_own(folder, args.resume) else None
+    state = None  # as large as the network and its optimizer
+    with _open_log(args, trainer, processes, offsets) as trainer.log:
+        log = trainer.log
+        if log is not None:
             _say_what(log, settings, trainer, source, processes, model)
         senet_fused.reset_call_counts()
         begin = time.perf_counter()
         end = trainer.run()
-        if processes.first:
-            _leave(log, trainer, folder, end, time.perf_counter() - begin)
-            _say_broken(log, source)
+        seconds = time.perf_counter() - begin
+        broken = processes.of_all([*data.broken_files(source.train), *data.broken_files(source.held_out)])
+
+        def leave() -> None:
+            if log is not None:
+                with writing(folder):
+                    _leave(log, trainer, folder, end, seconds)
+                    _say_broken(log, sorted(set().union(*broken)))
+
+        processes.together(leave)
         return end
+
+
+@contextlib.contextmanager
+def _open_log(
+    args: argparse.Namespace, trainer: Trainer, processes: Processes, offsets: dict[str, int] | None
+) -> Iterator[RunLog | None]:
+    """The log, in the first process. Where it cannot be opened or closed, all processes are told."""
+
+    def in_first(work: Callable[[], RunLog | None]) -> RunLog | None:
+        def here() -> RunLog | None:
+            with writing(args.output):
+                return work() if processes.first else None
+
+        return processes.together(here)
+
+    def opened() -> RunLog:
+        progress = open_progress(args.plain)
+        try:
+            return RunLog(
+                args.output, progress, offsets=offsets, step=trainer.place.step, tensorboard=args.tensorboard == "on"
+            )
+        except OSError:
+            progress.close()
+            raise
+
+    log = in_first(opened)
+    try:
+        yield log
+    except BaseException:
+        with contextlib.suppress(OSError):  # which would hide what has gone wrong first
+            if log is not None:
+                log.close()
+        raise
+    in_first(lambda: log.close())
 
 
 def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -151,9 +199,16 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
     return checkpoint.load(args.output if args.resume == Path("") else args.resume)
 
 
+def _is_own(folder: Path, resume: Path | None) -> bool:
+    """Whether the checkpoint to go on from is in the run's folder."""
+    return resume is not None and (
+        resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent)
+    )
+
+
 def _refuse_another_run(folder: Path, resume: Path | None) -> None:
     """Raises RequestError if a run's checkpoint is there and is not the one to go on from."""
-    own = resume is not None and (resume == Path("") or folder.resolve() in (resume.resolve(), resume.resolve().parent))
+    own = _is_own(folder, resume)
     instead = "begins anew" if resume is None else f"goes on from {resume}"
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         if (folder / name).exists() and not own:
@@ -198,6 +253,11 @@ def _say_what(
         f"Learning rate: {settings.lr:g}, schedule {settings.schedule}",
     ):
         log.say(line)
+    if (share := settings.ema**trainer.total_steps) > _EMA_SHARE:
+        log.say(
+            f"Warning: --ema {settings.ema:g} averages over about {1 / (1 - settings.ema):,.0f} steps, and this run "
+            f"has {trainer.total_steps:,}: {share:.0%} of its average are the first step's weights. Use a smaller one"
+        )
     if place.step:
         log.say(f"Resumed behind step {place.step} of {trainer.total_steps}, in epoch {place.epoch + 1}")
 
@@ -225,11 +285,11 @@ def _leave(log: RunLog, trainer: Trainer, folder: Path, end: int | str, seconds:
     log.say(f"Written: {', '.join(written)}" + ("" if end == "finished" else "; --resume goes on from there"))
 
 
-def _say_broken(log: RunLog, source: data.Source) -> None:
-    broken = sorted({*data.broken_files(source.train), *data.broken_files(source.held_out)})
+def _say_broken(log: RunLog, broken: list[str]) -> None:
     if broken:
+        files = f"{len(broken)} file{'s' * (len(broken) > 1)}"
         more = ", ..." if len(broken) > _NAMED else ""
-        log.say(f"Skipped, for they cannot be read: {len(broken)} files: {', '.join(broken[:_NAMED])}{more}")
+        log.say(f"Skipped, for they cannot be read: {files}: {', '.join(broken[:_NAMED])}{more}")
 
 
 def _save_weights(path: Path, model: nn.Module) -> None:

@@ -37,7 +37,7 @@ class Settings:
     ema: float
     fuse: str
     no_se: bool
-    reduction: int
+    reduction: int | None
     sync_batchnorm: bool
     broken_images: str
     augment: bool

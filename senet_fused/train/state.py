@@ -19,17 +19,20 @@ from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import senet_fused
 
+from .checkpoint import CheckpointError
 from .schedule import make_schedule
 from .settings import Settings
 
-__all__ = ["Learner", "Place", "seed_everything"]
+__all__ = ["Learner", "Place", "check_weights", "seed_everything"]
+
+_NAMED = 3  # of weights that differ
 
 
 @dataclass
@@ -100,6 +103,22 @@ class Learner:
         """Whether every weight is a finite number."""
         with torch.no_grad():
             return bool(torch.stack([p.isfinite().all() for p in self.network.parameters()]).all())
+
+
+def check_weights(saved: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Raises CheckpointError unless these are weights and buffers of such a network; names the first that differ."""
+    here = network.state_dict()
+    different = []
+    for name in dict.fromkeys([*saved, *here]):
+        before, now = ("absent" if name not in state else str(list(state[name].shape)) for state in (saved, here))
+        if before != now:
+            different.append(f"{name} is {before} in the checkpoint and {now} here")
+    if different:
+        more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+        raise CheckpointError(
+            f"the checkpoint is of another network of this name: {'; '.join(different[:_NAMED])}{more}. Use the code "
+            "that it was made with, or begin a new run in another --output"
+        )
 
 
 def seed_everything(seed: int) -> None:
