@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peer_layers import TutorialSE
 from torch import Tensor, nn
 
 from senet_fused import FusedSE, FusedSETail
@@ -36,24 +37,6 @@ class Tiny(nn.Module):
 
 def tiny_double(num_classes: int, in_chans: int) -> nn.Module:
     return Tiny(num_classes, in_chans).double()
-
-
-class TutorialSE(nn.Module):
-    """The layer of most repositories."""
-
-    def __init__(self, channels: int, reduction: int) -> None:
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Sequential(
-            nn.Linear(channels, channels // reduction, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels // reduction, channels, bias=False),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c = x.shape[:2]
-        return x * self.fc(self.avg_pool(x).view(n, c)).view(n, c, 1, 1)
 
 
 def tutorial(num_classes: int, in_chans: int) -> nn.Module:

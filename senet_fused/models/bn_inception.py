@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import Layers
+from .layers import Layers, check_rate, initialise
 
 __all__ = ["MODULES", "BNInception", "Inception"]
 
@@ -103,8 +103,7 @@ class BNInception(nn.Module):
         conv_bias: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout!r}")
+        check_rate("dropout", dropout)
         self._layers, self._bias = Layers(se, reduction, squeeze, act, gate, backend), conv_bias
         self.default_cfg = {"input_size": (in_chans, 224, 224)}
         self.relu = nn.ReLU(inplace=True)
@@ -118,9 +117,7 @@ class BNInception(nn.Module):
             channels = self._add_inception(f"inception_{name}", channels, inception)
         self.dropout = nn.Dropout(dropout)
         self.last_linear = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def _add_conv(self, name: str, c_in: int, c_out: int, size: int, stride: int = 1) -> None:
         self.add_module(name, nn.Conv2d(c_in, c_out, size, stride=stride, padding=size // 2, bias=self._bias))

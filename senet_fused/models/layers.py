@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from senet_fused import Activation, FusedSE, FusedSETail
 from senet_fused.tails import has_hooks
 
-__all__ = ["SE_CHOICES", "Layers", "ReferenceSE", "SeparateTail", "ShortcutConv", "kept_samples"]
+__all__ = [
+    "SE_CHOICES", "Layers", "ReferenceSE", "SeparateTail", "ShortcutConv", "check_rate", "initialise", "kept_samples",
+]  # fmt: skip
 
 SE_CHOICES = ("fused", "tails", "reference", None)
 _SQUEEZES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -172,6 +174,19 @@ class Layers:
                 backend=self.backend,
             )  # fmt: skip
         return layer if fused else ReferenceSE(channels, layer.rd_channels, layer.act, layer.gate, self.squeeze)
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError unless it is a share of what can be dropped."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {rate!r}")
+
+
+def initialise(network: nn.Module) -> None:
+    """Draws the weights of all convolutions from He et al. 2015's normal distribution, by fan-out."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def kept_samples(x: Tensor, rate: float) -> Tensor:

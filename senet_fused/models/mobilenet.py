@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import Layers
+from .layers import Layers, check_rate, initialise
 
 __all__ = ["MobileNet", "SeparableConv"]
 
@@ -81,8 +81,7 @@ class MobileNet(nn.Module):
         super().__init__()
         if not width > 0:
             raise ValueError(f"width must be greater than 0, got {width!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout!r}")
+        check_rate("dropout", dropout)
         layers = Layers(se, reduction, squeeze, act, gate, backend)
         self.default_cfg = {"input_size": (in_chans, 224, 224)}
         channels = _scaled(STEM, width)
@@ -100,9 +99,7 @@ class MobileNet(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def features(self, x: Tensor) -> Tensor:
         """[N, C, h, w] in front of the global average, of images [N, in_chans, H, W]."""

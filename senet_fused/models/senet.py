@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .layers import Layers, SeparateTail, ShortcutConv, kept_samples
+from .layers import Layers, SeparateTail, ShortcutConv, check_rate, initialise, kept_samples
 
 __all__ = ["STRATEGIES", "Block", "SENet"]
 
@@ -203,9 +203,8 @@ class SENet(nn.Module):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-        for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {rate!r}")
+        check_rate("dropout", dropout)
+        check_rate("drop_path", drop_path)
         layers = Layers(se, reduction, squeeze, act, gate, backend)
         self.default_cfg = {"input_size": (in_chans, *((32, 32) if stem == "small" else (224, 224)))}
         self.layer0 = Stem(*_stem(stem, in_chans, stem_channels), layers)
@@ -225,9 +224,7 @@ class SENet(nn.Module):
         self._stages = len(depths)
         self.dropout = nn.Dropout(dropout)
         self.last_linear = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def features(self, x: Tensor) -> Tensor:
         """[N, C, h, w] in front of the global average, of images [N, in_chans, H, W]."""
