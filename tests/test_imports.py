@@ -39,15 +39,16 @@ PYTHON = {
         "_version", "activations", "folding", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
     },  # fmt: skip
     "arguments": {"backends"},
+    "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {"senet_fused", "_plan", "arguments", "backends", "bench", "machine", "select", "tune"},
-    "bench": {"senet_fused", "arguments", "backends", "machine", "modules"},
+    "bench": {"senet_fused", "arguments", "backends", "factories", "machine", "modules"},
     "tune": {"senet_fused", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
     "models": {"senet_fused", "tails"},
-    "train": {"senet_fused", "arguments", "handwritten_digits", "machine", "models"},
+    "train": {"senet_fused", "arguments", "factories", "handwritten_digits", "machine", "models"},
     "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }

@@ -568,7 +568,7 @@ def test_options_that_are_refused(words, message, capsys):
         (["--model", "se_resnet21"], r"no network 'se_resnet21'; similar: se_resnet20"),
         (["--model", "keras:x"], "cannot read --model keras:x"),
         (["--model", "missing.py:f"], "there is no file missing.py"),
-        (["--model", f"{TINY}:missing"], "no function or class 'missing'"),
+        (["--model", f"{TINY}:missing"], "no function 'missing'.*it has .*Tiny"),
         (["--model", f"{TINY}:not_a_module"], "must return a torch.nn.Module, got int"),
         (["--model", f"{TINY}:failing"], "cannot make .*: ZeroDivisionError"),
         (["--model", f"{TINY}:ten_classes"], r"must return \[N, 6\] .*, got a tensor \[2, 10\]"),

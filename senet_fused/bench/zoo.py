@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
-import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +21,7 @@ import torch
 from torch import nn
 
 from ..arguments import RequestError
+from ..factories import factory_of_file
 from .timing import describe
 
 __all__ = ["LIBRARIES", "input_size", "load", "settle"]
@@ -194,24 +192,6 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[Callable[..., Any]
 
 
 def _of_file(name: str, path: Path, factory: str) -> nn.Module:
-    """What a function without arguments in a file returns. The file's folder can be imported from meanwhile."""
-    if not path.is_file():
-        raise RequestError(f"there is no file {path} (for the model {name})")
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"model of {path.resolve()}"), path)
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.modules[spec.name] = module  # as for an import: classes look their module up
-    sys.path.insert(0, folder)
-    try:
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise RequestError(f"running {path} failed: {describe(error)}") from error
-        make = getattr(module, factory, None)
-        if not callable(make):
-            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            has = f"it has {', '.join(own)}" if own else "it has none"
-            raise RequestError(f"{path} has no function {factory!r} without arguments that returns a network; {has}")
+    """What a function without arguments in a file returns."""
+    with factory_of_file(path, factory) as make:
         return _made(name, make)
-    finally:
-        sys.path.remove(folder)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import senet_fused
 from senet_fused import models
 
 from ..arguments import RequestError
+from ..factories import factory_of_file
 from .settings import Settings
 
 __all__ = ["check_network", "describe", "make_network", "se_layers"]
@@ -91,7 +89,11 @@ def _of_timm(name: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
 
 
 def _of_file(path: Path, name: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
-    factory = _factory(path, name)
+    with factory_of_file(path, name) as factory:
+        return _of_factory(factory, f"{path}:{name}", settings, sizes)
+
+
+def _of_factory(factory: Callable[..., Any], what: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # of a builtin
@@ -104,31 +106,11 @@ def _of_file(path: Path, name: str, settings: Settings, sizes: dict[str, int]) -
     given = {key: value for key, value in (sizes | options).items() if takes_all or key in names}
     for key, option in (("drop_path_rate", "--drop-path"), ("dropout", "--dropout")):
         if options.get(key) and key not in given:
-            raise RequestError(f"{option} {options[key]:g}: {path}:{name} takes no argument {key}")
-    network = _made(f"{path}:{name}", lambda: factory(**given))
+            raise RequestError(f"{option} {options[key]:g}: {what} takes no argument {key}")
+    network = _made(what, lambda: factory(**given))
     if not isinstance(network, nn.Module):
-        raise RequestError(f"{path}:{name} must return a torch.nn.Module, got {type(network).__name__}")
+        raise RequestError(f"{what} must return a torch.nn.Module, got {type(network).__name__}")
     return network
-
-
-def _factory(path: Path, name: str) -> Callable[..., Any]:
-    if not path.is_file():
-        raise RequestError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"senet_fused_train_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    # Modules beside the file can be imported, and classes of it found again by those who copy or pickle them.
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RequestError(f"cannot import {path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise RequestError(f"{path} has no function or class {name!r}")
-    return factory
 
 
 def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
