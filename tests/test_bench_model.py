@@ -1070,6 +1070,8 @@ def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, c
     def measured(*arguments):
         count.append(arguments)
         if len(count) == 2:
+            kept = json.loads(out.read_text())  # had it been killed here
+            assert len(kept["rows"]) == 3 and kept["header"]["interrupted"] == "after 1 of 2 cases"
             raise KeyboardInterrupt
         return real(*arguments)
 
