@@ -258,6 +258,23 @@ def flipped(tensors: Tensors) -> Tensors:
     return {name: t.flip(tuple(range(t.dim()))) for name, t in tensors.items()}
 
 
+def moved(t: Tensor, device: torch.device | str) -> Tensor:
+    """t on the device, with its strides and its place in its storage."""
+    if torch.device(device).type == "cpu":
+        return t
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def run_on(backend: str, device: torch.device | str, case: Case, inputs: Tensors) -> Tensors:
+    """The results of a backend's kernels on a device, brought back, with the proof that it was they."""
+    inputs = {name: moved(t, device) for name, t in inputs.items()}
+    senet_fused.reset_call_counts()
+    results = run(functools.partial(fused, backend=backend), case, inputs)
+    assert senet_fused.call_counts() == {f"{backend}.forward": 1, f"{backend}.backward": 1}
+    return {name: t.cpu() for name, t in results.items()}
+
+
 def run_counted(case: Case, inputs: Tensors) -> Tensors:
     """As :func:`run` by the C++ kernels, with the proof that it was they."""
     senet_fused.reset_call_counts()
