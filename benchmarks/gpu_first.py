@@ -43,7 +43,7 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # Seconds at most. All together get no more than --limit: a part has its share, by these, of what is left.
-PARTS = {"build": 240, "doctor": 40, "kernels": 130, "layers": 140, "networks": 110}
+PARTS = {"build": 240, "doctor": 45, "kernels": 130, "layers": 160, "networks": 100}
 LIMIT_S, CASE_LIMIT_S = 470, 45
 RESTARTS = 4  # of a group of cases whose process broke
 # What is printed of a failure, and how many at the end: the end of the output is what survives.
@@ -52,7 +52,7 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 BACKENDS = ("cuda", "triton")
 GROUPS = [("cuda", "se"), ("triton", "se"), ("cuda", "tail"), ("triton", "tail")]
 # By device: in how many processes a backend's cases run (Triton compiles), and what is measured.
-PROCESSES = {"cuda": {"cuda": 1, "triton": 4}, "cpu": {"cuda": 1, "triton": 1}}
+PROCESSES = {"cuda": {"cuda": 1, "triton": 6}, "cpu": {"cuda": 1, "triton": 1}}
 LAYERS = {
     "cuda": "--problem senet154 --batch 64 --cache cold --budget 0.4 --providers eager compile",
     "cpu": "--shape 2,16,4,5,7 --cache-size 0.001 --quick --providers eager",

@@ -248,16 +248,6 @@ def run(function: Layer, case: Case, inputs: Tensors, dtype: torch.dtype | None 
     return {"y": y.detach(), "gate": gate.detach(), **{f"d{k}": g for k, g in zip(leaves, zeros, strict=True)}}
 
 
-def exact_results(case: Case, inputs: Tensors) -> Tensors:
-    """The oracle: as :func:`run`, in float64 from the same values."""
-    return run(functools.partial(layer, functions=EXACT), case, inputs, torch.float64)
-
-
-def flipped(tensors: Tensors) -> Tensors:
-    """Every dimension of every tensor reversed: the same mathematics, summed in the opposite order."""
-    return {name: t.flip(tuple(range(t.dim()))) for name, t in tensors.items()}
-
-
 def moved(t: Tensor, device: torch.device | str) -> Tensor:
     """t on the device, with its strides and its place in its storage."""
     if torch.device(device).type == "cpu":
@@ -273,6 +263,16 @@ def run_on(backend: str, device: torch.device | str, case: Case, inputs: Tensors
     results = run(functools.partial(fused, backend=backend), case, inputs)
     assert senet_fused.call_counts() == {f"{backend}.forward": 1, f"{backend}.backward": 1}
     return {name: t.cpu() for name, t in results.items()}
+
+
+def exact_results(case: Case, inputs: Tensors) -> Tensors:
+    """The oracle: as :func:`run`, in float64 from the same values."""
+    return run(functools.partial(layer, functions=EXACT), case, inputs, torch.float64)
+
+
+def flipped(tensors: Tensors) -> Tensors:
+    """Every dimension of every tensor reversed: the same mathematics, summed in the opposite order."""
+    return {name: t.flip(tuple(range(t.dim()))) for name, t in tensors.items()}
 
 
 def run_counted(case: Case, inputs: Tensors) -> Tensors:

@@ -202,6 +202,7 @@ def python(*arguments, **environment):
     )
 
 
+@pytest.mark.processes
 @needs_cuda_host
 @needs_interpreter
 def test_the_launches_of_a_layer_are_counted():

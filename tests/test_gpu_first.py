@@ -91,6 +91,7 @@ def test_the_cases_launch_every_cuda_kernel(gpu_kernels):
     assert launched == known and len(known) > 20
 
 
+@pytest.mark.combinations
 @needs_cuda_host
 @needs_interpreter
 @pytest.mark.parametrize("op", ["se", "tail"])
@@ -210,12 +211,12 @@ def test_cases_that_are_right_are_told_one_by_one(first):
 def test_a_case_that_does_not_end_well_is_told_and_the_rest_goes_on(first, monkeypatch, how):
     """failed: as where the device is dead afterwards."""
     monkeypatch.setenv("BAD_CASES", f"cuda1:{how}")
-    code, known, told, text = first("kernels", "--case-limit", "3")
+    code, known, told, text = first("kernels", "--case-limit", "2")
     assert code == 1 and known["finished"] and len(known["failures"]) == 2
     found = {(line["backend"], line["op"], line["case"]): line["status"] for line in told if "case" in line}
     assert len(found) == 20 and all(status == "ok" for key, status in found.items() if key[::2] != ("cuda", "1"))
     assert found["cuda", "se", "1"] == found["cuda", "tail", "1"] == how
-    detail = {"died": "exit status 7: a last word", "hung": "3 s"}.get(how, "why")
+    detail = {"died": "exit status 7: a last word", "hung": "2 s"}.get(how, "why")
     assert f"kernels: cuda se: 1: {how}: {detail}" in known["failures"]
     assert text.rpartition("2 failures in ")[2].count(f": 1: {how}: ") == 2  # once more at the end
 
@@ -241,6 +242,7 @@ def test_a_part_that_hangs_leaves_time_for_the_others(first, monkeypatch):
     assert code == 1 and known["failures"] == ["kernels: out of time, not begun"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
 def test_what_is_known_is_there_after_a_kill(first, tmp_path, number):
     start = f"import gpu_first, sys; gpu_first._FACTS = {first.module._FACTS!r}; sys.argv[0] = gpu_first.__file__"
@@ -265,6 +267,7 @@ def test_what_is_known_is_there_after_a_kill(first, tmp_path, number):
         assert process.returncode == 1 and "interrupted" in known["failures"] and "failures in" in text
 
 
+@pytest.mark.processes
 @needs_cuda_host
 def test_a_planted_wrong_kernel_is_reported_and_no_other(first, tmp_path, monkeypatch):
     """The real cases, of one layer, by the CUDA kernels; one element of y is off by one of the strategies."""
@@ -308,6 +311,7 @@ sys.exit(gpu_kernels.main())
     assert all(": wrong: {'y': " in text for text in known["failures"])
 
 
+@pytest.mark.processes
 def test_layers_and_networks_are_measured_on_tiny_sizes(first, monkeypatch):
     """By stock PyTorch and the CPU's kernels: the same calls as on a GPU, but for the sizes."""
     monkeypatch.setattr(first.module, "BACKENDS", ("fused",))
