@@ -307,8 +307,12 @@ class First:
                         keep(found)
                 status = process.wait()
                 watch.cancel()
-            if done == planned or self.processes.ended or time.monotonic() >= until - 0.1:
-                return  # what has not run is counted
+            if done == planned or self.processes.ended:
+                return
+            if time.monotonic() >= until - 0.1:  # what has not run is counted, if it is known how much there is
+                if planned is None:
+                    keep({**name, "status": "not begun", "detail": "no case within the time of this part"})
+                return
             detail = f"{self.args.case_limit:g} s" if hung.is_set() else f"exit status {status}: {last_lines(log, 3)}"
             if begun is not None:
                 keep({**begun, "status": "hung" if hung.is_set() else "died", "detail": detail})
