@@ -98,6 +98,7 @@ PLAIN: dict[str, object] = {}
 EVERYTHING = {"act": "silu", "squeeze": "avgmax", "post_act": "relu", "residual": True, "through": "both"}
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:2], ids=name_of)
 @pytest.mark.parametrize(("shape", "reduced"), SENET154, ids=name_of)
@@ -149,6 +150,7 @@ def test_an_empty_batch(run, dtype, layout):
         assert not results[name].any(), name
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("positions", [5_000, 2**15 + 5])
 def test_long_sums_lose_no_digits(run, positions, layout):
@@ -239,6 +241,7 @@ def test_gate_over_its_whole_range(run, gate):
 # ---------------------------------------------------------------------------------------------------- large tensors
 
 
+@pytest.mark.sizes
 @pytest.mark.skipif(DEVICE == "cuda", reason="it reaches through 4 GiB that only the CPU maps without using them")
 @pytest.mark.parametrize("layout", DENSE)
 def test_samples_that_lie_more_than_32_bits_apart(backend_name, layout):

@@ -151,6 +151,7 @@ def test_eps(run, training):
 STAGES = [(i, layout) for i in range(4) for layout in DENSE if DEVICE == "cuda" or layout == DENSE[i in (0, 3)]]
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize(("stage", "layout"), STAGES)
 def test_senet154_shapes(run, stage, layout):
     """On a GPU at batch 64, in both modes."""
@@ -242,6 +243,7 @@ def test_an_empty_batch(run, layout):
             assert name in ("y", "dx", "dresidual") or not t.any(), name
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize(("positions", "reduced"), [(5_000, 3), (2**15 + 5, 0)])
 def test_long_sums_lose_no_digits(run, positions, reduced, layout):
@@ -417,6 +419,7 @@ def test_fresh_memory_has_no_say(backend_name, using_strategy, monkeypatch, layo
 # ---------------------------------------------------------------------------------------------------- large tensors
 
 
+@pytest.mark.sizes
 @pytest.mark.skipif(DEVICE == "cuda", reason="it reaches through 4 GiB that only the CPU maps without using them")
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("layout", DENSE)

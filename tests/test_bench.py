@@ -517,6 +517,7 @@ def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
     assert "compiled nothing" in rows["compile"]["error"]
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
     reason="no C++ compiler for torch.compile",
@@ -641,6 +642,7 @@ def on_the_cpu(monkeypatch):
     return serve
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 @pytest.mark.parametrize("name", problems.GPU_BACKENDS)
 def test_a_backend_as_a_provider_runs_on_that_backend_under_our_rule(monkeypatch, on_the_cpu, name, direction):
