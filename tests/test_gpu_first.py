@@ -91,7 +91,6 @@ def test_the_cases_launch_every_cuda_kernel(gpu_kernels):
     assert launched == known and len(known) > 20
 
 
-@pytest.mark.combinations
 @needs_cuda_host
 @needs_interpreter
 @pytest.mark.parametrize("op", ["se", "tail"])
