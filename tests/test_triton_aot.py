@@ -59,6 +59,7 @@ def test_recorded_launches():
     check_launches(RECORDED["launches"])
 
 
+@pytest.mark.compiler
 def test_a_second_call_launches_what_the_first_did():
     """Without triton.jit's help, to the last argument; and what depends on a launch before it may begin early."""
     found = output_of("launch_twice.py")
@@ -82,6 +83,7 @@ def test_recorded_kernels_do_not_spill(target):
 SHARE = {target: 1 if target == "sm_90" else 4 for target in TARGETS}
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("target", "every"),
     [*SHARE.items(), *(pytest.param(target, 1, marks=pytest.mark.slow) for target in TARGETS if SHARE[target] > 1)],
