@@ -27,12 +27,13 @@ PYTHON = {
     "reference": {"activations"},
     "backends": {"_plan", "activations", "reference"},
     "select": {"backends"},
-    "ops": {"backends", "reference"},
-    "functional": {"activations", "ops", "reference", "select"},
+    "flops": set(),
+    "ops": {"backends", "flops", "reference"},
+    "functional": {"activations", "flops", "ops", "reference", "select"},
     "recognition": {"activations", "functional", "ops", "reference"},
     "conversion": {"recognition"},
-    "modules": {"activations", "conversion", "functional", "reference", "select"},
-    "tails": {"activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select"},
+    "modules": {"activations", "conversion", "functional", "recognition", "reference", "select"},
+    "tails": {"activations", "backends", "flops", "functional", "modules", "ops", "recognition", "reference", "select"},
     "fusion": {"functional", "modules", "recognition", "select", "tails"},
     "folding": {"fusion", "modules", "select", "tails"},
     "senet_fused": {
@@ -53,7 +54,7 @@ PYTHON = {
     "__main__": {"cli"},
 }
 CORE = (
-    "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
+    "_version", "activations", "reference", "backends", "select", "flops", "ops", "functional", "recognition",
     "conversion", "modules", "tails", "fusion", "folding", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda, native, triton
+from ..flops import in_dispatch_modes
 from ..ops import (
     Operator,
     count_call,
@@ -232,6 +233,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         return tuple(gradients)
 
     def registered_rule(ctx, dy, *_others):
+        in_dispatch_modes()
         return rule(ctx, registered_backward, dy)
 
     torch.library.register_autograd(name, registered_rule, setup_context=setup_context)
