@@ -352,6 +352,54 @@ def test_compiled_without_a_graph_break(change):
         assert senet_fused.call_counts() == ({} if change else {"cpu.forward": 1, "cpu.backward": 1})
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fsdp2(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh)  # the layer itself, whose class that changes
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    return FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=False, sharding_strategy=ShardingStrategy.NO_SHARD
+    )
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2])
+def test_sharded_weights_are_whole_within_a_step(shard, one_process):
+    """And so the layer runs fused: they are plain tensors in the places, or the attributes, of the parameters."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(FusedSE(C, rd_channels=R, bias=True)), torch.randn(2, C, 3, 3)
+    expected = model(x)
+    sharded = shard(model)
+    senet_fused.reset_call_counts()
+    y = sharded(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert senet_fused.call_counts() == {"cpu.forward": 1, "cpu.backward": 1}
+
+
+def test_a_forward_that_is_replaced_on_the_layer_is_reported():
+    layer = FusedSE(C, rd_channels=R)
+    assert fuse_report(layer).layers[0].fused
+    layer.forward = lambda x: x
+    (row,) = fuse_report(layer)
+    assert row.status == "original runs" and "its forward has been replaced" in row.reason
+
+
 def test_exported_and_traced():
     """torch.export with dynamic shapes and FX keep an adapter's call."""
     torch.manual_seed(0)

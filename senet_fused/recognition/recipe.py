@@ -112,7 +112,7 @@ class Recipe:
                 return None if self.form in ("scale", "residual") else "a gate's shape is not known to FX"
             if not _is_stand_in(x):
                 return f"its input is a {type(x).__name__}, not a plain tensor"
-        if x.numel() == 0 and x.shape[0] != 0:
+        if not torch.jit.is_tracing() and x.numel() == 0 and x.shape[0] != 0:  # which a tracer would warn of
             return "its input has no positions"
         if x.dim() - 2 not in self.dimensions:
             known = " or ".join(str(d + 2) for d in self.dimensions)
@@ -193,10 +193,15 @@ def plain_weights(
 
 
 def quantising(x: Any) -> bool:
-    """Whether x is a proxy of FX quantisation, which quantises modules and knows no fused operator. Warns if it is."""
+    """Whether x is a proxy of FX quantisation, which quantises modules and knows no fused operator.
+
+    Warns then, once for a model that is traced.
+    """
     if not isinstance(x, torch.fx.Proxy) or type(x.tracer).__name__ != "QuantizationTracer":
         return False
-    warnings.warn(_QUANTISED, stacklevel=1)  # from one place: Python shows it once
+    if "_senet_warned" not in vars(x.tracer):
+        x.tracer._senet_warned = True
+        warnings.warn(_QUANTISED, stacklevel=2)
     return True
 
 
