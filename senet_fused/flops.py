@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import torch_private
+
 __all__ = ["in_dispatch_modes"]
 
 _MODULE = "torch.utils.flop_counter"
@@ -19,7 +21,7 @@ _BACKENDS = ("cpu", "cuda", "triton")
 
 def in_dispatch_modes() -> bool:
     """Whether dispatch modes see this call. Those of them that count FLOPs know the operators afterwards."""
-    if not torch._C._len_torch_dispatch_stack():
+    if not torch_private.dispatch_modes():
         return False
     if _MODULE in sys.modules:
         _teach(sys.modules[_MODULE])
@@ -34,7 +36,7 @@ def _teach(flop_counter: Any) -> None:
             if operator not in known:
                 flop_counter.register_flop_formula(operator)(formula)
             ours[operator] = known[operator]
-    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+    for mode in torch_private.dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
             counter.flop_registry = ours | counter.flop_registry  # a custom mapping of the caller's comes first

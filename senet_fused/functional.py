@@ -6,10 +6,9 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops, reference, select
+from . import ops, reference, select, torch_private
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 from .flops import in_dispatch_modes
 
@@ -118,7 +117,7 @@ def serve(
         if result is not None:
             return result[0]
     compiling = torch.compiler.is_compiling()
-    check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
+    check = _check_while_tracing if not compiling and torch_private.is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     if chosen == "reference":
         y, g = reference.squeeze_excite(
@@ -215,7 +214,7 @@ def excitation(
             excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
         )
     chosen = route(x, backend) if isinstance(x, Tensor) else "reference"
-    check = _check_while_tracing if not torch.compiler.is_compiling() and torch._C._is_tracing() else _check
+    check = _check_while_tracing if not torch.compiler.is_compiling() and torch_private.is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, None, None)
     pooled = reference.pool(x, squeeze)[..., None]
     if chosen == "cpu" and not torch.is_grad_enabled():
@@ -225,6 +224,8 @@ def excitation(
     return serve(chosen, pooled, w1, w2, b1, b2, act, gate, "avg", None, None, True)[1]
 
 
+# torch.compile enters transforms while it traces, so the answer is right, and guards on those that are outside.
+@torch_private.constant_under_compile
 def needs_plain_operators() -> bool:
     """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
 
@@ -232,15 +233,10 @@ def needs_plain_operators() -> bool:
     forward-mode differentiation (dual tensors would lose their tangents in a kernel).
     """
     return (
-        torch._C._is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        torch_private.is_tracing()
+        or torch_private.func_transform() is not None
+        or torch_private.in_dual_level()
     )
-
-
-# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
-# enters transforms while it traces, so the answer is right, and guards on those that are outside.
-needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, torch_private
 from .backends import cuda, native, triton
 from .flops import in_dispatch_modes
 
@@ -258,8 +258,8 @@ def watched(*gradients: Tensor | None) -> bool:
     """
     return (
         in_dispatch_modes()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        or torch_private.func_transform() is not None
+        or any(g is not None and torch_private.is_legacy_batchedtensor(g) for g in gradients)
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private
 from ..activations import Activation
 from ..functional import excitation, serve, squeeze_excite
 
@@ -155,7 +156,7 @@ def plain_weights(
         layer: the SE layer. parts: it and its submodules, or its submodules alone, as they have to be. first, second:
             paths of the two children with the weights.
     """
-    if nn.modules.module._has_any_global_hook():
+    if torch_private.has_global_hooks():
         return "hooks for all modules are registered, and they are to see its children"
     for path, kind, children, parameters, attributes, settings, forward in parts:
         part = layer
@@ -296,9 +297,4 @@ def _is_wrapped_by_export(part: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_stand_in(t: object) -> bool:
     """Whether t stands for a plain tensor while somebody traces: FX's proxies, fake and functional tensors."""
-    if isinstance(t, torch.fx.Proxy):
-        return True
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return isinstance(t, (FakeTensor, FunctionalTensor))
+    return isinstance(t, (torch.fx.Proxy, *torch_private.stand_ins))
