@@ -242,6 +242,8 @@ def needs_plain_operators() -> bool:
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
     """Which backend would serve ``squeeze_excite(x, ..., backend=backend)``, and why (``.backend``, ``.reason``).
 
+    Whether a layer calls the function, or its children in place of it, :func:`senet_fused.fuse_report` says.
+
     Raises:
         ValueError: an unknown backend name.
         BackendUnavailableError: the named backend cannot serve x.

@@ -54,6 +54,7 @@ CASES = [
 ]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(("backend", "dimensions", "layout"), CASES)
 @pytest.mark.parametrize("function", ["squeeze_excite", "block_tail"])
 def test_a_result_may_be_changed_in_place(backend, function, dimensions, layout):
@@ -90,6 +91,7 @@ def tail_arguments(x, residual, weights):
     return (x, scale, shift, None, None, w1, b1, w2, b2, residual, None, 1e-5, "relu", "sigmoid", "relu", "", True)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dimensions", PLANES)
 @pytest.mark.parametrize("kind", ["squeeze_excite", "block_tail"])

@@ -109,6 +109,7 @@ TAILS = {
 }
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.ReLU, nn.Linear])
 @pytest.mark.parametrize("make", TAILS)
 def test_a_patched_class_in_a_tail_is_noticed(make, kind, monkeypatch):
@@ -121,6 +122,7 @@ def test_a_patched_class_in_a_tail_is_noticed(make, kind, monkeypatch):
     assert not torch.allclose(ours(x), before) and block_tails() == 0
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Sequential, nn.Identity])
 @pytest.mark.parametrize("make", [LegacyBottleneck, lambda: MonaiBlock(2)], ids=["legacy", "monai"])
 def test_a_patched_class_in_a_fused_block_is_noticed(make, kind, monkeypatch):
@@ -129,6 +131,22 @@ def test_a_patched_class_in_a_fused_block_is_noticed(make, kind, monkeypatch):
     assert block_tails() > 0
     doubling(monkeypatch, kind)
     torch.testing.assert_close(block(x), unfuse(copy.deepcopy(block))(x))
+
+
+def test_a_patched_class_of_a_sequence_in_a_fused_block_is_noticed(monkeypatch):
+    """MONAI's Convolution is one, of a class of its own."""
+
+    class Convolution(nn.Sequential):
+        pass
+
+    block, x = MonaiBlock(2), torch.randn(2, 12, 6, 5)
+    block.conv1.__class__ = Convolution
+    fuse(block, tails=True).eval()(x)
+    tails = block_tails()
+    assert tails == 4
+    doubling(monkeypatch, Convolution)
+    torch.testing.assert_close(block(x), unfuse(copy.deepcopy(block))(x))
+    assert block_tails() == 2 * tails - 1
 
 
 # ---------------------------------------------------------------------------------- nn.DataParallel
