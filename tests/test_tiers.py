@@ -25,7 +25,6 @@ SUITE = """
     @pytest.mark.processes
     def test_representative(n): pass
 
-    @pytest.mark.combinations
     @pytest.mark.parametrize(("a", "b"), [(0, 1), (2, 3), (4, 5)])
     @pytest.mark.parametrize("c", "xyz")
     @pytest.mark.parametrize("d", "uv")

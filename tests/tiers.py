@@ -1,8 +1,8 @@
 """Which of the tests a run takes: `pytest --tier core`, `ci` or `all` (the default).
 
 core: five minutes on two cores, and yet every backend, strategy and direction, every public function, and bad input.
-    A test belongs to it unless a marker says that the test needs more than moments (:data:`EXPENSIVE`); of a test
-    marked `combinations` core takes as few as meet each value of each parameter. The marker `core` overrules both.
+    A test belongs to it unless a marker says that the test needs more than moments (:data:`EXPENSIVE`); of a test with
+    many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules both.
 ci: core, and a quarter of the rest, which the commit's hash chooses: so every test runs on one commit in four.
 all: everything.
 
@@ -28,12 +28,11 @@ EXPENSIVE = {
     "processes": "starts other Python processes: torchrun, the command line, a killed run",
     "compiler": "compiles: torch.compile's C++, g++, or Triton and nvcc ahead of time",
     "nvcc": "reads machine code compiled by nvcc",
-    "training": "trains a network for more than a few steps",
-    "sizes": "has tensors or networks of real size: SENet-154's layers in an interpreter, whole networks, gigabytes",
+    "networks": "trains, measures or compares whole networks or many layers, for seconds",
+    "sizes": "has tensors of real size: SENet-154's layers in an interpreter, planes of 2^15 pixels, gigabytes",
 }
 MARKERS = {
     **EXPENSIVE,
-    "combinations": "many combinations of parameters: core takes as few as meet each value of each parameter",
     "core": "the one of its kind that core takes all the same",
 }
 
@@ -83,12 +82,9 @@ def core_of(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         if item.get_closest_marker("core"):
             core.add(item)
         elif not any(item.get_closest_marker(name) for name in EXPENSIVE):
-            if item.get_closest_marker("combinations") and hasattr(item, "callspec"):
-                families[item.parent, item.originalname].append(item)
-            else:
-                core.add(item)
+            families[item.parent, getattr(item, "originalname", item.name)].append(item)
     for family in families.values():
-        core.update(_covering(family))
+        core.update(_covering(family) if hasattr(family[0], "callspec") else family)
     return core
 
 
