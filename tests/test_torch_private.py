@@ -314,6 +314,7 @@ assert senet_fused.call_counts()["cpu.tail_forward"] == 1
 """
 
 
+@pytest.mark.processes
 def test_without_any(tmp_path):
     """The package imports, and gives the right numbers."""
     package = tmp_path / "senet_fused"
