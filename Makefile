@@ -21,7 +21,7 @@ SELECT ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env build test test-peers demo bench lint abi sanitize wheel sdist clean distclean
+.PHONY: help env build test test-peers demo bench lint abi sanitize contracted wheel sdist clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -80,6 +80,11 @@ abi: build ## is the library within LibTorch's stable ABI of the oldest supporte
 
 sanitize: $(installed) ## the kernel tests under AddressSanitizer and UBSan (SELECT="..." for other tests)
 	PYTHON=$(PY) bash tests/sanitize/run.sh $(SELECT) $(ARGS)
+
+# nvcc contracts; g++ does so from -O2 on.
+contracted: build ## the CUDA kernels on the host with fused multiply-adds, against the error rule
+	SENET_HOST_CXXFLAGS="-O2 -mfma -ffp-contract=fast" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) \
+	    tests/test_cuda_kernels.py tests/test_cuda_tail.py $(ARGS)
 
 wheel: $(installed) ## a wheel for this Python, in dist/
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
