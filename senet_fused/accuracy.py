@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+
+from .torch_private import DispatchMode
 
 __all__ = ["Rounding", "refused", "relative_error"]
 
@@ -101,7 +101,7 @@ def _last_place(dtype: torch.dtype, exact: Tensor) -> float:
     return facts.eps * max(1.0, facts.tiny / scale if scale else 1.0)
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(DispatchMode):
     """Moves the floating-point inputs of every operation at random, by as much as this module's rule has it."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
@@ -119,10 +119,12 @@ class Rounding(TorchDispatchMode):
             return func(*args, **kwargs)
         reach = self.unit * math.sqrt(_terms(func, args))
         arguments = zip(func._schema.arguments, args, strict=False)
-        moved = [arg if a.alias_info else tree_map(lambda t: self._move(t, reach), arg) for a, arg in arguments]
+        moved = [arg if a.alias_info else self._move(arg, reach) for a, arg in arguments]
         return func(*moved, **kwargs)
 
-    def _move(self, t: object, reach: float) -> object:
+    def _move(self, t: Any, reach: float) -> Any:
+        if isinstance(t, list):  # of tensors, as torch.cat has, or of numbers
+            return [self._move(one, reach) for one in t]
         if not isinstance(t, Tensor) or not t.is_floating_point():
             return t
         if t.device not in self.generators:
@@ -135,13 +137,13 @@ aten = torch.ops.aten
 _EXACT = {aten.amax, aten.amin, aten.eq, aten.clone, aten._to_copy, aten.copy_}
 
 
-def _computes(func: torch._ops.OpOverload) -> bool:
+def _computes(func: Any) -> bool:
     """Rather than gives a view, a copy or one of its inputs."""
     view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
     return not view and func.overloadpacket not in _EXACT
 
 
-def _terms(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> int:
+def _terms(func: Any, args: tuple[Any, ...]) -> int:
     """How many addends an element of the operation's result has; 1 for what adds up a few at most."""
     kind = func.overloadpacket
     if kind in (aten.sum, aten.mean):

@@ -125,6 +125,7 @@ def missing(isa: str) -> str | None:
     return ", ".join(sorted(needed - flags)) or None
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("isa", BUILT)
 def test_every_instruction_set(isa):
     """In a process of its own, held to the oracle."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, torch_private
 from ..functional import route
 from .families import Reading, Unsuited, elementwise, family_of, read_freely, weights_of
 from .recipe import SCALARS, Recipe, parts_of, settings_of
@@ -175,7 +175,7 @@ def nothing_around() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         # Detached: an operator's output that its own backward holds on to would never be freed.
         torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda t: t),
-        torch.utils._python_dispatch._disable_current_modes(),
+        torch_private.without_modes(),
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
         ops.uncounted(),
