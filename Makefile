@@ -12,6 +12,8 @@ PEERS_VENV ?= .venv-peers
 # The kernel tests ask for the numbers of threads they need themselves. Everything else is small, and as many
 # single-threaded workers as there are cores are faster than workers whose threads wait for each other.
 PYTEST_WORKERS ?= -n auto --maxprocesses=8 --dist=worksteal
+# Which of the tests: core, ci (core and a quarter of the rest, chosen by the commit) or all; see tests/tiers.py.
+TIER ?= core
 # More arguments for pytest, as in ARGS="-k gelu".
 ARGS ?=
 
@@ -25,7 +27,7 @@ PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help env build test test-peers demo bench lint abi aot sanitize wheel sdist clean distclean
+.PHONY: help env build test test-all test-peers demo bench lint abi aot sanitize contracted wheel sdist clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -61,8 +63,11 @@ env: $(installed) ## make .venv and install torch, the tools and this package (e
 build: $(runs) ## compile what changed, into the checkout
 	SENET_FUSED_CUDA=$${SENET_FUSED_CUDA:-gpu} $(PY) setup.py -q build_ext --inplace
 
-test: build $(installed) ## run the tests (ARGS="-k gelu" passes arguments on)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) $(ARGS)
+test: build $(installed) ## run the core tests (ARGS="-k gelu" passes arguments on; TIER=ci|all)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) --tier $(TIER) $(ARGS)
+
+test-all: TIER := all
+test-all: test ## run all tests
 
 # One build serves both torches, so this environment has the checkout on its path instead of a build of its own.
 peers_installed := $(PEERS_VENV)/.installed
@@ -97,6 +102,11 @@ aot: build $(installed) ## compile the GPU kernels anew and record what they use
 
 sanitize: $(installed) ## the kernel tests under AddressSanitizer and UBSan (SANITIZE=subset: some of them)
 	PYTHON=$(PY) SANITIZE=$(SANITIZE) bash tests/sanitize/run.sh $(SELECT) $(ARGS)
+
+# nvcc contracts; g++ does so from -O2 on.
+contracted: build ## the CUDA kernels on the host with fused multiply-adds, against the error rule
+	SENET_HOST_CXXFLAGS="-O2 -mfma -ffp-contract=fast" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_WORKERS) \
+	    tests/test_cuda_kernels.py tests/test_cuda_tail.py $(ARGS)
 
 wheel: $(runs) ## a wheel for this Python, in dist/
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
-    "INTERFACES", "MODULE_INTERNALS", "Interface", "compiled_graphs", "constant_under_compile", "dispatch_mode_stack",
-    "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled",
-    "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing",
-    "process_group", "stand_ins", "without_modes",
+    "INTERFACES", "MODULE_INTERNALS", "DispatchMode", "Interface", "compiled_graphs", "constant_under_compile",
+    "dispatch_mode_stack", "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level",
+    "is_compiled", "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all",
+    "missing", "process_group", "stand_ins", "without_modes",
 ]  # fmt: skip
 
 
@@ -188,6 +188,14 @@ without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _get(
     since="2.0",
     purpose="trials of somebody's layer run outside the dispatch modes of the caller",
     without="fuse within a dispatch mode (FakeTensorMode, say) tries layers out in it, and leaves those it disturbs",
+)
+
+DispatchMode: type = _get(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    contextlib.nullcontext,
+    since="2.0",
+    purpose="the error rule rounds every operation of plain PyTorch at random",
+    without="results are held to stock PyTorch's error alone, and may be refused where that is nearly zero",
 )
 
 
