@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from ..recognition import (
     looks_like_one,
     may_be_one,
     not_covered,
+    unsuited,
 )  # fmt: skip
 from ..tails import FusedSETail
 from .blocks import FORMS, BlockFusion, FusedBlock, block_alteration, examine_block, form_of, main_se
@@ -148,6 +149,7 @@ def _check_model(model: nn.Module, function: str) -> None:
 def _find(model: nn.Module, verify: bool) -> list[_Found]:
     """The SE layers of a model. What lies within one is part of it, and is not looked at by itself."""
     seen: set[nn.Module] = set()
+    proven: dict[Any, Recipe | str] = {}
 
     def visit(name: str, module: nn.Module) -> list[_Found]:
         if module in seen:
@@ -157,7 +159,12 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             return [_Found(name, module, None)]
         if is_fused(module):
             return [_Found(name, module, module._senet_fused.recipe)]
-        another, family = not_covered(module), family_of(module)
+        another, family, failure = not_covered(module), None, None
+        try:
+            with unsuited("it cannot be examined"):
+                family = family_of(module)
+        except Unsuited as error:
+            failure = error
         tail = isinstance(module, FusedSETail)  # named like a layer, which is inside it
         if tail or (another is None and family is None):
             within = [
@@ -168,11 +175,13 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             if within or tail or not may_be_one(module):
                 return within
         try:
-            recipe = examine(module, verify=verify)
+            if failure is not None:
+                raise failure
+            recipe = examine(module, verify=verify, proven=proven)
             fused_class(type(module))
             return [_Found(name, module, recipe)]
         except Unsuited as error:
-            seems = another or looks_like_one(module) or (family and has_weights_of_one(module))
+            seems = another or looks_like_one(module) or ((family or failure) and has_weights_of_one(module))
             return [_Found(name, module, another or str(error))] if seems else []
 
     return visit("", model)
