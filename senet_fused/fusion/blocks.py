@@ -275,7 +275,7 @@ def _drop_path_of(block: nn.Module, form: BlockForm) -> Any:
 
 
 def examine_block(
-    block: nn.Module, kind: str, *, backend: str | None = None, verify: bool = True, proven: dict[Any, str | None]
+    block: nn.Module, kind: str, *, backend: str | None = None, verify: bool = True, proven: dict[Any, Any]
 ) -> BlockFusion:
     """What a fused block is to carry, after a proof that the form's forward computes what the block does.
 
@@ -290,7 +290,7 @@ def examine_block(
 
 
 def _examined(
-    block: nn.Module, kind: str, backend: str | None, verify: bool, proven: dict[Any, str | None]
+    block: nn.Module, kind: str, backend: str | None, verify: bool, proven: dict[Any, Any]
 ) -> BlockFusion:
     form = FORMS[kind]
     if form.refusal is not None:
@@ -307,7 +307,7 @@ def _examined(
     se = main_se(block, kind)
     if (another := not_covered(se)) is not None:
         raise Unsuited(f"its attention is {type(se).__name__}: {another}")
-    reading = Reading.of(se, verify=verify)
+    reading = Reading.of(se, verify=verify, proven=proven)
     if not fits(block.get_submodule(form.norms[-1]), reading.recipe):
         raise Unsuited("its SE layer is for another number of dimensions than its BatchNorm")
     drop_path, dropped = _drop_path_of(block, form), None
