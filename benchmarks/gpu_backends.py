@@ -7,8 +7,10 @@ Triton's interpreter (TRITON_INTERPRET=1).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +21,18 @@ from senet_fused.backends import cuda
 from senet_fused.bench.problems import GPU_BACKENDS, OPS, Case
 from senet_fused.tune import cuda_problem, problem_of
 
-__all__ = ["add_arguments", "counted_launches", "forget_launches", "refusal", "strategy"]
+__all__ = ["add_arguments", "counted_launches", "forget_launches", "of_tests", "refusal", "strategy"]
+
+
+@contextlib.contextmanager
+def of_tests() -> Iterator[None]:
+    """Within the block the folder tests/ can be imported from."""
+    folder = str(Path(__file__).resolve().parent.parent / "tests")
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +56,8 @@ def refusal(name: str, device: torch.device) -> str | None:
 @lru_cache(maxsize=1)
 def _host_library() -> Path:
     """The CUDA kernels for this host. Raises RuntimeError."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    try:
+    with of_tests():
         from cuda_host import build
-    finally:
-        sys.path.pop(0)
     reason = build.problem()
     if reason is not None:
         raise RuntimeError(reason)

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: builds, tests, and measures, and leaves what it measured as JSON and pictures.
 #
-#   benchmarks/gpu_check.sh [PART...]     default: all, in this order
+#   benchmarks/gpu_check.sh first         at most eight minutes, the most valuable first: builds for this GPU alone, doctor,
+#                                         every kernel against float64, SE and tails of SENet-154, a training step of two
+#                                         networks; see gpu_first.py, whose parts may follow
+#   benchmarks/gpu_check.sh [PART...]     a longer stay; default: all, in this order
 #
 #   build                 compiles the CPU kernels and the CUDA kernels, and says what runs here; fails without nvcc
 #   tests                 all tests; those of GPU kernels run on the GPU
@@ -27,9 +30,10 @@
 #   table                 tables of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
-# whatever became of those before. Exits 1 if a part failed, 2 where there is no GPU.
+# whatever became of those before. Exits 1 if a part failed, or PYTHON has no torch for the GPU that is here, 2 where
+# there is no GPU.
 #
-# OUT is the folder for results (default benchmarks/results), PYTHON the Python that has torch (python3), WORKERS the
+# OUT is the folder for results (default benchmarks/results, of first build/gpu_check), PYTHON the Python that has torch (python3), WORKERS the
 # number of test processes (12), TESTS_LIMIT the seconds after which they are ended (590), BUDGET the seconds of samples
 # per case and cache mode (1), TIME_LIMIT the seconds after which the benchmark begins no further case (500; what is
 # done is kept). MODELS are the networks of the models' parts, in order, each in a process of its own, and MODELS_LIMIT
@@ -40,16 +44,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-out=${OUT:-benchmarks/results}
 all="build tests sanitize-cuda sanitize-triton sanitize-tail-cuda sanitize-tail-triton"
 all="$all bench-bf16 bench-float32 bench-tail-bf16 bench-tail-float32 launches launches-tail"
 all="$all models models-compile models-max-autotune models-largest train table"
-parts=${*:-$all}
+parts=
+if [ "${1:-}" != first ]; then parts=${*:-$all}; fi
 
 for part in $parts; do
   case " $all " in
     *" $part "*) ;;
-    *) echo "gpu_check: unknown part '$part' (${all// /, })" >&2; exit 1 ;;
+    *) echo "gpu_check: unknown part '$part' (first; ${all// /, })" >&2; exit 1 ;;
   esac
 done
 
@@ -63,6 +67,10 @@ if ! gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/d
   exit 2
 fi
 
+if [ "${1:-}" = first ]; then
+  exec "$python" benchmarks/gpu_first.py --out "${OUT:-build/gpu_check}" "${@:2}"
+fi
+out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 name=$(tr -cs 'A-Za-z0-9\n' '-' <<<"$gpu" | tr 'A-Z' 'a-z')-senet154-batch64
@@ -89,12 +97,12 @@ sanitize() {
     return
   fi
   # By itself first: Triton compiles, which the sanitizer need not watch.
-  "$python" benchmarks/gpu_sanitize.py --backend "$backend" "${op[@]}"
+  "$python" benchmarks/gpu_kernels.py --backend "$backend" "${op[@]}"
   for tool in memcheck racecheck synccheck initcheck; do
     status=0 log=$out/sanitize-$1-$tool.log
     # Without PyTorch's allocator, each tensor is an allocation of its own, with an end that can be overrun.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 130 "$sanitizer" --tool "$tool" --error-exitcode 3 \
-      "$python" benchmarks/gpu_sanitize.py --backend "$backend" "${op[@]}" >"$log" 2>&1 || status=$?
+      "$python" benchmarks/gpu_kernels.py --backend "$backend" "${op[@]}" >"$log" 2>&1 || status=$?
     if [ "$status" = 124 ] && [ "$tool" != memcheck ]; then
       echo "$tool: not done within 130 seconds, nothing said"
     elif [ "$status" != 0 ]; then

@@ -123,7 +123,7 @@ def check(found: dict[str, Sequence[Launch]], planned: dict[str, str], op: str =
     return "{} launches, promised {}".format(*texts)
 
 
-def main() -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--problem", nargs="+", default=[], choices=list(problems()))
     parser.add_argument("--shape", nargs="+", default=[], metavar="N,C,R,H,W")
@@ -132,7 +132,11 @@ def main() -> int:
     parser.add_argument("--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     gpu_backends.add_arguments(parser)
     parser.add_argument("--calls", type=int, default=10, help="over which the profiler looks (default 10)")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse()
     device = torch.device(args.device)
     for backend in args.backend:
         reason = gpu_backends.refusal(backend, device)
@@ -144,7 +148,8 @@ def main() -> int:
     try:
         todo = cases(names, args.shape, **options, directions=["forward+backward"])
     except RequestError as error:
-        parser.error(str(error))
+        print(f"gpu_launches: {error}", file=sys.stderr)
+        return 2
     broken = []
     for case in todo:
         where = f"{case.label} {case.dtype} {case.layout}"

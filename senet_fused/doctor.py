@@ -115,7 +115,7 @@ class _Report:
 def _installation(report: _Report) -> None:
     import torch
 
-    from . import __version__
+    from . import __version__, torch_private
 
     report.section("installed")
     report.fact("senet_fused", f"{__version__} in {Path(__file__).parent}")
@@ -133,6 +133,8 @@ def _installation(report: _Report) -> None:
             f"torch {torch.__version__} is older than any this package is tried with",
             f"pip install 'torch>={'.'.join(map(str, _OLDEST_TORCH))}'",
         )
+    for interface in torch_private.missing():
+        report.note(f"torch {torch.__version__} has no {interface.name}: {interface.without}")
     try:
         from . import _plan
     except ImportError as error:

@@ -6,10 +6,9 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops, reference, select
+from . import ops, reference, select, torch_private
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 
 __all__ = [
@@ -117,7 +116,7 @@ def serve(
         if result is not None:
             return result[0]
     compiling = torch.compiler.is_compiling()
-    check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
+    check = _check_while_tracing if not compiling and torch_private.is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, residual, post_act)
     if chosen == "reference":
         y, g = reference.squeeze_excite(
@@ -135,7 +134,7 @@ def serve(
         x, residual = x.to(wider), residual.to(wider)
     operator = ops.OPERATORS[chosen]
     arguments = (x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "")
-    plain, save = not (compiling or torch._C._len_torch_dispatch_stack()), False
+    plain, save = not (compiling or torch_private.dispatch_modes()), False
     for t in (x, w1, w2, b1, b2, residual):
         if t is not None:
             save = save or t.requires_grad
@@ -174,7 +173,7 @@ def _serve_at_once(
     for t in (x, w1, w2, b1, b2):
         if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
             return None
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.layout is not torch.strided:
+    if torch.compiler.is_compiling() or torch_private.dispatch_modes() or x.layout is not torch.strided:
         return None
     known = act.name in ACT_NAMES and gate.name in GATE_NAMES and squeeze in reference.SQUEEZES
     return ops.infer_at_once(x, w1, b1, w2, b2, act.spec, gate.spec, squeeze, want_gate) if known else None
@@ -214,7 +213,7 @@ def excitation(
             excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
         )
     chosen = route(x, backend) if isinstance(x, Tensor) else "reference"
-    check = _check_while_tracing if not torch.compiler.is_compiling() and torch._C._is_tracing() else _check
+    check = _check_while_tracing if not torch.compiler.is_compiling() and torch_private.is_tracing() else _check
     check(x, w1, w2, b1, b2, act, gate, squeeze, None, None)
     pooled = reference.pool(x, squeeze)[..., None]
     if chosen == "cpu" and not torch.is_grad_enabled():
@@ -224,6 +223,8 @@ def excitation(
     return serve(chosen, pooled, w1, w2, b1, b2, act, gate, "avg", None, None, True)[1]
 
 
+# torch.compile enters transforms while it traces, so the answer is right, and guards on those that are outside.
+@torch_private.constant_under_compile
 def needs_plain_operators() -> bool:
     """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
 
@@ -231,15 +232,10 @@ def needs_plain_operators() -> bool:
     forward-mode differentiation (dual tensors would lose their tangents in a kernel).
     """
     return (
-        torch._C._is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        torch_private.is_tracing()
+        or torch_private.func_transform() is not None
+        or torch_private.in_dual_level()
     )
-
-
-# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second. torch.compile
-# enters transforms while it traces, so the answer is right, and guards on those that are outside.
-needs_plain_operators._dynamo_marked_constant = True
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:

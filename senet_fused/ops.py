@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, torch_private
 from .backends import cuda, native, triton
 
 __all__ = [
@@ -255,9 +255,9 @@ def watched(*gradients: Tensor | None) -> bool:
     By a dispatch mode, by torch.func, or by the older vmap that is_grads_batched and jacobian(vectorize=True) use.
     """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        torch_private.dispatch_modes() > 0
+        or torch_private.func_transform() is not None
+        or any(g is not None and torch_private.is_legacy_batchedtensor(g) for g in gradients)
     )
 
 

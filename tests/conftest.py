@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 
 import senet_fused  # noqa: E402
 
+pytest_plugins = ["tiers"]
+
 # Tests that several modules import.
 pytest.register_assert_rewrite(
     "gpu_contract", "gpu_operator_contract", "gpu_tail_contract", "gpu_tail_operator_contract"

@@ -17,12 +17,11 @@ from typing import Any
 
 import oracle
 import pytest
-from gpu_contract import DEVICE, on_device
+from gpu_contract import DEVICE
 from gpu_tail_contract import run_on
 from oracle import Case
 from tail_oracle import Tail
 
-import senet_fused
 from senet_fused.backends import cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_host"))
@@ -63,11 +62,7 @@ def launches() -> Counter[str]:
 
 def run(case: Case, inputs: oracle.Tensors) -> oracle.Tensors:
     """y, gate and every gradient by the CUDA kernels, with the proof that it was they."""
-    senet_fused.reset_call_counts()
-    moved = {name: on_device(t) for name, t in inputs.items()}
-    results = oracle.run(functools.partial(oracle.fused, backend="cuda"), case, moved)
-    assert senet_fused.call_counts() == {"cuda.forward": 1, "cuda.backward": 1}
-    return {name: t.cpu() for name, t in results.items()}
+    return oracle.run_on("cuda", DEVICE, case, inputs)
 
 
 def run_tail(case: Tail, inputs: oracle.Tensors) -> oracle.Tensors:

@@ -33,11 +33,8 @@ def name_of(value: object) -> str | None:
 
 
 def on_device(t: torch.Tensor) -> torch.Tensor:
-    """t on the device, with its strides and its place in its storage."""
-    if DEVICE == "cpu":
-        return t
-    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    return storage.to(DEVICE).as_strided(t.shape, t.stride(), t.storage_offset())
+    """As :func:`oracle.moved`, on the device of all these tests."""
+    return oracle.moved(t, DEVICE)
 
 
 OPTION_SHAPES = (((3, 40, 5, 7), 20), ((2, 56, 7, 7), 21), ((2, 33, 4, 4), 9), ((4, 16, 3, 13), 18))
@@ -101,6 +98,7 @@ PLAIN: dict[str, object] = {}
 EVERYTHING = {"act": "silu", "squeeze": "avgmax", "post_act": "relu", "residual": True, "through": "both"}
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:2], ids=name_of)
 @pytest.mark.parametrize(("shape", "reduced"), SENET154, ids=name_of)
@@ -152,6 +150,7 @@ def test_an_empty_batch(run, dtype, layout):
         assert not results[name].any(), name
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("positions", [5_000, 2**15 + 5])
 def test_long_sums_lose_no_digits(run, positions, layout):
@@ -242,6 +241,7 @@ def test_gate_over_its_whole_range(run, gate):
 # ---------------------------------------------------------------------------------------------------- large tensors
 
 
+@pytest.mark.sizes
 @pytest.mark.skipif(DEVICE == "cuda", reason="it reaches through 4 GiB that only the CPU maps without using them")
 @pytest.mark.parametrize("layout", DENSE)
 def test_samples_that_lie_more_than_32_bits_apart(backend_name, layout):

@@ -69,6 +69,7 @@ def test_vectors_are_taken_as_they_are(backend_name, dtype):
     assert ops.gradient_target(vector, None, torch.float32, read) is vector
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile(backend_name, dynamic):
     """By name the operator stays whole in the graph, forward and backward; one graph for all sizes."""

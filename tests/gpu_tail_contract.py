@@ -10,7 +10,6 @@ Fresh memory is to be NaN (the fixture `poisoned`), so that whatever a kernel fa
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -49,12 +48,8 @@ OF_SAMPLES = ("x", "residual", "dy", "factor")
 
 
 def run_on(backend: str, case: Tail, inputs: Tensors) -> Tensors:
-    """The results of a backend's kernels on the device, brought back, with the proof that it was they."""
-    moved = {name: on_device(t) for name, t in inputs.items()}
-    senet_fused.reset_call_counts()
-    results = tail_oracle.run(functools.partial(fused, backend=backend), case, moved)
-    assert senet_fused.call_counts() == {f"{backend}.tail_forward": 1, f"{backend}.tail_backward": 1}
-    return {name: t.cpu() for name, t in results.items()}
+    """As :func:`tail_oracle.run_on`, on the device of all these tests."""
+    return tail_oracle.run_on(backend, DEVICE, case, inputs)
 
 
 def twice(run: Callable[[Tail, Tensors], Tensors]) -> Callable[[Tail, Tensors], Tensors]:
@@ -156,6 +151,7 @@ def test_eps(run, training):
 STAGES = [(i, layout) for i in range(4) for layout in DENSE if DEVICE == "cuda" or layout == DENSE[i in (0, 3)]]
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize(("stage", "layout"), STAGES)
 def test_senet154_shapes(run, stage, layout):
     """On a GPU at batch 64, in both modes."""
@@ -247,6 +243,7 @@ def test_an_empty_batch(run, layout):
             assert name in ("y", "dx", "dresidual") or not t.any(), name
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize(("positions", "reduced"), [(5_000, 3), (2**15 + 5, 0)])
 def test_long_sums_lose_no_digits(run, positions, reduced, layout):
@@ -422,6 +419,7 @@ def test_fresh_memory_has_no_say(backend_name, using_strategy, monkeypatch, layo
 # ---------------------------------------------------------------------------------------------------- large tensors
 
 
+@pytest.mark.sizes
 @pytest.mark.skipif(DEVICE == "cuda", reason="it reaches through 4 GiB that only the CPU maps without using them")
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("layout", DENSE)

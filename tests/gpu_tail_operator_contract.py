@@ -198,6 +198,7 @@ def test_fused_blocks(backend_name, name):
 # ---------------------------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("dynamic", "training"), [(False, True), (True, True), (True, False)])
 def test_torch_compile(backend_name, dynamic, training):
     """The operator stays whole in the graph, forward and backward; one graph for all sizes."""

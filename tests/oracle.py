@@ -248,6 +248,23 @@ def run(function: Layer, case: Case, inputs: Tensors, dtype: torch.dtype | None 
     return {"y": y.detach(), "gate": gate.detach(), **{f"d{k}": g for k, g in zip(leaves, zeros, strict=True)}}
 
 
+def moved(t: Tensor, device: torch.device | str) -> Tensor:
+    """t on the device, with its strides and its place in its storage."""
+    if torch.device(device).type == "cpu":
+        return t
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def run_on(backend: str, device: torch.device | str, case: Case, inputs: Tensors) -> Tensors:
+    """The results of a backend's kernels on a device, brought back, with the proof that it was they."""
+    inputs = {name: moved(t, device) for name, t in inputs.items()}
+    senet_fused.reset_call_counts()
+    results = run(functools.partial(fused, backend=backend), case, inputs)
+    assert senet_fused.call_counts() == {f"{backend}.forward": 1, f"{backend}.backward": 1}
+    return {name: t.cpu() for name, t in results.items()}
+
+
 def exact_results(case: Case, inputs: Tensors) -> Tensors:
     """The oracle: as :func:`run`, in float64 from the same values."""
     return run(functools.partial(layer, functions=EXACT), case, inputs, torch.float64)

@@ -7,15 +7,18 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
-from oracle import DTYPES, EXACT, FUNCTIONS, LAYOUTS, Errors, Tensors, bound, flipped
+from oracle import DTYPES, EXACT, FUNCTIONS, LAYOUTS, Errors, Tensors, bound, flipped, moved
 from torch import Tensor
 from torch.nn import functional as F
 
 import senet_fused
 from senet_fused.tails import block_tail, ops, reference
+
+if TYPE_CHECKING:
+    import pytest
 
 CONSTANT = ("running_mean", "running_var", "factor")
 RAN = {"cpu.tail_forward": 1, "cpu.tail_backward": 1}
@@ -165,6 +168,15 @@ def run(
 def exact_results(case: Tail, inputs: Tensors) -> Tensors:
     """The oracle: as :func:`run`, in float64 from the same values."""
     return run(functools.partial(layer, functions=EXACT), case, inputs, torch.float64)
+
+
+def run_on(backend: str, device: torch.device | str, case: Tail, inputs: Tensors) -> Tensors:
+    """The results of a backend's kernels on a device, brought back, with the proof that it was they."""
+    inputs = {name: moved(t, device) for name, t in inputs.items()}
+    senet_fused.reset_call_counts()
+    results = run(functools.partial(fused, backend=backend), case, inputs)
+    assert senet_fused.call_counts() == {f"{backend}.tail_forward": 1, f"{backend}.tail_backward": 1}
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def run_counted(case: Tail, inputs: Tensors) -> Tensors:

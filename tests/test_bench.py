@@ -517,6 +517,7 @@ def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
     assert "compiled nothing" in rows["compile"]["error"]
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
     reason="no C++ compiler for torch.compile",
@@ -641,6 +642,7 @@ def on_the_cpu(monkeypatch):
     return serve
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 @pytest.mark.parametrize("name", problems.GPU_BACKENDS)
 def test_a_backend_as_a_provider_runs_on_that_backend_under_our_rule(monkeypatch, on_the_cpu, name, direction):
@@ -1183,6 +1185,21 @@ def test_a_run_out_of_time_reports_what_is_done(tmp_path, capsys):
     assert json.loads(path.read_text())["header"]["interrupted"] == "after 0 of 1 cases"
     assert cli.main(["bench", *shapes, "--quick", "--time-limit", "1000"]) == 0
     assert "interrupted" not in json.loads(path.read_text())["header"]
+
+
+def test_a_run_that_is_killed_has_left_what_is_done(tmp_path, monkeypatch):
+    path, seen, real = tmp_path / "out.json", [], runner._Runner.case
+
+    def case(self, one):
+        seen.append(json.loads(path.read_text()) if path.exists() else None)
+        return real(self, one)
+
+    monkeypatch.setattr(runner._Runner, "case", case)
+    argv = ["--shape", "1,4,2,3,3", "1,6,2,3,3", "--providers", "eager", "--cache-size", "0.001", "--quick"]
+    assert cli.main(["bench", *argv, "--json", str(path)]) == 0
+    assert seen[0] is None and seen[1]["header"]["interrupted"] == "after 1 of 2 cases"
+    assert [(row["shape"], row["provider"]) for row in seen[1]["rows"]] == [("1,4,2,3,3", p) for p in ("eager", "copy")]
+    assert len(json.loads(path.read_text())["rows"]) == 4 and [file.name for file in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_every_provider_can_be_asked_for_and_drawn():

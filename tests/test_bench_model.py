@@ -426,6 +426,7 @@ HAS_KERNELS = senet_fused.explain(torch.empty(0)).backend != "reference"
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="without compiled code no block runs with tails")
 
 
+@pytest.mark.networks
 @needs_kernels
 @pytest.mark.parametrize(("dtype", "layout"), [("float32", "contiguous"), ("bfloat16", "channels_last")])
 def test_blocks_run_with_tails_and_are_compared(file, dtype, layout):
@@ -443,6 +444,7 @@ def test_blocks_run_with_tails_and_are_compared(file, dtype, layout):
         assert tails["price_of_se"] == pytest.approx(tails["median_s"] / rows["no-se"]["median_s"])
 
 
+@pytest.mark.networks
 @needs_kernels
 def test_a_block_that_is_left_is_named(file):
     row = by_provider(measure(zoo.load(f"{file}:half_covered"), ("stock", "tails"), modes=["inference"]))["tails"]
@@ -450,6 +452,7 @@ def test_a_block_that_is_left_is_named(file):
     assert re.match(r"1 of 2 blocks run with tails; 4 does not: .* differs from the known forward's", row["note"])
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("name", "note"),
     [
@@ -465,6 +468,7 @@ def test_where_no_block_runs_with_tails_a_note_says_why(file, name, note):
     assert (row["error"], row["median_s"], row["se_tails"]) == (None, None, 0)
 
 
+@pytest.mark.networks
 def test_tails_that_have_no_kernels_are_a_note(file, monkeypatch):
     from senet_fused import select
 
@@ -474,6 +478,7 @@ def test_tails_that_have_no_kernels_are_a_note(file, monkeypatch):
     assert row["error"] is None and "3 does not: no kernels: there are none for this device" in row["note"]
 
 
+@pytest.mark.networks
 @needs_kernels
 @pytest.mark.parametrize("what", ["output", "statistics"])
 def test_tails_that_compute_something_else_are_an_error(file, monkeypatch, what):
@@ -594,6 +599,7 @@ def off_by(what):
     return fuse
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_output_is_an_error_in_float32_and_told_in_bfloat16(file, monkeypatch, dtype):
     monkeypatch.setattr(variants, "fuse", off_by("output"))
@@ -624,6 +630,7 @@ def test_a_wrong_gradient_is_told(file, monkeypatch):
     assert row["gradient_error"] == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.networks
 def test_wrong_running_statistics_are_an_error_in_training(file, monkeypatch):
     monkeypatch.setattr(variants, "fuse", off_by("statistics"))
     inference, training = (row for row in measure(zoo.load(f"{file}:small")) if row["provider"] == "fused")
@@ -655,12 +662,14 @@ def test_where_stock_fails_nothing_is_compared():
     assert rows["no-se"]["note"].startswith("no twin")
 
 
+@pytest.mark.networks
 def test_outputs_of_any_kind_are_compared_and_trained(file):
     rows = by_provider(measure(zoo.load(f"{file}:Outputs"), modes=["training"]))
     assert [row["error"] for row in rows.values()] == [None] * 3
     assert 0 <= rows["fused"]["output_error"] < 1e-5 and rows["fused"]["gradient_error"] < 1e-3
 
 
+@pytest.mark.networks
 def test_an_output_that_is_not_finite_is_not_compared(file):
     network = zoo.load(f"{file}:small")
     network[-1].bias.data.fill_(float("inf"))
@@ -668,6 +677,7 @@ def test_an_output_that_is_not_finite_is_not_compared(file):
     assert row["note"].startswith("not compared: ") and row["median_s"] > 0
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(("what", "note"), [("output", "its output has inf"), ("gradients", "its gradients have inf")])
 def test_infinities_are_told(file, monkeypatch, what, note):
     def change(network, inputs, y):
@@ -699,6 +709,7 @@ def quick_compile(monkeypatch):
     return modes
 
 
+@pytest.mark.compiler
 def test_every_variant_can_be_measured(file, quick_compile):
     names = tuple(name for name in model.VARIANTS if name not in model.GRAPHS and not name.startswith("folded"))
     rows = measure(zoo.load(f"{file}:bottlenecks"), names)
@@ -717,6 +728,7 @@ def test_every_variant_can_be_measured(file, quick_compile):
     assert (ran["stock"], ran["compile"], ran["fused"], ran["no-se+compile"]) == ("aten", "inductor", auto, "inductor")
 
 
+@pytest.mark.compiler
 def test_max_autotune_is_torch_compiles_mode(file, quick_compile):
     rows = measure(zoo.load(f"{file}:small"), ("stock", "compile", "max-autotune"), modes=["inference"])
     assert [row["error"] for row in rows] == [None] * 3 and quick_compile == [None, "max-autotune"]
@@ -727,6 +739,7 @@ def test_max_autotune_is_torch_compiles_mode(file, quick_compile):
 FOLDED = ("folded", "folded+compile", "folded+fused", "folded+fused+compile")
 
 
+@pytest.mark.networks
 def test_folded_networks_are_compared_with_stock(file, quick_compile):
     names = ("stock", *FOLDED, "no-se")
     rows = by_provider(measure(zoo.load(f"{file}:bottlenecks"), names, modes=["inference"]))
@@ -742,6 +755,7 @@ def test_folded_networks_are_compared_with_stock(file, quick_compile):
     assert rows["folded+compile"]["backend"] == "inductor" and rows["stock"]["norms_folded"] == 0
 
 
+@pytest.mark.networks
 def test_folded_networks_are_for_inference(file):
     rows = by_provider(measure(zoo.load(f"{file}:small"), ("stock", *FOLDED), modes=["training"]))
     for name in FOLDED:
@@ -749,6 +763,7 @@ def test_folded_networks_are_for_inference(file):
         assert rows[name]["median_s"] is None and rows["stock"]["median_s"] > 0
 
 
+@pytest.mark.networks
 def test_a_network_that_is_folded_in_part_or_not_at_all_is_told(file):
     names = ("stock", "folded", "folded+fused")
 
@@ -768,6 +783,7 @@ def test_a_network_that_is_folded_in_part_or_not_at_all_is_told(file):
     assert row["note"] == "1 BatchNorms are not folded; 0 is not: there is no convolution in front of it"
 
 
+@pytest.mark.networks
 def test_a_folding_that_computes_something_else_is_an_error(file, monkeypatch):
     def fold_batchnorm(network, **options):
         folded = senet_fused.fold_batchnorm(network, **options)
@@ -805,6 +821,7 @@ def captured(monkeypatch):
     return calls
 
 
+@pytest.mark.networks
 @needs_kernels
 @pytest.mark.parametrize("mode", model.MODES)
 def test_a_graph_is_compared_and_timed(file, captured, mode):
@@ -822,6 +839,7 @@ def test_a_graph_is_compared_and_timed(file, captured, mode):
     assert (rows["tails+graph"]["se_tails"], rows["graph"]["se_tails"]) == (2, 0)
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("at", [1, 2])
 def test_what_cannot_be_captured_is_a_row(file, monkeypatch, captured, at):
     """The compared call, or the timed one."""
@@ -839,6 +857,7 @@ def test_what_cannot_be_captured_is_a_row(file, monkeypatch, captured, at):
     assert rows["graph"]["median_s"] is rows["graph"]["images_per_s"] is None and rows["stock"]["median_s"] > 0
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("what", ["output", "gradients", "statistics"])
 def test_a_graph_that_computes_something_else_is_told(file, monkeypatch, captured, what):
     stand_in = model_case.capture
@@ -930,6 +949,7 @@ def test_those_that_compile_are_checked_last():
     assert names[2:8] == quick and names[-1] == "max-autotune"
 
 
+@pytest.mark.networks
 def test_out_of_time_no_further_variant_is_begun_and_the_others_are_timed(file, monkeypatch):
     clock, real = [0.0], variants.Network.build
 
@@ -951,6 +971,7 @@ def test_a_compile_that_compiles_nothing_is_found(file, monkeypatch):
     assert "compiled nothing" in rows["compile"]["error"] and rows["stock"]["error"] is None
 
 
+@pytest.mark.networks
 def test_a_network_that_is_random_in_training_is_compared_where_numbers_are_the_same(file, quick_compile):
     network, names = zoo.load(f"{file}:with_dropout"), ("stock", "compile", "fused")
     inference, training = (by_provider(measure(copy.deepcopy(network), names, modes=[mode])) for mode in model.MODES)
@@ -959,6 +980,7 @@ def test_a_network_that_is_random_in_training_is_compared_where_numbers_are_the_
     assert training["compile"]["median_s"] > 0 and inference["compile"]["note"] is None
 
 
+@pytest.mark.networks
 def test_a_step_trains_a_copy(file, monkeypatch):
     steps, real = [], torch.optim.SGD.step
 
@@ -1017,6 +1039,7 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     assert "one of `senet-fused bench`; report each by itself" in capsys.readouterr().err
 
 
+@pytest.mark.networks
 def test_a_failed_variant_is_exit_status_1(file, monkeypatch, capsys):
     monkeypatch.setattr(variants, "fuse", off_by("output"))
     assert cli.main(["bench", "model", f"{file}:small", *QUICK, *NO_COMPILE, "--mode", "inference"]) == 1
@@ -1064,12 +1087,15 @@ def test_a_request_that_cannot_be_met_is_refused_before_measuring(file, monkeypa
     assert error.startswith("senet-fused bench model: error: ") and message in error
 
 
+@pytest.mark.networks
 def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, capsys):
     real, count = model_run._measure, []
 
     def measured(*arguments):
         count.append(arguments)
         if len(count) == 2:
+            kept = json.loads(out.read_text())  # had it been killed here
+            assert len(kept["rows"]) == 3 and kept["header"]["interrupted"] == "after 1 of 2 cases"
             raise KeyboardInterrupt
         return real(*arguments)
 

@@ -213,6 +213,7 @@ def case_of(batch=presets.LARGEST, mode="inference", **changes):
     return variants.ModelCase("net", SIZE, batch, direction=mode, **fields)
 
 
+@pytest.mark.networks
 def test_a_batch_fits_if_a_step_of_stock_runs_and_there_is_room(file, gpu, monkeypatch):
     network = variants.Network(zoo.load(f"{file}:small"), SIZE, "cpu", None, 0)
     weights = sum(p.nbytes for p in zoo.load(f"{file}:small").parameters())
@@ -241,6 +242,7 @@ def run(network, cases, names=("stock", "no-se")):
     return model_run.run([(network, cases)], model_run.Options(variants=names, settings=FAST), Quiet())
 
 
+@pytest.mark.networks
 def test_all_variants_and_modes_are_measured_with_it_and_larger_batches_are_left(file, monkeypatch):
     asked = []
 
@@ -334,6 +336,7 @@ def test_one_batch_is_no_sweep_and_without_a_twin_there_is_no_price():
     assert "images/s by batch" in text and "price of SE by batch" not in text
 
 
+@pytest.mark.networks
 def test_a_sweep_is_saved_shown_again_and_compared(file, tmp_path, capsys):
     out = tmp_path / "out.json"
     argv = f"""{file}:small --size 3,6,5 --batch 2 3 --quick --budget 0.001 --threads 1 --mode inference --plain

@@ -131,6 +131,7 @@ def test_one_wrong_element_of_any_tensor_is_found(name, dtype):
     assert "float64, expected" in oracle.judge(case, results, exact, errors, True).wrong
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
 @pytest.mark.parametrize("layout", problems.LAYOUTS)
 def test_rows_hold_what_was_measured(direction, layout):
@@ -145,6 +146,7 @@ def test_rows_hold_what_was_measured(direction, layout):
     assert eager["form"] in providers.STOCK_FORMS and 0 < fused["max_error"] < 1e-5
 
 
+@pytest.mark.networks
 @NO_KERNELS
 def test_every_dtype_and_direction_is_measured_on_the_kernels():
     cases = [
@@ -157,6 +159,7 @@ def test_every_dtype_and_direction_is_measured_on_the_kernels():
     assert {row["backend"] for row in rows if row["provider"] == "fused"} == {"cpu"}
 
 
+@pytest.mark.networks
 def test_the_oracle_is_shared_by_what_is_trained():
     appointed = []
     with pytest.MonkeyPatch.context() as patch:
@@ -185,6 +188,7 @@ def wrong_tail(what):
     return block_tail
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("what", "direction", "found"),
     [
@@ -218,6 +222,7 @@ def test_another_operator_than_the_tails_is_no_proof(monkeypatch):
     assert row["error"] == "RuntimeError: the backend 'cpu' counted no forward call"
 
 
+@pytest.mark.networks
 @NO_KERNELS
 @pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
 def test_what_is_compiled_and_by_which_rule_it_is_judged(monkeypatch, direction):
@@ -240,6 +245,7 @@ def test_what_is_compiled_and_by_which_rule_it_is_judged(monkeypatch, direction)
 # ------------------------------------------------------------------------------------------- command and report
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("direction", TAIL_DIRECTIONS)
 def test_a_backend_as_a_provider_of_tails_runs_on_that_backend_under_our_rule(monkeypatch, direction):
     refusal = backends.refusal("triton", "cpu", torch.float32)

@@ -72,6 +72,7 @@ def test_default_mode_forward_and_backward():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiler
 def test_default_mode_dynamic_shapes_and_layouts():
     """Two layouts are two graphs, whatever the sizes; strides are eager's in both directions."""
     counter = CompileCounterWithBackend("inductor")
@@ -136,6 +137,7 @@ def test_one_graph_for_all_sizes(shapes, layout):
         assert counter.frame_count == 1
 
 
+@pytest.mark.compiler
 def test_strides_that_no_kernel_reads_in_place():
     counter = CompileCounterWithBackend("aot_eager")
     weights = torch.randn(2, 6), torch.randn(6, 2)
@@ -186,6 +188,7 @@ def test_a_backend_that_cannot_serve_says_so_in_a_compiled_graph_too():
         compiled(torch.randn(2, 8, 3, 3, device="meta"))
 
 
+@pytest.mark.compiler
 def test_capture_gates():
     """Recording compiles the model once more, however many calls there are; the gates are differentiable."""
     block, x = Block(), torch.randn(2, 3, 5, 6)
@@ -314,6 +317,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_a_compiled_function(name):
     x = torch.randn(3, 8, 2, 3)

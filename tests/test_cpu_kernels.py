@@ -535,6 +535,7 @@ def test_small_sigmoids_have_all_their_digits(low):
 # ---------------------------------------------------------------------------------------------------- size
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize(("dtype", "layout"), VENUES, ids=name_of)
 def test_outputs_beyond_the_caches(dtype, layout):
     """Large outputs are written past the caches: the same bits. x is one sample many times: only outputs are large."""

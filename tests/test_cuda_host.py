@@ -74,6 +74,7 @@ def stdout(*arguments, **options):
     return run.stdout.strip()
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
 @pytest.mark.parametrize("what", ["none", "builtins"])
 def test_right_kernels_are_right(what, sanitize):
@@ -130,6 +131,7 @@ def test_what_a_gpu_would_not_launch(threads, blocks):
     assert stdout("configuration", threads, blocks) == "invalid configuration"
 
 
+@pytest.mark.compiler
 def test_the_switch_for_other_processors():
     path = program(flags=["-DSENET_HOST_UCONTEXT"])
     assert path != program()
@@ -154,6 +156,7 @@ extern "C" unsigned second() {
 """
 
 
+@pytest.mark.compiler
 def test_a_library_of_several_sources_has_one_grid(tmp_path):
     (tmp_path / "second.cu").write_text(SECOND)
     path = built([SOURCE, tmp_path / "second.cu"], "two.so")

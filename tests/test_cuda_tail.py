@@ -112,6 +112,7 @@ def test_large_planes_that_break_alignment(shape, dtype):
         check(Tail(shape, 3, dtype, training=training, **options), draws=1, ours=run_tail)
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("channels", [24, 150, 33])
 @pytest.mark.parametrize("strategy", GATED)
 def test_many_samples_and_splits(strategy, channels):
@@ -141,6 +142,7 @@ def several_tiles(kind: str) -> dict[str, int]:
     }.get(kind, {})
 
 
+@pytest.mark.sizes
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_moments_that_cancel_in_every_form(change, form):

@@ -127,6 +127,7 @@ def distance(first: list[float], second: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("backend", SERVING)
 @pytest.mark.parametrize("kind", ["fused", "post_act"])
 def test_loss_curves_stay_close(backend, kind):
@@ -141,6 +142,7 @@ def test_loss_curves_stay_close(backend, kind):
     assert distance(stock, curve(network(CutGate), steps)) > 5e-4
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("backend", [name for name in SERVING if torch.float64 in backends.dtypes(*name.values)])
 def test_loss_curves_with_tails_stay_close(backend):
     """In float64: in float32, BatchNorm's rounding of either soon moves a value across a ReLU's zero."""
@@ -156,6 +158,7 @@ def test_loss_curves_with_tails_stay_close(backend):
     assert distance(curve(network().double(), steps), losses) < 1e-9
 
 
+@pytest.mark.networks
 def test_tails_drift_from_stock_as_far_as_one_ulp_does(extra):
     """Float32 training is chaotic, so seeds are paired: tails against stock, and stock on pixels one ulp off.
 
@@ -321,6 +324,7 @@ def test_threads_are_set_for_the_run_alone(extra, monkeypatch, capsys):
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.networks
 def test_runs_with_one_seed_are_the_same(extra):
     options = Options(epochs=1, batch_size=256, image_size=8, nudged=False, seed=5)
     runs = [comparison.compare(options, lambda text: None, lambda line: None) for _ in range(2)]

@@ -137,6 +137,7 @@ def results_of(isa: str) -> dict[str, Tensors]:
         return torch.load(file)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("isa", BUILT)
 def test_every_instruction_set(isa):
     if missing(isa):

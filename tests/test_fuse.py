@@ -1030,6 +1030,7 @@ def test_copies_and_pickles(name):
     assert type(unfuse(other)) is type(unfuse(layer))
 
 
+@pytest.mark.processes
 def test_a_file_for_another_process(tmp_path):
     model, x = fuse_by_name(Network()).eval(), torch.randn(2, 3, 5, 5)
     torch.save((model, x, model(x)), tmp_path / "model.pt")
@@ -1073,6 +1074,7 @@ def test_unfuse_refuses_what_it_cannot_undo():
 # ---------------------------------------------------------------------------------- torch.compile, torch.export
 
 
+@pytest.mark.compiler
 @compiled_only
 @pytest.mark.parametrize(("backend", "layers"), [("cpu", 7), ("auto", 0)])
 def test_compiled_without_a_break(backend, layers):
@@ -1092,6 +1094,7 @@ def named():
         yield
 
 
+@pytest.mark.compiler
 @compiled_only
 def test_fusing_a_compiled_model_compiles_it_again(named):
     model, x = Network().eval(), torch.randn(2, 3, 6, 6)

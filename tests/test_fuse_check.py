@@ -74,6 +74,7 @@ def network(tmp_path):
     return path
 
 
+@pytest.mark.networks
 @pytest.mark.skipif(BACKEND == "reference", reason="without compiled code nothing is fused")
 def test_both_tables(network, capsys):
     sizes = ["--size", "3,9,9", "--batch", "2", "--budget", "0.1", "--layout", "contiguous", "channels_last"]
@@ -97,6 +98,7 @@ def test_the_first_table_alone(network, capsys):
     assert "SELayer" in out and "bn.weight" in out and "inference" not in out
 
 
+@pytest.mark.networks
 @pytest.mark.skipif(BACKEND == "reference", reason="without compiled code nothing is fused")
 def test_tails_bring_a_table_of_the_blocks_and_are_what_is_measured(network, capsys):
     sizes = ["--size", "3,9,9", "--batch", "2", "--budget", "0.1"]

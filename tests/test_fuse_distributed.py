@@ -16,6 +16,7 @@ if torch.distributed.is_available():
     from torch.distributed.fsdp import fully_shard
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
     pytest.mark.skipif(
         senet_fused.explain(torch.empty(0)).backend == "reference",

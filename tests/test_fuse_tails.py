@@ -423,6 +423,7 @@ def test_hooks_of_the_block_run():
 # ------------------------------------------------------------------------------------------------ PyTorch's tools
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["legacy", "timm_drop_path", "monai_2d"])
 def test_compile_in_one_graph(name):
     stock, fused, x = pair(name)

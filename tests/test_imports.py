@@ -25,36 +25,40 @@ PYTHON = {
     "_version": set(),
     "activations": set(),
     "reference": {"activations"},
-    "backends": {"_plan", "activations", "reference"},
+    "torch_private": set(),
+    "backends": {"_plan", "activations", "reference", "torch_private"},
     "select": {"backends"},
-    "ops": {"backends", "reference"},
-    "functional": {"activations", "ops", "reference", "select"},
-    "recognition": {"activations", "functional", "ops", "reference"},
+    "ops": {"backends", "reference", "torch_private"},
+    "functional": {"activations", "ops", "reference", "select", "torch_private"},
+    "recognition": {"activations", "functional", "ops", "reference", "torch_private"},
     "conversion": {"recognition"},
     "modules": {"activations", "conversion", "functional", "reference", "select"},
-    "tails": {"activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select"},
-    "fusion": {"functional", "modules", "recognition", "select", "tails"},
-    "folding": {"fusion", "modules", "select", "tails"},
+    "tails": {
+        "activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select",
+        "torch_private",
+    },  # fmt: skip
+    "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
+    "folding": {"fusion", "modules", "select", "tails", "torch_private"},
     "senet_fused": {
         "_version", "activations", "folding", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
     },  # fmt: skip
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {"senet_fused", "_plan", "arguments", "backends", "bench", "machine", "select", "tune"},
-    "bench": {"senet_fused", "arguments", "backends", "factories", "machine", "modules"},
+    "doctor": {"senet_fused", "_plan", "arguments", "backends", "bench", "machine", "select", "torch_private", "tune"},
+    "bench": {"senet_fused", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
     "tune": {"senet_fused", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
-    "models": {"senet_fused", "tails"},
+    "models": {"senet_fused", "tails", "torch_private"},
     "train": {"senet_fused", "arguments", "factories", "handwritten_digits", "machine", "models"},
     "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }
 CORE = (
     "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
-    "conversion", "modules", "tails", "fusion", "folding", "senet_fused",
+    "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {

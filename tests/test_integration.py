@@ -191,6 +191,7 @@ def _distributed_worker(rank, folder, device_count):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_ddp_on_two_processes_equals_one_with_twice_the_batch(tmp_path):
     model, x, target = (

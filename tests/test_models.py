@@ -45,6 +45,7 @@ def multiply_adds(model, size=224):
     return counter.get_total_flops() / 2e9
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     total, of_se, with_se, without = SIZES[name]
@@ -301,6 +302,7 @@ def test_backend_reaches_every_layer_and_tail():
     assert all(m.backend == "reference" for m in model.modules() if isinstance(m, (FusedSE, FusedSETail)))
 
 
+@pytest.mark.compiler
 @needs_kernels
 def test_compile_in_one_graph():
     model = tiny(se="tails", depths=(1,), dtype=torch.float32).eval()

@@ -152,6 +152,7 @@ def test_one_seed_and_one_state_dict(name, images):
     assert torch.equal(other.eval()(images), of["tails"].eval()(images))
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("se", models.SE_CHOICES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_copies_are_their_own(name, se, images):

@@ -138,6 +138,7 @@ def test_long_sums_lose_no_digits(positions, layout):
     check(Tail((2, 5, positions), 3, layout=layout, act="silu"), draws=2, change=positive)
 
 
+@pytest.mark.sizes
 def test_outputs_beyond_the_caches():
     """Large outputs are written past the caches: the same bits. x is one sample many times: only outputs are large."""
     for layout, dtype in zip(DENSE, (f32, bf16), strict=True):
@@ -405,6 +406,7 @@ def results_of(isa: str) -> dict[str, Tensors]:
         return torch.load(file)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("isa", BUILT)
 def test_every_instruction_set(isa):
     if missing(isa):

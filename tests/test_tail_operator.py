@@ -257,6 +257,7 @@ def nothing_compiled_yet():
     torch._dynamo.reset()
 
 
+@pytest.mark.compiler
 @pytest.mark.usefixtures("nothing_compiled_yet")
 @pytest.mark.parametrize("name", ["everything", "evaluation"])
 def test_compiled_in_default_mode(name):

@@ -148,6 +148,7 @@ def test_fuse_converts_the_layers_of_other_networks(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ resuming
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(
     "options",
     [
@@ -267,6 +268,7 @@ def test_resuming_with_another_network_of_the_same_name_is_refused(tmp_path):
             train(*words, "--resume")
 
 
+@pytest.mark.networks
 def test_the_checkpoint_is_not_kept_in_memory(tmp_path, monkeypatch):
     assert train(*EVERYTHING, "--output", tmp_path, "--max-steps", "1") == 0
     load, run, kept, alive = checkpoint.load, loop.Trainer.run, [], []
@@ -487,6 +489,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
         train(*EVERYTHING, "--output", tmp_path)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_of_the_program(number, status, tmp_path):
     """Terminals, torchrun and schedulers send it to the workers as well."""

@@ -372,6 +372,7 @@ def test_a_folder_that_cannot_be_made_or_written(tmp_path, monkeypatch):
             checkpoint.save(tmp_path / "locked", a_state())
 
 
+@pytest.mark.processes
 def test_leftovers_go_once_nobody_is_writing(folder, monkeypatch):
     """While another process holds the folder its unfinished file stays; where folders cannot be locked, always."""
     other = folder / ".checkpoint-0123456789abcdef.new"
@@ -409,6 +410,7 @@ def test_leftovers_go_once_nobody_is_writing(folder, monkeypatch):
     assert not other.exists() and mine.exists() and checkpoint.load(folder)["number"] == 7
 
 
+@pytest.mark.processes
 def test_a_kill_at_any_step_leaves_a_complete_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -44,6 +44,7 @@ def killed_and_compared(folder, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     done = killed_and_compared(tmp_path, 4, 4)
     assert done.returncode == 0, done.stderr
@@ -73,6 +74,7 @@ def test_what_a_resumed_run_forgets_is_found(tmp_path, planted, found):
     assert re.search(rf"AssertionError: run \d+, \d workers: {re.escape(found)}", done.stderr), done.stderr
 
 
+@pytest.mark.processes
 def test_a_process_that_is_killed(tmp_path):
     """As a user has it: ``python -m senet_fused train``, kill -9 once it has saved, the same with --resume."""
     folder = tmp_path / "run"

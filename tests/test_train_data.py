@@ -136,6 +136,7 @@ def test_loaders_of_one_dataset_do_not_disturb_each_other(items):
     assert same([(images, targets.tolist()) for images, targets in [*start, *iterator]], expected)
 
 
+@pytest.mark.processes
 def test_processes_that_are_spawned_see_the_same(cifar10):
     """They get the dataset by pickle."""
     for spec in ("synthetic:2,3,4", f"cifar10:{cifar10}"):

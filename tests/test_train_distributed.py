@@ -25,6 +25,7 @@ from senet_fused.train.items import NOISE, mixed
 
 pytest.importorskip("torchdata", reason='torchdata is missing: pip install "senet_fused[train]"')
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
     pytest.mark.skipif(
         senet_fused.backends.native.problem() is not None, reason="the compiled CPU library is not installed"

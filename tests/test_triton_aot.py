@@ -38,6 +38,7 @@ def compiled(target: str, every: int) -> dict:
     return output_of("compile.py", "--quiet", "--target", target, "--every", str(every))
 
 
+@pytest.mark.compiler
 def test_a_second_call_launches_what_the_first_did():
     """Without triton.jit's help, to the last argument; and what depends on a launch before it may begin early."""
     found = output_of("launch_twice.py")
@@ -61,6 +62,7 @@ def kernels(table: dict, target: str):
 SHARE = {target: 1 if target == "sm_90" else 4 for target in TARGETS}
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("target", "every"),
     [*SHARE.items(), *(pytest.param(target, 1, marks=pytest.mark.slow) for target in TARGETS if SHARE[target] > 1)],

@@ -7,7 +7,6 @@ its own: the tiles are real ones, only the tensors are small.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 
@@ -15,10 +14,9 @@ import oracle
 import pytest
 import torch
 from gpu_contract import *  # noqa: F403
-from gpu_contract import DEVICE, KINDS, STRATEGIES, name_of, on_device, option_cases
+from gpu_contract import DEVICE, KINDS, STRATEGIES, name_of, option_cases
 from oracle import ACTS, Case, check, draw
 
-import senet_fused
 from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
 
@@ -39,12 +37,8 @@ BETWEEN_BACKWARD = {
 
 def run(case: Case, inputs: oracle.Tensors) -> oracle.Tensors:
     """y, gate and every gradient by the Triton kernels, with the proof that it was they."""
-    senet_fused.reset_call_counts()
     launch.launches.clear()
-    moved = {name: on_device(t) for name, t in inputs.items()}
-    results = oracle.run(functools.partial(oracle.fused, backend="triton"), case, moved)
-    assert senet_fused.call_counts() == {"triton.forward": 1, "triton.backward": 1}
-    return {name: t.cpu() for name, t in results.items()}
+    return oracle.run_on("triton", DEVICE, case, inputs)
 
 
 @pytest.fixture(name="run")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import SQUEEZES
+from ..torch_private import constant_under_compile
 from .codes import codes_of
 from .tickets import tickets_for
 
@@ -97,6 +98,8 @@ def covers(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= (major, minor)
 
 
+# torch.compile may meet it while it traces; what it says does not change.
+@constant_under_compile
 def problem(device_type: str = "cuda") -> str | None:
     """Why the kernels cannot run on tensors of this device type here; None if they can."""
     if device_type == "cpu":
@@ -130,10 +133,6 @@ def _device_problem(number: int) -> str | None:
         f"{name} has compute capability {text}, the library was built for {' '.join(compiled)} "
         f"(reinstall with TORCH_CUDA_ARCH_LIST={text})"
     )
-
-
-# torch.compile may meet it while it traces; what it says does not change.
-problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------- plans

@@ -212,7 +212,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="report what --json has written, of one device and the same versions, instead of measuring",
     )
-    output.add_argument("--json", type=Path, metavar="FILE", help="header, rows and summary")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="header, rows and summary, written again when a case is done"
+    )
     output.add_argument(
         "--plot", type=Path, metavar="FILE", help="a picture (.png, .svg or .pdf); needs matplotlib"
     )
@@ -371,7 +373,7 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
     check_device(args)
     providers = _providers(args)
 
-    from . import cuda_timing, runner, timing
+    from . import cuda_timing, report, runner, timing
     from .progress import open_progress
 
     cuda = args.device == "cuda"
@@ -399,17 +401,25 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
 
     rows: list[runner.Row] = []
     interrupted = False
+
+    def so_far() -> dict:
+        return header | {"interrupted": f"after {len({_cell(row) for row in rows})} of {len(todo)} cases"}
+
+    def keep() -> None:
+        if args.json is not None:
+            report.write_json(args.json, so_far(), rows, report.summarise(rows))
+
     with runner.computing(args.threads):
         header = _header(args, command, options)
         try:
-            with open_progress(len(todo), args.plain) as progress:
+            with open_progress(len(todo), args.plain, keep) as progress:
                 runner.run(todo, options, progress, rows)
         except KeyboardInterrupt:
             interrupted = True
         done = len({_cell(row) for row in rows})
         interrupted = interrupted or (args.time_limit < float("inf") and done < len(todo))
         if interrupted:
-            header["interrupted"] = f"after {done} of {len(todo)} cases"
+            header = so_far()
     _report(args, header, rows)
     if interrupted:
         return 130

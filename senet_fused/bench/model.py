@@ -161,7 +161,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", type=Path, metavar="FILE", help="header, rows and summary; `senet-fused bench --from` shows it again"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="header, rows and summary, written again when a case is done; `senet-fused bench --from` shows it",
     )
     output.add_argument(
         "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
@@ -249,10 +252,17 @@ def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:
 
     rows: list[model_run.Row] = []
     total, interrupted = sum(len(cases) for _, cases in todo), False
+
+    def keep() -> None:
+        if args.json is not None:
+            done = len(rows) // len(options.variants)
+            so_far = header | {"interrupted": f"after {done} of {total} cases"}
+            report.write_json(args.json, so_far, rows, model_report.summarise(rows))
+
     with computing(args.threads):
         header = _header(args, command, options)
         try:
-            with open_progress(total, args.plain) as progress:
+            with open_progress(total, args.plain, keep) as progress:
                 model_run.run(todo, options, progress, rows)
         except KeyboardInterrupt:
             interrupted = True

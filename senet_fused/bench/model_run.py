@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..torch_private import forget_compiled
 from .largest_batch import fits_in_training, largest_batch
 from .model_case import Cell, Results
 from .presets import LARGEST
-from .providers import forget_compiled
 from .runner import Progress
 from .timing import Outcome, Rotation, Settings, describe, interleave
 from .variants import ModelCase, Network, NoVariant, Variant

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from .problems import Case
@@ -18,8 +19,8 @@ def _text(case: Case) -> str:
 class Lines:
     """One line per finished case."""
 
-    def __init__(self, total: int, out: TextIO) -> None:
-        self._total, self._out = total, out
+    def __init__(self, total: int, out: TextIO, after: Callable[[], None] = lambda: None) -> None:
+        self._total, self._out, self._after = total, out, after
         self._number, self._case, self._start = 0, "", 0.0
 
     def __enter__(self) -> Lines:
@@ -40,12 +41,13 @@ class Lines:
     def done(self) -> None:
         seconds = time.monotonic() - self._start
         print(f"[{self._number}/{self._total}] {self._case}: {seconds:.1f} s", file=self._out, flush=True)
+        self._after()
 
 
 class _Bar:
     """A rich progress bar, redrawn only between samples."""
 
-    def __init__(self, total: int, out: TextIO) -> None:
+    def __init__(self, total: int, out: TextIO, after: Callable[[], None]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -59,7 +61,7 @@ class _Bar:
             transient=True,
         )
         self._task = self._bar.add_task("", total=total)
-        self._case, self._drawn = "", 0.0
+        self._case, self._drawn, self._after = "", 0.0, after
 
     def __enter__(self) -> _Bar:
         self._bar.start()
@@ -83,13 +85,14 @@ class _Bar:
     def done(self) -> None:
         self._bar.advance(self._task)
         self._bar.refresh()
+        self._after()
 
 
-def open_progress(total: int, plain: bool = False) -> Lines | _Bar:
-    """A bar if standard error is a terminal and rich is installed, else lines."""
+def open_progress(total: int, plain: bool = False, after: Callable[[], None] = lambda: None) -> Lines | _Bar:
+    """A bar if standard error is a terminal and rich is installed, else lines. after: called when a case is done."""
     if not plain and sys.stderr.isatty():
         try:
-            return _Bar(total, sys.stderr)
+            return _Bar(total, sys.stderr, after)
         except ImportError:
             pass
-    return Lines(total, sys.stderr)
+    return Lines(total, sys.stderr, after)

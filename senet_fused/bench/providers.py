@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import senet_fused
+from senet_fused import torch_private
 from senet_fused.modules import FusedSE
 
 from .buffers import torch_dtype
@@ -20,8 +19,8 @@ from .oracle import InputSet, Weights
 from .problems import GPU_BACKENDS, Case
 
 __all__ = [
-    "BUILDERS", "STOCK_FORMS", "FusedTail", "Provider", "StockSE", "StockTail", "backward_of", "compiling_for",
-    "copy_ceiling", "eager", "forget_compiled", "is_ours", "results", "step", "under_compile",
+    "BUILDERS", "STOCK_FORMS", "FusedTail", "Provider", "StockSE", "StockTail", "backward_of", "copy_ceiling", "eager",
+    "is_ours", "results", "step", "under_compile",
 ]  # fmt: skip
 
 STOCK_FORMS = ("linear", "conv")
@@ -166,40 +165,15 @@ def _eager(case: Case, weights: Weights, form: str, backend: str | None) -> Prov
     return eager(case, weights, form)
 
 
-def forget_compiled() -> None:
-    """Before a case: every case is compiled afresh for its own static shape, as the best case for the compiler.
-
-    Not before a provider, which would make torch.compile compile the case's other providers once more.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-
-
-@contextlib.contextmanager
-def compiling_for(case: Case) -> Iterator[None]:
-    """Within the block torch.compile makes, and runs, graphs whose backward can run as often as the case asks for.
-
-    What it compiles for a backward that runs once takes the memory of saved tensors for its own results.
-    """
-    if not case.keeps_graph:
-        yield
-        return
-    from torch._functorch import config
-
-    with config.patch(donated_buffer=False):
-        yield
-
-
 def under_compile(
     module: nn.Module, mode: str | None = None, fullgraph: bool = True
 ) -> tuple[nn.Module, Callable[[], None]]:
     """The module under torch.compile, and a check that raises unless something has been compiled since."""
-    graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
+    before = torch_private.compiled_graphs()
     options = {} if mode is None else {"mode": mode}
 
     def require_a_graph() -> None:
-        if graphs["unique_graphs"] == before:
+        if torch_private.compiled_graphs() == before:
             raise RuntimeError("torch.compile compiled nothing; is it disabled by the environment?")
 
     return torch.compile(module, fullgraph=fullgraph, dynamic=False, **options), require_a_graph

@@ -235,9 +235,15 @@ def render(
 
 
 def write_json(path: Path, header: Row, rows: Sequence[Row], summary: Sequence[Row]) -> None:
-    """Writes {"header", "rows", "summary"}; what was not measured is null."""
-    text = json.dumps({"header": header, "rows": rows, "summary": summary}, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Writes {"header", "rows", "summary"}; what was not measured is null. Who reads the file meanwhile, or after the
+    process was killed, has what it was before or all of this."""
+    text = json.dumps({"header": header, "rows": rows, "summary": summary}, indent=1, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # a pipe, say
+        path.write_text(text, encoding="utf-8")
+        return
+    half = path.with_name(f"{path.name}.part")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
 
 
 def kind_of(header: Row) -> str:

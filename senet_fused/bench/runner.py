@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..torch_private import forget_compiled, keeping_saved_tensors
 from . import cuda_timing
 from .buffers import BufferPool, check_inputs, make_weights, torch_dtype
 from .oracle import InputSet, Weights, judge, oracle, relative_error, yardstick
@@ -21,10 +22,8 @@ from .providers import (
     STOCK_FORMS,
     Provider,
     backward_of,
-    compiling_for,
     copy_ceiling,
     eager,
-    forget_compiled,
     is_ours,
     results,
     step,
@@ -180,7 +179,7 @@ class _Runner:
         contenders = [_Contender(name) for name in self.options.providers]
         copy = _Contender("copy", copy_ceiling(), max_error=0.0)
         try:
-            with compiling_for(case):
+            with keeping_saved_tensors() if case.keeps_graph else contextlib.nullcontext():
                 self._measure(case, contenders, copy)
         except Exception as error:  # the case as a whole: out of memory, or no yardstick
             for contender in [*contenders, copy]:
@@ -193,7 +192,7 @@ class _Runner:
 
     def _measure(self, case: Case, contenders: list[_Contender], copy: _Contender) -> None:
         self.progress.stage("checking")
-        forget_compiled()
+        forget_compiled()  # once a case: each for its own static shape, which is the best case for the compiler
         weights = make_weights(case, self.device)
         exact, stock_errors, forms = self._judge(case, weights)
         inputs = check_inputs(case, weights, self.device)

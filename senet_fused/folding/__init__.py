@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .. import select
+from .. import select, torch_private
 from ..fusion import fuse as fuse_layers
 from ..fusion import fuse_report
 from ..tails import has_hooks
@@ -122,11 +122,11 @@ def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_batchnorm takes a torch.nn.Module, got {type(model).__name__}")
     kind = type(model).__name__
-    if hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule):
+    if torch_private.is_compiled(model) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"fold_batchnorm cannot trace a compiled model ({kind}); fold it before it is compiled")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"fold_batchnorm takes the model inside {kind}: fold_batchnorm(model.module)")
-    if has_hooks(model) or nn.modules.module._has_any_global_hook():
+    if has_hooks(model) or torch_private.has_global_hooks():
         raise ValueError(
             f"fold_batchnorm: {kind} has hooks, or a forward of its own in place of its class's, or hooks for all "
             "modules are registered, which a trace would lose; remove them, and register them on the result"

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from ..tails import has_hooks
 
-__all__ = ["fold"]
+__all__ = ["CONVOLUTIONS", "NORMS", "fold"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Exactly these: what a subclass makes of its weight (standardises it, say) is not known.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Statistics(NamedTuple):
@@ -73,9 +73,9 @@ def _norm_of(
             return node.name, "its weight or bias is computed"
         return str(mean.target).rpartition(".")[0], _Statistics(*held, given.arguments["eps"])
     norm = modules.get(node.target) if node.op == "call_module" else None
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(norm, NORMS):
         return "", None
-    if type(norm) not in _NORMS or has_hooks(norm):
+    if type(norm) not in NORMS or has_hooks(norm):
         return node.target, f"it is a {type(norm).__name__}, or has hooks"
     if norm.training:
         raise ValueError(f"fold_batchnorm: {node.target} is in training mode although the model is in evaluation mode")
@@ -95,9 +95,9 @@ def _held(folded: fx.GraphModule, node: object) -> Tensor | None:
 def _problem(conv: object, modules: dict[str, nn.Module]) -> str | None:
     """Why nothing can be folded into what this node calls."""
     module = modules.get(conv.target) if isinstance(conv, fx.Node) and conv.op == "call_module" else None
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, CONVOLUTIONS):
         return "there is no convolution in front of it"
-    if type(module) not in _CONVOLUTIONS or has_hooks(module):
+    if type(module) not in CONVOLUTIONS or has_hooks(module):
         return f"{conv.target} is a {type(module).__name__}, or has hooks"
     if sum(not _tells_a_size(user) for user in conv.users) > 1:
         return f"the output of {conv.target} is used elsewhere, too"
@@ -138,7 +138,7 @@ def _convolution(conv: nn.Module, norm: _Statistics) -> nn.Module:
     shift = -norm.mean.double() if conv.bias is None else conv.bias.detach().double() - norm.mean.double()
     shift = shift * scale if norm.bias is None else norm.bias.detach().double() + shift * scale
     planes = weight.dim() - 2
-    if type(conv) in _TRANSPOSED:  # [in, out / groups, ...]
+    if type(conv) in TRANSPOSED:  # [in, out / groups, ...]
         factors = scale.view(conv.groups, 1, -1).expand(-1, weight.shape[0] // conv.groups, -1)
         factors = factors.reshape(*weight.shape[:2], *(1,) * planes)
     else:

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from ..fusion import unfuse
 from ..modules import FusedSE
 from ..tails import has_hooks
+from .batchnorm import CONVOLUTIONS, NORMS
 
 __all__ = ["ShortcutSE", "join"]
 
 # What shortcuts are made of.
 _PURE = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd, nn.Identity,
+    *CONVOLUTIONS, *NORMS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.Identity,
 )  # fmt: skip
 
 

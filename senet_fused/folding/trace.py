@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..modules import FusedSE
 from ..tails import has_hooks
+from .batchnorm import CONVOLUTIONS
 
 __all__ = ["drop_identities", "traced"]
 
@@ -48,7 +49,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         # Subclasses of convolutions pad by their input's size, which cannot be traced.
-        whole = isinstance(module, (FusedSE, nn.modules.conv._ConvNd))
+        whole = isinstance(module, (FusedSE, *CONVOLUTIONS))
         return whole or module in self.leaves or has_hooks(module) or super().is_leaf_module(module, name)
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private
 from ..recognition import (
     Effect,
     Unsuited,
@@ -31,6 +32,7 @@ from .layer import Exchanged, detach
 __all__ = ["FORMS", "BlockFusion", "FusedBlock", "block_alteration", "examine_block", "form_of", "main_se"]
 
 _BOUND = 1e-8  # of the largest value or the norm, in float64: sums in another order through three convolutions
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _NOISE = 1e-12  # a gradient that BatchNorm cancels is nothing but rounding
 
 
@@ -55,7 +57,7 @@ class FusedBlock(Exchanged):
         original, proven = self._senet_original
         if fusion is None or len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy):
             return super().forward(*args, **kwargs)
-        if original.forward is not proven or nn.modules.module._has_any_global_hook():
+        if original.forward is not proven or torch_private.has_global_hooks():
             return super().forward(*args, **kwargs)
         return FORMS[fusion.kind].forward(self, args[0], Tails(fusion.reading, fusion.drop_path, fusion.backend))
 
@@ -314,7 +316,7 @@ def _examined(
     if drop_path is not None:
         if not isinstance(drop_path, nn.Module):
             raise Unsuited(f"its drop_path is a {type(drop_path).__name__}, not a module")
-        if isinstance(drop_path, nn.modules.dropout._DropoutNd) or list(drop_path.parameters()):
+        if isinstance(drop_path, _DROPOUTS) or list(drop_path.parameters()):
             raise Unsuited(f"its drop_path, a {type(drop_path).__name__}, does not drop whole samples")
         dropped = (type(drop_path), type(drop_path).forward)
     fusion = BlockFusion(kind, reading, dropped, backend, verify)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from senet_fused import Activation, FusedSE, FusedSETail
+from senet_fused import Activation, FusedSE, FusedSETail, torch_private
 from senet_fused.tails import has_hooks
 
 __all__ = [
@@ -105,7 +105,7 @@ def _do_all(se: nn.Module | None, act: nn.Module | None) -> bool:
     """Whether + residual and act can be done by the SE layer's operator, and nobody looks at what is between."""
     if type(se) is not FusedSE or type(act) is not nn.ReLU or se.post_act is not None:
         return False
-    return not (has_hooks(se) or has_hooks(act) or nn.modules.module._has_any_global_hook())
+    return not (has_hooks(se) or has_hooks(act) or torch_private.has_global_hooks())
 
 
 class ShortcutConv(nn.Module):

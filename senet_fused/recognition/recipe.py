@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private
 from ..activations import Activation
 from ..functional import excitation, serve, squeeze_excite
 
@@ -81,7 +82,7 @@ class Recipe:
         weights that are not plain tensors, attributes. What lies within an attribute (an entry of a dict, another
         module's state) is not seen. Every call of a fused layer comes by here.
         """
-        if nn.modules.module._has_any_global_hook():
+        if torch_private.has_global_hooks():
             return "hooks for all modules are registered, and they are to see its children"
         for path, kind, children, parameters, attributes, settings in self.parts:
             part = layer
@@ -233,9 +234,4 @@ def _is_wrapped_by_export(part: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_stand_in(t: object) -> bool:
     """Whether t stands for a plain tensor while somebody traces: FX's proxies, fake and functional tensors."""
-    if isinstance(t, torch.fx.Proxy):
-        return True
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return isinstance(t, (FakeTensor, FunctionalTensor))
+    return isinstance(t, (torch.fx.Proxy, *torch_private.stand_ins))

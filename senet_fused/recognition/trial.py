@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
+from .. import ops, torch_private
 from .recipe import parts_of
 
 __all__ = ["Unsuited", "nothing_around", "random_copy", "random_states", "structure_of", "unsuited"]
@@ -46,7 +46,7 @@ def nothing_around() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         # Detached: an operator's output that its own backward holds on to would never be freed.
         torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda t: t),
-        torch.utils._python_dispatch._disable_current_modes(),
+        torch_private.without_modes(),
         torch.device("cpu") if elsewhere else contextlib.nullcontext(),  # it makes every call of PyTorch slower
         torch.random.fork_rng(devices=[]),
         ops.uncounted(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import select
+from .. import select, torch_private
 from ..activations import ACT_NAMES, GATE_NAMES, Activation
 from ..functional import PLAIN_TYPES, Function, check_input, check_residual, check_weights, needs_plain_operators
 from ..ops import count_call, layout_of
@@ -93,7 +93,7 @@ def block_tail(
             post_act=post_act, factor=factor, group=group, backend=backend,
         )  # fmt: skip
     compiling = torch.compiler.is_compiling()
-    check = _check_while_tracing if not compiling and torch._C._is_tracing() else _check
+    check = _check_while_tracing if not compiling and torch_private.is_tracing() else _check
     check(x, running_mean, running_var, weight, bias, w1, w2, b1, b2, training, act, gate, residual, post_act, factor,
           group)  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
@@ -111,7 +111,7 @@ def block_tail(
             x, residual = x.to(wider), residual.to(wider)
         tensors = (x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor)
         name = "" if group is None else group.group_name
-        plain, save = not (compiling or torch._C._len_torch_dispatch_stack()), False
+        plain, save = not (compiling or torch_private.dispatch_modes()), False
         for t in tensors:
             if t is not None:
                 save = save or t.requires_grad
@@ -132,7 +132,7 @@ def _track(running_mean: Tensor, running_var: Tensor, statistics: Tensor, moment
     """Moves the running statistics towards those of the batch, in place. at_once: in one launch, if it can be."""
     running, now = [running_mean, running_var], [statistics[0], statistics[2]]
     if at_once and running_mean.dtype == running_var.dtype == statistics.dtype:
-        torch._foreach_lerp_(running, now, momentum)
+        torch_private.lerp_all(running, now, momentum)
         return
     for r, s in zip(running, now, strict=True):
         if r.dtype == s.dtype:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import select
+from .. import select, torch_private
 from ..modules import FusedSE, RecordsGates
 from ..recognition import Recipe, Unsuited, examine, parts_of
 from .functional import block_tail, route
 
 __all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]
 
+_DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # a synchronised one takes any
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -150,7 +151,7 @@ class Tail(NamedTuple):
 
     def weights(self) -> tuple[Tensor | None, ...] | str:
         """w1, w2, b1, b2 of the SE layer; or, as text, why the modules have to be called one by one at present."""
-        if nn.modules.module._has_any_global_hook():
+        if torch_private.has_global_hooks():
             return "hooks for all modules are registered, and they are to see its children"
         if (problem := norm_problem(self.norm)) is not None:
             return f"its BatchNorm: {problem}"
@@ -177,14 +178,12 @@ class Tail(NamedTuple):
             # One of several processes may have no sample.
             if 0 in x.shape[1:] or _group_of(self.norm) is None:
                 return False
-        self.norm._check_input_dim(x)
-        return True
+        return _DIMENSIONS.get(type(self.norm), x.dim() - 2) == x.dim() - 2
 
     def _prefers_modules(self, x: Tensor) -> bool:
         """Whether "auto" has no kernels for x, or something is to see PyTorch's own operators."""
         asked = select.requested(self.backend)[0]
-        # Not is_exporting(), which torch 2.11 takes for true under torch.compile as well.
-        if asked == "auto" and torch.compiler._is_exporting_flag:
+        if asked == "auto" and torch_private.is_exporting():
             return True
         return asked != "reference" and route(x, self.backend) == "reference"
 
@@ -260,7 +259,7 @@ def _recipe_of(se: nn.Module, verify: bool, proven: dict[Any, Any] | None) -> Re
 
 def fits(norm: nn.Module, recipe: Recipe) -> bool:
     """Whether the SE layer has been read for the dimensions that a BatchNorm is for; a synchronised one takes any."""
-    dimensions = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(type(norm))
+    dimensions = _DIMENSIONS.get(type(norm))
     return dimensions is None or dimensions in recipe.dimensions
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import torch_private
 from ..backends import cuda, native, triton
 from ..ops import (
     Operator,
@@ -104,7 +105,7 @@ def _share(dweight: Tensor, dbias: Tensor, count: float, group: str) -> tuple[Te
 
 
 def _process_group(name: str) -> Any:
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    return torch_private.process_group(name)
 
 
 def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Operator:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ...torch_private import constant_under_compile
+
 __all__ = ["DTYPES", "VECTOR_DTYPES", "backward", "forward", "problem", "tail_backward", "tail_forward"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +31,8 @@ _NO_TRITON = "triton is not installed (pip install triton)"
 _OLDEST_CAPABILITY = (8, 0)
 
 
+# torch.compile may meet it while it traces; what it says does not change.
+@constant_under_compile
 def problem(device_type: str = "cuda") -> str | None:
     """Why the kernels cannot run on tensors of this device type here; None if they can."""
     if device_type == "cpu":
@@ -64,10 +68,6 @@ def _gpu_problem() -> str | None:
             text = ".".join(map(str, capability))
             return f"{name} has compute capability {text}, Triton's kernels need 8.0 (CUDA_VISIBLE_DEVICES can hide it)"
     return None
-
-
-# torch.compile may meet it while it traces; what it says does not change.
-problem._dynamo_marked_constant = True
 
 
 def forward(*arguments: Any) -> None:
