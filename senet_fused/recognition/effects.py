@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private
+
 __all__ = ["Effect", "Watch", "add_numbers", "is_foreign"]
 
 _ATOMS = (
@@ -156,7 +158,7 @@ def _state(thing: Any) -> tuple[int | None, Any]:
     if isinstance(thing, _ITERATORS):
         return None, repr(thing)
     if isinstance(thing, Tensor):
-        version = None if thing.is_inference() else thing._version
+        version = torch_private.version_of(thing)
         if thing.device.type != "cpu" or thing.layout != torch.strided or thing.numel() > _CLONED:
             return version, None
         return version, thing.detach().clone()
