@@ -258,7 +258,7 @@ print(*sorted(set(sys.modules) - before))
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
-        *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
+        *(f"senet_fused.recognition.{name}" for name in ("effects", "families", "proof", "recipe", "trial")),
         *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
         *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),
