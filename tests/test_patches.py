@@ -109,7 +109,6 @@ TAILS = {
 }
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.ReLU, nn.Linear])
 @pytest.mark.parametrize("make", TAILS)
 def test_a_patched_class_in_a_tail_is_noticed(make, kind, monkeypatch):
@@ -122,7 +121,6 @@ def test_a_patched_class_in_a_tail_is_noticed(make, kind, monkeypatch):
     assert not torch.allclose(ours(x), before) and block_tails() == 0
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Sequential, nn.Identity])
 @pytest.mark.parametrize("make", [LegacyBottleneck, lambda: MonaiBlock(2)], ids=["legacy", "monai"])
 def test_a_patched_class_in_a_fused_block_is_noticed(make, kind, monkeypatch):
