@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
-    "INTERFACES", "MODULE_INTERNALS", "Interface", "compiled_graphs", "constant_under_compile", "dispatch_mode_stack",
-    "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled",
-    "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing",
-    "process_group", "stand_ins", "without_modes",
+    "INTERFACES", "MODULE_INTERNALS", "DispatchMode", "Interface", "compiled_graphs", "constant_under_compile",
+    "dispatch_mode_stack", "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level",
+    "is_compiled", "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all",
+    "missing", "process_group", "stand_ins", "version_of", "without_modes",
 ]  # fmt: skip
 
 
@@ -190,6 +190,14 @@ without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _get(
     without="fuse within a dispatch mode (FakeTensorMode, say) tries layers out in it, and leaves those it disturbs",
 )
 
+DispatchMode: type = _get(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    contextlib.nullcontext,
+    since="2.0",
+    purpose="the error rule rounds every operation of plain PyTorch at random",
+    without="results are held to stock PyTorch's error alone, and may be refused where that is nearly zero",
+)
+
 
 def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compiler.assume_constant_result, which imports torch._dynamo: torch.compile takes what the function
@@ -295,8 +303,21 @@ def keeping_saved_tensors() -> contextlib.AbstractContextManager[object]:
     return importlib.import_module(_DONATED[0]).patch(**{_DONATED[1]: False})
 
 
-# ---------------------------------------------------------------------------------------------------- nn.Module
+_version = _get(
+    "torch:Tensor._version",
+    None,
+    since="2.0",
+    purpose="whether a layer's forward changes a tensor in place",
+    without="fuse sees a change of the values alone",
+)
 
+
+def version_of(t: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None for an inference tensor, which does not count."""
+    return None if _version is None or t.is_inference() else _version.__get__(t)
+
+
+# ---------------------------------------------------------------------------------------------------- nn.Module
 # Used where they are, under these names: they are older than PyTorch 2, and what FSDP, DeepSpeed, timm and PyTorch's
 # own parametrisations are made of, so a PyTorch without one would be another nn.Module.
 MODULE_INTERNALS = {

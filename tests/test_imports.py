@@ -23,6 +23,7 @@ CSRC = ROOT / "csrc"
 # the layer down to the arithmetic it goes modules -> functional -> {select, ops} -> backends -> reference.
 PYTHON = {
     "_version": set(),
+    "accuracy": {"torch_private"},
     "activations": set(),
     "reference": {"activations"},
     "torch_private": set(),
@@ -46,9 +47,12 @@ PYTHON = {
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {"senet_fused", "_plan", "arguments", "backends", "bench", "machine", "select", "torch_private", "tune"},
-    "bench": {"senet_fused", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
-    "tune": {"senet_fused", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
+    "doctor": {
+        "senet_fused", "_plan", "accuracy", "arguments", "backends", "bench", "machine", "select", "torch_private",
+        "tune",
+    },  # fmt: skip
+    "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
+    "tune": {"senet_fused", "accuracy", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
@@ -254,7 +258,7 @@ print(*sorted(set(sys.modules) - before))
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
-        *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
+        *(f"senet_fused.recognition.{name}" for name in ("effects", "families", "proof", "recipe", "trial")),
         *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
         *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),

@@ -164,7 +164,7 @@ def attach(layer: nn.Module, fusion: Any, mixin: type[Exchanged] = FusedLayer) -
     if kind is not original:
         if kind._senet_original[1] is not original.forward:
             _pin(kind, mixin, original)
-        layer.__class__ = kind
+        object.__setattr__(layer, "__class__", kind)  # past what its class does about attributes
     layer.__dict__.update(dict.fromkeys(OWN_ATTRIBUTES), _senet_fused=fusion)
 
 
@@ -185,7 +185,7 @@ def check_detachable(layer: nn.Module) -> None:
 def detach(layer: nn.Module) -> None:
     """Makes a fused layer what it was before."""
     check_detachable(layer)
-    layer.__class__ = original_class(layer)
+    object.__setattr__(layer, "__class__", original_class(layer))
     for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
 

@@ -118,10 +118,10 @@ class Reading(NamedTuple):
     forward: Any
 
     @classmethod
-    def of(cls, se: nn.Module, *, verify: bool = True) -> Reading:
-        """Raises Unsuited if it cannot be part of a tail; the message says why."""
+    def of(cls, se: nn.Module, *, verify: bool = True, proven: dict[Any, Any] | None = None) -> Reading:
+        """proven: as of recognition.examine. Raises Unsuited if it cannot be part of a tail; the message says why."""
         kind = _class_of(se)
-        return cls(_recipe_of(se, verify=verify), kind, kind.forward)
+        return cls(_recipe_of(se, verify, proven), kind, kind.forward)
 
     def weights(self, se: nn.Module) -> Weights | str:
         """w1, w2, b1, b2; or, as text, why the layer has to be called instead."""
@@ -247,7 +247,7 @@ def norm_problem(norm: nn.Module) -> str | None:
     return None
 
 
-def _recipe_of(se: nn.Module, *, verify: bool = True) -> Recipe:
+def _recipe_of(se: nn.Module, verify: bool, proven: dict[Any, Any] | None) -> Recipe:
     """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
     if type(se) is FusedSE:
         if se.post_act is not None:
@@ -259,7 +259,7 @@ def _recipe_of(se: nn.Module, *, verify: bool = True) -> Recipe:
         )  # fmt: skip
     else:
         known = getattr(se, "_senet_fused", None)
-        recipe = examine(se, verify=verify) if known is None else known.recipe
+        recipe = examine(se, verify=verify, proven=proven) if known is None else known.recipe
     if recipe.form != "scale" or recipe.channels_last:
         raise Unsuited("it does not return x * gate for x [N, C, *spatial]")
     if recipe.squeeze != "avg":
