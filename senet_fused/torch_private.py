@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "INTERFACES", "MODULE_INTERNALS", "DispatchMode", "Interface", "compiled_graphs", "constant_under_compile",
-    "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled", "is_exporting",
-    "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing", "process_group",
-    "stand_ins", "without_modes",
+    "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled",
+    "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing",
+    "process_group", "stand_ins", "without_modes",
 ]  # fmt: skip
 
 
