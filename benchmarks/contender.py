@@ -35,7 +35,8 @@ def prepare(case: Case, name: str, cold: bool) -> tuple[Callable[[], object], pr
     provider = providers.BUILDERS[name](case, weights, "linear", None)
     with providers.compiling_for(case):
         found = providers.results(provider, case, buffers.check_inputs(case, weights, CPU))
-    verdict = oracle.judge(case, found, judge.exact, judge.stock_errors, ours=providers.is_ours(provider))
+    standard = judge.exact, judge.stock_errors, judge.plain
+    verdict = oracle.judge(case, found, *standard, ours=providers.is_ours(provider))
     assert verdict.wrong is None, verdict.wrong
 
     least_bytes, least = (2 * machine.last_level_cache_bytes(), 2) if cold else (0, 1)

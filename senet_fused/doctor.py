@@ -226,20 +226,17 @@ def _require(report: _Report, name: str, who: str, available: dict[str, str | No
         )
 
 
-def _self_test(name: str) -> tuple[int, float, list[str]]:
-    """Runs a backend forward and backward on small tensors against float64, where it runs: on a GPU or the CPU.
-
-    A tensor may be off by twice stock PyTorch's error in the same dtype plus one unit in the last place; in
-    float64, where the oracle rounds as everybody does, plus 64.
+def _self_test(name: str) -> tuple[int, list[str]]:
+    """Holds a backend to :mod:`.accuracy`'s rule, forward and backward on small tensors: on a GPU or the CPU.
 
     Returns:
-        How many tensors were judged, the largest error as a fraction of what is allowed, and a line for each
-        one that is off by more.
+        How many tensors were judged, in each of several draws, and a line for each one that was refused.
     """
     import torch
     from torch.nn import functional as F
 
     from . import backends, call_counts, squeeze_excite
+    from .accuracy import refused, relative_error
 
     def plain(x, residual, w1, b1, w2, b2):
         gate = torch.sigmoid(F.linear(F.relu(F.linear(x.mean((2, 3)), w1, b1)), w2, b2))
@@ -261,33 +258,33 @@ def _self_test(name: str) -> tuple[int, float, list[str]]:
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
 
-    judged, worst, wrong = 0, 0.0, []
+    judged, wrong = 0, []
     n, c, r, size = 2, 24, 3, (2, 24, 5, 7)
     for dtype, tail in itertools.product(backends.dtypes(name), (False, True)):
         names = ["y", "dx", *(["dresidual"] if tail else []), "dw1", "db1", "dw2", "db2"]
-        ours, stock = (dict.fromkeys(names, 0.0) for _ in range(2))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        refusals: dict[str, str] = {}
         for memory_format, _ in itertools.product((torch.contiguous_format, torch.channels_last), range(3)):
             big = [random(*size) + random(n, c, 1, 1), random(*size), random(*size)]
             x, dy, residual = (t.to(dtype).contiguous(memory_format=memory_format) for t in big)
             small = [random(r, c) / c**0.5, random(r), random(c, r) / r**0.5, random(c)]
             tensors = [x, residual if tail else None, *(t.to(dtype) for t in small)]
+
+            def in_dtype(dtype: torch.dtype, tensors: list = tensors, dy: torch.Tensor = dy) -> dict:
+                converted = [None if t is None else t.to(dtype) for t in tensors]
+                return dict(zip(names, run(plain, converted, dy.to(dtype)), strict=True))  # noqa: B023
+
             before = call_counts().get(f"{name}.forward", 0)
-            results = run(fused, tensors, dy)
+            results = dict(zip(names, run(fused, tensors, dy), strict=True))
             if call_counts().get(f"{name}.forward", 0) == before:
-                return judged, worst, ["another backend served the calls"]
-            exact = run(plain, [None if t is None else t.double() for t in tensors], dy.double())
-            for errors, found in ((ours, results), (stock, run(plain, tensors, dy))):
-                for tensor, a, e in zip(names, found, exact, strict=True):
-                    error = (a.double() - e).abs().max().div(e.abs().max()).item()
-                    errors[tensor] = max(errors[tensor], error if error == error else float("inf"))
-        for tensor in names:
-            allowed = 2 * stock[tensor] + torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)
-            judged += 1
-            worst = max(worst, ours[tensor] / allowed)
-            if not ours[tensor] <= allowed:
-                what = f"{dtype}{' with residual and relu' if tail else ''}".removeprefix("torch.")
-                wrong.append(f"{what}: {tensor} is off by {ours[tensor]:.1e}, allowed {allowed:.1e}")
-    return judged, worst, wrong
+                return judged, ["another backend served the calls"]
+            exact = in_dtype(torch.float64)
+            stock = {key: relative_error(t, exact[key]) for key, t in in_dtype(dtype).items()}
+            refusals |= refused(results, exact, stock, lambda: in_dtype(torch.float64), wide)  # noqa: B023
+        judged += len(names)
+        what = f"{dtype}{' with residual and relu' if tail else ''}".removeprefix("torch.")
+        wrong += [f"{what}: {tensor} {text}" for tensor, text in refusals.items()]
+    return judged, wrong
 
 
 def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
@@ -305,9 +302,9 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
         if not status.available:
             continue
         try:
-            judged, worst, wrong = _self_test(status.name)
+            judged, wrong = _self_test(status.name)
         except Exception as error:  # a broken backend is what this command is here to report
-            judged, worst, wrong = 0, 0.0, [f"{type(error).__name__}: {error}"]
+            judged, wrong = 0, [f"{type(error).__name__}: {error}"]
         if wrong:
             report.fact("", f"self-test FAILED: {len(wrong)} of {judged or 1} tensors")
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
@@ -317,9 +314,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
                 "(pip install --force-reinstall --no-deps .), and report it with this output",
             )
         else:
-            report.fact(
-                "", f"self-test passed: {judged} tensors, largest error {worst:.0%} of what is allowed"
-            )
+            report.fact("", f"self-test passed: {judged} tensors")
     if available.get("cpu", "") is None:
         isa = backends.native.instruction_set()
     with use_backend("auto"):

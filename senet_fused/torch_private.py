@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
-    "INTERFACES", "MODULE_INTERNALS", "Interface", "compiled_graphs", "constant_under_compile", "dispatch_modes",
-    "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled", "is_exporting",
-    "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing", "process_group",
-    "stand_ins", "version_of", "without_modes",
+    "INTERFACES", "MODULE_INTERNALS", "DispatchMode", "Interface", "compiled_graphs", "constant_under_compile",
+    "dispatch_mode_stack", "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level",
+    "is_compiled", "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all",
+    "missing", "process_group", "stand_ins", "version_of", "without_modes",
 ]  # fmt: skip
 
 
@@ -88,6 +88,14 @@ dispatch_modes: Callable[[], int] = _get(
     since="2.0",
     purpose="how many dispatch modes (FakeTensorMode, FlopCounterMode, a profiler) see the operators that run",
     without="every call goes through the dispatcher, as if there were one: the same numbers, more host time",
+)
+
+dispatch_mode_stack: Callable[[], list[Any]] = _get(
+    "torch.utils._python_dispatch:_get_current_dispatch_mode_stack",
+    list,
+    since="2.0",
+    purpose="a FLOP counter that was made before the first call of an operator gets its formula",
+    without="such a counter counts nothing for the operators; the next one counts them",
 )
 
 func_transform: Callable[[], object | None] = _get(
@@ -180,6 +188,14 @@ without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _get(
     since="2.0",
     purpose="trials of somebody's layer run outside the dispatch modes of the caller",
     without="fuse within a dispatch mode (FakeTensorMode, say) tries layers out in it, and leaves those it disturbs",
+)
+
+DispatchMode: type = _get(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    contextlib.nullcontext,
+    since="2.0",
+    purpose="the error rule rounds every operation of plain PyTorch at random",
+    without="results are held to stock PyTorch's error alone, and may be refused where that is nearly zero",
 )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import Activation, machine, ops, reference, tails
+from .accuracy import relative_error
 from .arguments import RequestError, positive
 from .backends import cuda
 from .backends import triton as backend
@@ -29,7 +30,7 @@ from .backends.triton import tuned
 from .backends.triton.plan import DeviceFacts, Plan, Problem, candidates
 from .bench import buffers, cuda_timing
 from .bench.command import add_layers
-from .bench.oracle import InputSet, relative_error
+from .bench.oracle import InputSet
 from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
 from .bench.timing import Outcome, Rotation, Settings, describe, interleave
 

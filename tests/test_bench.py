@@ -19,6 +19,7 @@ from torch import nn
 
 import senet_fused
 from senet_fused import backends, cli
+from senet_fused.accuracy import relative_error
 from senet_fused.arguments import RequestError
 from senet_fused.bench import buffers, command, cuda_timing, oracle, problems, providers, report, runner, timing
 from senet_fused.bench.problems import Case, Shape
@@ -223,10 +224,10 @@ def judged(case, change=None, ours=True):
     inputs = buffers.check_inputs(case, weights, CPU)
     exact = oracle.oracle(case, inputs, weights)
     results = providers.results(providers.eager(case, weights, "linear"), case, inputs)
-    errors = {name: oracle.relative_error(tensor, exact[name]) for name, tensor in results.items()}
+    errors = {name: relative_error(tensor, exact[name]) for name, tensor in results.items()}
     if change is not None:
         change(results)
-    return oracle.judge(case, results, exact, errors, ours)
+    return oracle.judge(case, results, exact, errors, lambda: oracle.oracle(case, inputs, weights), ours)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -247,9 +248,9 @@ def test_one_wrong_element_of_any_tensor_is_found(name, ours):
     assert wrong is not None and wrong.startswith(f"wrong output: {name} is off by") and ";" not in wrong
 
 
-def test_our_own_bound_is_twice_stock_and_one_unit():
+def test_others_may_be_off_by_more_than_ours():
     def change(results):
-        results["dw2"] = results["dw2"] + 6e-7 * results["dw2"].abs().max()
+        results["dw2"] = results["dw2"] + 8e-6 * results["dw2"].abs().max()
 
     assert "dw2" in judged(small_case(), change, ours=True).wrong
     assert judged(small_case(), change, ours=False).wrong is None
@@ -315,7 +316,7 @@ def test_both_stock_forms_are_the_same_layer(spatial, bias):
             == set(exact)
             == {"y", "dx", "dresidual", "dw1", "dw2"} | ({"db1", "db2"} if bias else set())
         )
-        assert all(oracle.relative_error(results[name], exact[name]) < 1e-14 for name in exact)
+        assert all(relative_error(results[name], exact[name]) < 1e-14 for name in exact)
 
 
 # -------------------------------------------------------------------------------------------------- timing
@@ -337,7 +338,7 @@ def test_contenders_alternate_on_all_buffers_and_a_failing_one_drops_out():
 
     def failing(number):
         log.append(("late", number))
-        if len([name for name, _ in log if name == "late"]) > 12:
+        if len([name for name, _ in log if name == "late"]) > 6:  # four calls to warm up, then one a round
             raise RuntimeError("out of patience\nand more")
 
     def broken(number):
@@ -355,10 +356,7 @@ def test_contenders_alternate_on_all_buffers_and_a_failing_one_drops_out():
         settings,
     )
     assert outcomes["broken"] == timing.Outcome(None, "ValueError: never runs")
-    assert (
-        outcomes["late"] == timing.Outcome(None, "RuntimeError: out of patience")
-        or outcomes["late"].statistics
-    )
+    assert outcomes["late"] == timing.Outcome(None, "RuntimeError: out of patience")
     assert outcomes["a"].statistics.samples == outcomes["b"].statistics.samples == 5
     for name in "ab":
         assert {number for who, number in log if who == name} == {0, 1, 2, 3}
@@ -614,7 +612,8 @@ def test_a_named_backend_is_insisted_on_under_compile(monkeypatch, quick_compile
     assert (row["backend"], row["error"]) == ("inductor", None)
     monkeypatch.setattr(senet_fused, "call_counts", dict)
     row = by_provider(measure([small_case()], providers=("fused+compile",), backend="cpu"))["fused+compile"]
-    assert row["error"].endswith("backend 'cpu' was asked for, but 'inductor' ran") or "cannot serve" in row["error"]
+    kernels = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend == "cpu"
+    assert ("backend 'cpu' was asked for, but 'inductor' ran" if kernels else "cannot serve") in row["error"]
 
 
 def test_a_fused_layer_that_is_not_compiled_is_found(monkeypatch):

@@ -23,18 +23,20 @@ CSRC = ROOT / "csrc"
 # the layer down to the arithmetic it goes modules -> functional -> {select, ops} -> backends -> reference.
 PYTHON = {
     "_version": set(),
+    "accuracy": {"torch_private"},
     "activations": set(),
     "reference": {"activations"},
     "torch_private": set(),
     "backends": {"_plan", "activations", "reference", "torch_private"},
     "select": {"backends"},
-    "ops": {"backends", "reference", "torch_private"},
-    "functional": {"activations", "ops", "reference", "select", "torch_private"},
+    "flops": {"torch_private"},
+    "ops": {"backends", "flops", "reference", "torch_private"},
+    "functional": {"activations", "flops", "ops", "reference", "select", "torch_private"},
     "recognition": {"activations", "functional", "ops", "reference", "torch_private"},
     "conversion": {"recognition"},
-    "modules": {"activations", "conversion", "functional", "reference", "select"},
+    "modules": {"activations", "conversion", "functional", "recognition", "reference", "select"},
     "tails": {
-        "activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select",
+        "activations", "backends", "flops", "functional", "modules", "ops", "recognition", "reference", "select",
         "torch_private",
     },  # fmt: skip
     "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
@@ -45,9 +47,12 @@ PYTHON = {
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {"senet_fused", "_plan", "arguments", "backends", "bench", "machine", "select", "torch_private", "tune"},
-    "bench": {"senet_fused", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
-    "tune": {"senet_fused", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
+    "doctor": {
+        "senet_fused", "_plan", "accuracy", "arguments", "backends", "bench", "machine", "select", "torch_private",
+        "tune",
+    },  # fmt: skip
+    "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
+    "tune": {"senet_fused", "accuracy", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
@@ -57,7 +62,7 @@ PYTHON = {
     "__main__": {"cli"},
 }
 CORE = (
-    "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
+    "_version", "activations", "reference", "backends", "select", "flops", "ops", "functional", "recognition",
     "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import assert_right
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,12 +61,9 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return found | {"evaluated": model.eval()(x.detach())}
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(float(t.abs().max()) for t in expected.values())
-    for key, t in expected.items():
-        # Gradients of what a BatchNorm undoes are zero but for rounding: of no scale of their own.
-        torch.testing.assert_close(found[key], t, rtol=1e-9, atol=1e-13 * largest, msg=lambda m, k=key: f"{k}: {m}")
+def plain_step(name: str, images: torch.Tensor, **options: object) -> Callable[[], dict[str, torch.Tensor]]:
+    """Does a step of a new network of plain layers, each time."""
+    return lambda: step(network(name, "reference", **options), images)
 
 
 # Ioffe and Szegedy's network as in table 2 of Hu et al. 2018 (multiply-adds), and MobileNet as in their table 3. They
@@ -125,14 +124,14 @@ def test_pools_and_planes():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers_agree(name, images):
     norms, se_layers = LAYERS[name]
-    expected = step(network(name, "reference"), images)
+    plain_step(name, images)()
     assert senet_fused.call_counts() == {}
     for se, tails in (("fused", {}), ("tails", {"cpu.tail_forward": 2 * norms, "cpu.tail_backward": norms})):
         senet_fused.reset_call_counts()
         model = network(name, se)
         found = step(model, images)
         assert senet_fused.call_counts() == {"cpu.forward": 2 * se_layers, "cpu.backward": se_layers} | tails
-        assert_same(found, expected)
+        assert_right(found, plain_step(name, images))
         assert sum(isinstance(m, FusedSE) for m in model.modules()) == se_layers
 
 
@@ -189,17 +188,16 @@ def test_twin_has_no_gates(name, images):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_synchronised_norms_run_on_cpus(name, images):
-    expected = step(network(name, "reference"), images)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network(name, "tails"))
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == LAYERS[name][0]
-    assert_same(step(model, images), expected)
+    assert_right(step(model, images), plain_step(name, images))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_functions(name, images):
     # Not hardsigmoid: torch.nn's has a float32 slope in its backward pass, in float64 too.
     options = {"squeeze": "avgmax", "act": "silu", "gate": "tanh", "reduction": 2}
-    assert_same(step(network(name, "tails", **options), images), step(network(name, "reference", **options), images))
+    assert_right(step(network(name, "tails", **options), images), plain_step(name, images, **options))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -5,16 +5,13 @@ All fresh memory is NaN here, so that whatever a kernel fails to write shows up 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import tail_oracle
 import torch
-from oracle import ACTS, DTYPES, GATES, LAYOUTS, Errors, Tensors, bound
+from oracle import ACTS, DTYPES, GATES, LAYOUTS, Tensors
 from tail_oracle import (
     CHANGES,
     EVERYTHING,
@@ -214,15 +211,9 @@ def test_mixed_dtypes(dtype, others):
 @pytest.mark.parametrize("change", CHANGES)
 def test_moments_that_cancel(change, layout):
     """Variances, y and gradients of channels whose mean is large beside their deviation, and of odd ones."""
-    # Far first pixels take up to four bits of a block's squares: test_the_variance_of_each_channel_is_right.
-    left_out = ("running_var",) if change == "far_first_pixels" else ()
-
-    def ours(case: Tail, t: Tensors) -> Tensors:
-        return {k: v for k, v in run_counted(case, t).items() if k not in left_out}
-
     for shape in ((4, 13, 7, 7), (3, 12, 40, 40), (2, 200, 9, 9)):
         for reduced, options in ((4, PLAIN), (4, {**EVERYTHING, "momentum": 1.0}), (0, {"affine": False})):
-            check(Tail(shape, reduced, layout=layout, **options), 2, ours, CHANGES[change])
+            check(Tail(shape, reduced, layout=layout, **options), 2, run_counted, CHANGES[change])
 
 
 @pytest.mark.parametrize("layout", DENSE)
@@ -396,41 +387,12 @@ def isa_cases() -> list[Tail]:
     ]
 
 
-@functools.cache
-def results_of(isa: str) -> dict[str, Tensors]:
-    """What isa_run.py computes in a process of its own, having held it to the oracle."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "results"
-        done = run_with(isa, str(file), "tails")
-        assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(file)
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize("isa", BUILT)
 def test_every_instruction_set(isa):
+    """In a process of its own, held to the oracle."""
     if missing(isa):
         pytest.skip(f"this CPU lacks {missing(isa)}")
-    assert results_of(isa).keys() == {str(case) for case in isa_cases()}
-
-
-def test_instruction_sets_agree():
-    """Within what the rule allows beside float64, over all cases of a dtype together."""
-    results = {isa: results_of(isa) for isa in BUILT if not missing(isa)}
-    if len(results) < 2:
-        pytest.skip("this CPU has one of this build's instruction sets only")
-    for dtype in DTYPES:
-        stock, apart = Errors(), {isa: Errors() for isa in results if isa != "baseline"}
-        for case in isa_cases():
-            if case.dtype != dtype:
-                continue
-            inputs = draw(case, 0)
-            if dtype == torch.float64:
-                inputs = {k: t.float() for k, t in inputs.items()}
-            stock.add(run(layer, case, inputs, torch.float32), exact_results(case, inputs))
-            for isa, errors in apart.items():
-                errors.add(results[isa][str(case)], results["baseline"][str(case)])
-        allowed = bound(Tail((1,), dtype=dtype, residual=True), stock.relative())
-        for isa, errors in apart.items():
-            for name, error in errors.relative().items():
-                assert error <= allowed[name], (isa, dtype, name)
+    done = run_with(isa, "tails")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) == len(isa_cases()) > 10

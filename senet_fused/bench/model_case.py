@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import senet_fused
 
+from ..accuracy import relative_error
 from .model_graph import capture
 from .model_memory import Saved, peak_bytes
-from .oracle import relative_error
 from .variants import ModelCase, Network, Variant
 
 __all__ = ["Cell", "Results"]

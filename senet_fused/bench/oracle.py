@@ -1,4 +1,4 @@
-"""Correctness gates timing: the float64 oracle, the error measure and the bound."""
+"""Correctness gates timing: the float64 oracle, and senet_fused.accuracy's rule for what providers compute."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..accuracy import refused, relative_error
 from .problems import Case
 
 __all__ = [
     "InputSet", "Verdict", "Weights", "in_double", "judge", "norm_dtype", "oracle", "oracle_branch", "oracle_gate",
-    "relative_error", "yardstick",
+    "yardstick",
 ]  # fmt: skip
 
 
@@ -124,17 +125,6 @@ def oracle(case: Case, inputs: InputSet, weights: Weights) -> dict[str, Tensor]:
     return exact if case.op == "se" else exact | {"running_mean": double.mean, "running_var": double.var}
 
 
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """max |ours - exact| / max |exact|; infinite for NaN, and for a difference where all of exact is zero."""
-    if exact.numel() == 0:
-        return 0.0
-    difference = (ours.detach().double() - exact).abs().max().item()
-    scale = exact.abs().max().item()
-    if math.isnan(difference):
-        return math.inf
-    return difference / scale if scale else (math.inf if difference else 0.0)
-
-
 class Verdict(NamedTuple):
     """The largest error of all tensors (infinite for NaN or a missing one), and what is wrong, or None."""
 
@@ -162,6 +152,7 @@ def judge(
     results: dict[str, Tensor],
     exact: dict[str, Tensor],
     stock_errors: dict[str, float],
+    plain: Callable[[], dict[str, Tensor]],
     ours: bool,
 ) -> Verdict:
     """Compares a provider's tensors with the oracle's.
@@ -169,30 +160,24 @@ def judge(
     Args:
         results: y and running statistics, or those and every gradient, by the oracle's names.
         stock_errors: what :func:`yardstick` gave.
-        ours: whether this package's own rule holds: twice stock PyTorch's error in the same dtype plus one
-            unit in the last place. Others are not held to it (torch.compile sums channels_last planes less
-            accurately than stock does); they may be off by 16 times and 16 units, which is still far from
-            anything computed wrongly.
-
-    In float64 the oracle itself is stock PyTorch and rounds as everybody does: there it is 64 units.
+        plain: computes ``exact`` again.
+        ours: whether :mod:`senet_fused.accuracy`'s rule holds as it is. Others are not held to it (torch.compile
+            sums channels_last planes less accurately than stock does); they may be off by eight times as much, which
+            is still far from anything computed wrongly.
     """
-    factor, units = (2, 1) if ours else (16, 16)
-    if case.dtype == "float64":
-        units = 64
-    worst, complaints = 0.0, []
+    found = {}
     for name in exact:
         if name.startswith("d") and not case.backward:
             continue
         dtype = norm_dtype(case) if name in _OF_NORM else getattr(torch, case.dtype)
         if name not in results:
             return Verdict(math.inf, f"wrong output: {name} is missing")
-        found, wanted = results[name], exact[name]
-        if found.shape != wanted.shape or found.dtype != dtype:
-            text = f"{list(found.shape)} {found.dtype}, expected {list(wanted.shape)} {dtype}"
+        found[name], wanted = results[name], exact[name]
+        if found[name].shape != wanted.shape or found[name].dtype != dtype:
+            text = f"{list(found[name].shape)} {found[name].dtype}, expected {list(wanted.shape)} {dtype}"
             return Verdict(math.inf, f"wrong output: {name} is {text}")
-        error = relative_error(found, wanted)
-        worst = max(worst, error)
-        bound = factor * stock_errors[name] + units * torch.finfo(dtype).eps
-        if not error <= bound:
-            complaints.append(f"{name} is off by {error:.1e}, allowed {bound:.1e}")
-    return Verdict(worst, f"wrong output: {'; '.join(complaints)}" if complaints else None)
+    # Running statistics have norm_dtype, as sums have.
+    wrong = refused(found, exact, stock_errors, plain, norm_dtype(case), slack=1 if ours else 8)
+    worst = max(relative_error(tensor, exact[name]) for name, tensor in found.items())
+    complaints = "; ".join(f"{name} {text}" for name, text in wrong.items())
+    return Verdict(worst, f"wrong output: {complaints}" if wrong else None)

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..accuracy import relative_error
 from ..torch_private import forget_compiled, keeping_saved_tensors
 from . import cuda_timing
 from .buffers import BufferPool, check_inputs, make_weights, torch_dtype
-from .oracle import InputSet, Weights, judge, oracle, relative_error, yardstick
+from .oracle import InputSet, Weights, judge, oracle, yardstick
 from .problems import LAYOUTS, Case
 from .providers import (
     BUILDERS,
@@ -104,10 +105,11 @@ class _Contender:
 
 
 class Judge(NamedTuple):
-    """What providers are judged by: exact tensors, stock's errors; and the stock forms that run the case."""
+    """What providers are judged by: exact tensors, stock's errors, the former anew; and the stock forms that run."""
 
     exact: dict[str, Tensor]
     stock_errors: dict[str, float]
+    plain: Callable[[], dict[str, Tensor]]
     forms: list[str]
 
 
@@ -140,7 +142,12 @@ def appoint(case: Case, weights: Weights, device: torch.device) -> Judge:
         first = first or exact
     if not runs:
         raise RuntimeError(f"stock PyTorch cannot run this case: {failure}")
-    return Judge(first, yardstick(case, runs), list(dict.fromkeys(forms)))
+
+    def plain() -> dict[str, Tensor]:
+        variant = dataclasses.replace(case, layout=layouts[0])
+        return oracle(variant, check_inputs(variant, weights, device), weights)
+
+    return Judge(first, yardstick(case, runs), plain, list(dict.fromkeys(forms)))
 
 
 def bind(provider: Provider, sets: list[InputSet], case: Case) -> Callable[[int], object]:
@@ -194,7 +201,7 @@ class _Runner:
         self.progress.stage("checking")
         forget_compiled()  # once a case: each for its own static shape, which is the best case for the compiler
         weights = make_weights(case, self.device)
-        exact, stock_errors, forms = self._judge(case, weights)
+        exact, stock_errors, plain, forms = self._judge(case, weights)
         inputs = check_inputs(case, weights, self.device)
         if self.options.eager_form in forms:
             forms = [self.options.eager_form]
@@ -208,7 +215,7 @@ class _Runner:
                 provider = BUILDERS[contender.name](case, weights, form, self.options.backend)
                 tensors = results(provider, case, inputs)
                 contender.provider = provider
-                verdict = judge(case, tensors, exact, stock_errors, ours=is_ours(provider))
+                verdict = judge(case, tensors, exact, stock_errors, plain, ours=is_ours(provider))
                 contender.max_error, contender.error = verdict
                 contender.guard(lambda: self._ask_path(contender))
 

@@ -265,6 +265,7 @@ def _block_row(one: _FoundBlock) -> BlockReport:
     return BlockReport(one.name, kind, norms, "fused", served)
 
 
+_REPLACED = "its forward has been replaced on the object, and that runs"
 _GATE_ON_A_CPU = "a gate alone, which PyTorch's own operators make faster on a CPU; backend='cpu' has the kernels run"
 _SERVED = {
     "scale": "the whole layer",
@@ -280,16 +281,19 @@ def _report(model: nn.Module, found: Iterable[_Found]) -> FuseReport:
 
 def _row(name: str, layer: nn.Module, verdict: Recipe | str | None) -> LayerReport:
     if verdict is None:
-        return LayerReport(
-            name, "FusedSE", "scale", layer.channels, layer.rd_channels, "fused", "a layer of this package"
-        )
+        what = (name, "FusedSE", "scale", layer.channels, layer.rd_channels)
+        if "forward" in vars(layer):
+            return LayerReport(*what, "original runs", _REPLACED)
+        if isinstance(altered := layer._weights(), str):
+            return LayerReport(*what, "original runs", f"its children are called: {altered}")
+        return LayerReport(*what, "fused", "a layer of this package")
     if isinstance(verdict, str):
         return LayerReport(name, type(layer).__name__, None, None, None, "left", verdict)
     what = (name, verdict.kind, verdict.form, verdict.channels, verdict.rd_channels)
     if not is_fused(layer):
         return LayerReport(*what, "can be fused", _SERVED[verdict.form])
     if "forward" in vars(layer):
-        return LayerReport(*what, "original runs", "its forward has been replaced on the object, and that runs")
+        return LayerReport(*what, "original runs", _REPLACED)
     if (altered := alteration(layer)) is not None:
         return LayerReport(*what, "original runs", altered)
     weight = next(layer.parameters())

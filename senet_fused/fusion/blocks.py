@@ -19,6 +19,7 @@ from ..recognition import (
     Unsuited,
     Watch,
     beyond,
+    is_patched,
     not_covered,
     nothing_around,
     numbers_of,
@@ -181,12 +182,18 @@ def _convolution(tails: Tails, x: Tensor, convolution: nn.Module) -> Tensor:
 def _conv_norm_act(convolution: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
     """The parts of MONAI's Convolution, which is a sequence of conv and adn; Nones if it is made of anything else."""
     nothing = (None, None, None)
-    if list(convolution._modules) != ["conv", "adn"] or has_hooks(convolution):
+    if list(convolution._modules) != ["conv", "adn"] or not _is_sequence(convolution):
         return nothing
     adn = convolution.adn
-    if list(adn._modules) not in (["N"], ["N", "A"]) or has_hooks(adn):
+    if list(adn._modules) not in (["N"], ["N", "A"]) or not _is_sequence(adn):
         return nothing
     return convolution.conv, adn.N, adn._modules.get("A")
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a call of the module is its children's calls, one after the other, and nothing else."""
+    own = type(module).forward is not nn.Sequential.forward
+    return not (own or is_patched(nn.Sequential) or has_hooks(module))
 
 
 FORMS: dict[str, BlockForm] = {

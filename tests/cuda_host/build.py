@@ -2,6 +2,9 @@
 
     python tests/cuda_host/build.py [--sanitize] [--out DIR]        the kernels' library; prints its path
 
+SENET_HOST_CXXFLAGS in the environment adds compiler flags: "-O2 -mfma -ffp-contract=fast" contracts multiplications and
+additions, as nvcc does (make contracted).
+
 What is built stays in build/cuda_host/, under a hash of everything that it is made from. Several processes may ask
 for the same at once: one compiles, two compilers at a time, and the others wait. Unused for a week, it goes.
 """
@@ -113,10 +116,11 @@ def build(
     surroundings = [version, *map(_content, [*_headers(HERE, *include), *depends])]
     folders = [f"-I{folder}" for folder in include]
     sanitizers = _SANITIZE if sanitize else ()
+    more = shlex.split(os.environ.get("SENET_HOST_CXXFLAGS", ""))
     objects = {}
     for path in paths:
         kind = _CUDA if path.suffix == ".cu" else tuple(cpp_flags)
-        command = ["g++", *_COMPILE, *folders, f"-isystem{_cuda_headers()}", *sanitizers, *flags, *kind]
+        command = ["g++", *_COMPILE, *folders, f"-isystem{_cuda_headers()}", *sanitizers, *flags, *kind, *more]
         command += ["-c", str(path)]
         objects[BUILT / "objects" / f"{_hash(command, _content(path), surroundings)}.o"] = command
     shared = ("-shared",) if name.endswith(".so") else ()
