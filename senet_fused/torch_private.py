@@ -318,6 +318,7 @@ def version_of(t: Tensor) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------- nn.Module
+
 # Used where they are, under these names: they are older than PyTorch 2, and what FSDP, DeepSpeed, timm and PyTorch's
 # own parametrisations are made of, so a PyTorch without one would be another nn.Module.
 MODULE_INTERNALS = {
