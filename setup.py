@@ -43,12 +43,13 @@ LIBRARIES = [
     TorchLibrary(
         "senet_fused._cpu",
         [
+            # The longest first: a compiler without company at the end costs time.
+            *(Unit("csrc/cpu/kernels.cpp", (f"-DSENET_ISA={isa}", *f), isa) for isa, f in ISA_FLAGS.items()),
             Unit("csrc/library.cpp", DISPATCH),
             Unit("csrc/cpu/host.cpp", DISPATCH),
             Unit("csrc/cpu/squeeze_excite.cpp"),
             Unit("csrc/cpu/tail.cpp"),
             Unit("csrc/plan/plan.cpp"),
-            *(Unit("csrc/cpu/kernels.cpp", (f"-DSENET_ISA={isa}", *f), isa) for isa, f in ISA_FLAGS.items()),
         ],
     ),
     CudaLibrary(

@@ -87,6 +87,8 @@ def choose(compiler: list[str]) -> tuple[CudaToolkit | None, str]:
     if wanted == "0":
         return None, "none: SENET_FUSED_CUDA=0"
     try:
+        if wanted == "gpu" and not gpus_here():
+            raise NoCuda("no GPU where it was built", "this machine has no GPU (SENET_FUSED_CUDA=1 builds it here too)")
         toolkit = find_toolkit(compiler)
     except NoCuda as problem:
         if wanted == "1":

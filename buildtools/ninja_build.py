@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from cuda_toolkit import CudaToolkit
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 from toolchain import Flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,10 +132,16 @@ class FreshBuildPy(build_py):
 
 
 class NinjaBuildExt(build_ext):
-    """build_ext, with every object and library in one ninja graph."""
+    """build_ext, with every object and library in one ninja graph.
+
+    Several processes may build at once: one compiles, and the others wait and find it done.
+    """
+
+    user_options = [*build_ext.user_options, ("only=", None, "build this one of the libraries: senet_fused._cuda")]
 
     def initialize_options(self) -> None:
         super().initialize_options()
+        self.only: str | None = None
         self.left_out: list[SharedObject] = []
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -148,18 +156,24 @@ class NinjaBuildExt(build_ext):
         if cuda is None:
             self.left_out = [library for library in self.extensions if isinstance(library, CudaLibrary)]
             self.extensions = [library for library in self.extensions if library not in self.left_out]
+        wanted = [library for library in self.extensions if self.only in (None, library.name)]
+        if not wanted:
+            names = ", ".join(sorted(library.name for library in self.extensions))
+            raise OptionError(f"--only {self.only}: what can be built here is {names}")
         facts = self._facts(COMPILER=compiler_version, CUDA=about_cuda)
         folder = self._ninja_folder()
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / "build.ninja"
-        plan.write_text(self._ninja_file(compiler, cuda, facts, folder.relative_to(ROOT)))
-        command = [toolchain.find_ninja(), "-C", str(ROOT), "-f", str(plan), *switches.jobs()]
-        if subprocess.run(command).returncode != 0:
-            raise CompileError("compiling senet_fused failed: the compiler's own messages are above")
-        for library in self.extensions:
-            target = self.get_ext_fullpath(library.name)
-            self.mkpath(os.path.dirname(target))
-            self.copy_file(str(folder / library.file_name()), target)
+        files = [str(folder.relative_to(ROOT) / library.file_name()) for library in wanted]
+        command = [toolchain.find_ninja(), "-C", str(ROOT), "-f", str(plan), *switches.jobs(), *files]
+        with _lock(folder):
+            plan.write_text(self._ninja_file(compiler, cuda, facts, folder.relative_to(ROOT)))
+            if subprocess.run(command).returncode != 0:
+                raise CompileError("compiling senet_fused failed: the compiler's own messages are above")
+            for library in wanted:
+                target = self.get_ext_fullpath(library.name)
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(str(folder / library.file_name()), target)
         self._remove_left_out()
 
     def copy_extensions_to_source(self) -> None:
@@ -226,6 +240,15 @@ class NinjaBuildExt(build_ext):
                 f"  libraries = {_command(needs.link)}",
             ]
         return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    import fcntl  # which Windows lacks, where the package is pure Python
+
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _command(words) -> str:

@@ -15,12 +15,13 @@ def no_extensions() -> bool:
 
 
 def cuda() -> str:
-    """SENET_FUSED_CUDA=auto|0|1: the CUDA library where nvcc is found (the default), never, or required."""
+    """SENET_FUSED_CUDA=auto|gpu|0|1: the CUDA library where nvcc is found (the default), where this machine has a GPU
+    as well, never, or required."""
     value = os.environ.get("SENET_FUSED_CUDA", "") or "auto"
-    if value not in ("auto", "0", "1"):
+    if value not in ("auto", "gpu", "0", "1"):
         raise PlatformError(
             f"SENET_FUSED_CUDA={value!r}: expected auto (build the CUDA library if nvcc is found), "
-            "0 (leave it out) or 1 (an error without nvcc)"
+            "gpu (if this machine has a GPU as well), 0 (leave it out) or 1 (an error without nvcc)"
         )
     return value
 

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops, reference, select, torch_private
 from .activations import ACT_NAMES, GATE_NAMES, Activation
+from .flops import in_dispatch_modes
 
 __all__ = [
     "PLAIN_TYPES", "Function", "check_input", "check_residual", "check_weights", "excitation", "explain",
@@ -134,7 +135,7 @@ def serve(
         x, residual = x.to(wider), residual.to(wider)
     operator = ops.OPERATORS[chosen]
     arguments = (x, w1, b1, w2, b2, residual, act.spec, gate.spec, squeeze, post_act or "")
-    plain, save = not (compiling or torch_private.dispatch_modes()), False
+    plain, save = not (compiling or in_dispatch_modes()), False
     for t in (x, w1, w2, b1, b2, residual):
         if t is not None:
             save = save or t.requires_grad
@@ -173,7 +174,7 @@ def _serve_at_once(
     for t in (x, w1, w2, b1, b2):
         if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
             return None
-    if torch.compiler.is_compiling() or torch_private.dispatch_modes() or x.layout is not torch.strided:
+    if torch.compiler.is_compiling() or in_dispatch_modes() or x.layout is not torch.strided:
         return None
     known = act.name in ACT_NAMES and gate.name in GATE_NAMES and squeeze in reference.SQUEEZES
     return ops.infer_at_once(x, w1, b1, w2, b2, act.spec, gate.spec, squeeze, want_gate) if known else None
@@ -240,6 +241,8 @@ def needs_plain_operators() -> bool:
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
     """Which backend would serve ``squeeze_excite(x, ..., backend=backend)``, and why (``.backend``, ``.reason``).
+
+    Whether a layer calls the function, or its children in place of it, :func:`senet_fused.fuse_report` says.
 
     Raises:
         ValueError: an unknown backend name.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import conversion, select
 from .activations import ACT_NAMES, GATE_NAMES, Activation
-from .functional import Function, squeeze_excite
-from .reference import SQUEEZES
+from .functional import Function, check_input, check_residual, squeeze_excite
+from .recognition import Part, Weights, parts_of, plain_weights, quantising
+from .reference import SQUEEZES, accumulate_dtype
 
 __all__ = ["FusedSE", "RecordsGates", "capture_gates", "reduced_channels"]
 
@@ -24,6 +27,11 @@ class RecordsGates:
     def _senet_record(self, gate: Tensor) -> None:
         self._senet_captured = _Call(gate, self._senet_captured)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self._senet_captured is not None:
+            warnings.warn("capture_gates: the gates of nn.DataParallel's replicas are not recorded", stacklevel=2)
+        return super()._replicate_for_data_parallel()
+
 
 class FusedSE(RecordsGates, nn.Module):
     """A Squeeze-and-Excitation layer (Hu et al. 2018), fused, in place of the usual ``SELayer(channel, reduction)``.
@@ -34,6 +42,11 @@ class FusedSE(RecordsGates, nn.Module):
         y = x * sigmoid(fc2(relu(fc1(x.mean((2, 3))))))[:, :, None, None]     # + residual, then relu with post_act
 
     One seed gives the weights that the usual layer gets: ``fc1`` and ``fc2`` are nn.Linear, made in this order.
+
+    The operator reads their weights and calls neither. Where a call could tell the difference (hooks, also global ones;
+    pruning, weight or spectral norm; an adapter or a quantised layer in the place of one; weights that are no plain
+    tensors; another forward, of the object or of its class) both are called, between PyTorch's own operators, whatever
+    backend is named: a backend serves the operator, and there is none then. :func:`senet_fused.fuse_report` says why.
 
     Args:
         channels: C of x [N, C, *spatial], one to three spatial dimensions.
@@ -89,6 +102,8 @@ class FusedSE(RecordsGates, nn.Module):
         kind, size = (nn.Conv2d, (1,)) if conv else (nn.Linear, ())
         self.fc1 = kind(self.channels, self.rd_channels, *size, bias=bias, device=device, dtype=dtype)
         self.fc2 = kind(self.rd_channels, self.channels, *size, bias=bias, device=device, dtype=dtype)
+        self.conv = conv
+        self._parts: tuple[Part, ...] = parts_of(self)[1:]
         self._senet_captured = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, post_act: str | None = None) -> Tensor:
@@ -99,13 +114,12 @@ class FusedSE(RecordsGates, nn.Module):
         return self._run(x, residual, self.post_act if post_act is None else post_act)
 
     def _run(self, x: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+        weights = self._weights()
+        if not isinstance(weights, tuple) or (type(x) is not Tensor and quantising(x)):
+            return self._by_children(x, residual, post_act)
         result = squeeze_excite(
             x,
-            fc1.weight,
-            fc2.weight,
-            fc1.bias,
-            fc2.bias,
+            *weights,
             act=self.act,
             gate=self.gate,
             squeeze=self.squeeze,
@@ -119,6 +133,43 @@ class FusedSE(RecordsGates, nn.Module):
         y, gate = result
         self._senet_record(gate)
         return y
+
+    def _weights(self) -> Weights | str:
+        """w1, w2, b1, b2; or, as text, why fc1 and fc2 have to be called instead."""
+        return plain_weights(self, self._parts, ("fc1",), ("fc2",))
+
+    def _by_children(self, x: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
+        """The same by calling fc1 and fc2, whatever they are. x may be one of FX's proxies, which has no sizes."""
+        sized = isinstance(x, Tensor)
+        if sized and not torch.jit.is_tracing():
+            check_input(x)
+            if residual is not None:
+                check_residual(x, residual)
+        flat = x.flatten(2)
+        pooled = flat.amax(2) if self.squeeze == "max" else flat.mean(2)
+        if self.squeeze == "avgmax":
+            pooled = 0.5 * pooled + 0.5 * flat.amax(2)
+        hidden = self.act(self._call(self.fc1, pooled))
+        gate = self.gate(self._call(self.fc2, hidden))
+        if self._senet_captured is not None:
+            self._senet_record(gate.to(accumulate_dtype(x)))
+        if sized:
+            y = x * gate.to(x.dtype)[(..., *(None,) * (x.dim() - 2))]
+        else:  # [*spatial, N, C] * [N, C]
+            y = (x.movedim((0, 1), (-2, -1)) * gate).movedim((-2, -1), (0, 1))
+        if residual is not None:
+            y = y + residual
+        return torch.relu(y) if post_act == "relu" else y
+
+    def _call(self, child: nn.Module, v: Tensor) -> Tensor:
+        """child(v), [N, out] for v [N, in], in the dimensions and dtype of child's weight, where it shows one."""
+        weight = getattr(child, "weight", None)
+        dimensions = 2 if self.conv else 0
+        if isinstance(weight, Tensor):
+            dimensions = weight.dim() - 2
+            if weight.is_floating_point() and isinstance(v, Tensor):
+                v = v.to(weight.dtype)
+        return child(v[(..., *(None,) * dimensions)]).flatten(1)
 
     @classmethod
     def from_module(cls, layer: nn.Module) -> FusedSE:
@@ -147,7 +198,12 @@ class FusedSE(RecordsGates, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_senet_captured": None}
+        return {**super().__getstate__(), "_senet_captured": None}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile FusedSE; record it with torch.jit.trace, or with torch.export"
+        )
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, rd_channels={self.rd_channels}", f"act={self.act.spec}", f"gate={self.gate.spec}"]

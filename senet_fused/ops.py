@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import reference, torch_private
 from .backends import cuda, native, triton
+from .flops import in_dispatch_modes
 
 __all__ = [
     "OPERATORS", "Operator", "call_counts", "count_call", "empty_like", "gradient_target", "in_layout", "infer_at_once",
@@ -125,7 +126,8 @@ def empty_like(x: Tensor, channels_last: bool) -> Tensor:
     if x.dim() == 5:
         return torch.empty_like(x, memory_format=torch.channels_last_3d)
     n, c, length = x.shape
-    return x.new_empty((n, length, c)).transpose(1, 2)
+    # Not a transposed view: what an operator returns may be changed in place.
+    return x.new_empty_strided((n, c, length), (length * c, 1, c))
 
 
 def in_layout(t: Tensor, channels_last: bool) -> Tensor:
@@ -255,7 +257,7 @@ def watched(*gradients: Tensor | None) -> bool:
     By a dispatch mode, by torch.func, or by the older vmap that is_grads_batched and jacobian(vectorize=True) use.
     """
     return (
-        torch_private.dispatch_modes() > 0
+        in_dispatch_modes()
         or torch_private.func_transform() is not None
         or any(g is not None and torch_private.is_legacy_batchedtensor(g) for g in gradients)
     )
@@ -378,6 +380,7 @@ def _define(
         )  # fmt: skip
 
     def registered_rule(ctx, dy, dgate, _dsaved, _dmask):
+        in_dispatch_modes()
         return rule(ctx, registered_backward, dy, dgate)
 
     torch.library.register_autograd(name, registered_rule, setup_context=setup_context)

@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "INTERFACES", "MODULE_INTERNALS", "DispatchMode", "Interface", "compiled_graphs", "constant_under_compile",
-    "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level", "is_compiled",
-    "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all", "missing",
-    "process_group", "stand_ins", "without_modes",
+    "dispatch_mode_stack", "dispatch_modes", "forget_compiled", "func_transform", "has_global_hooks", "in_dual_level",
+    "is_compiled", "is_exporting", "is_legacy_batchedtensor", "is_tracing", "keeping_saved_tensors", "lerp_all",
+    "missing", "process_group", "stand_ins", "version_of", "without_modes",
 ]  # fmt: skip
 
 
@@ -88,6 +88,14 @@ dispatch_modes: Callable[[], int] = _get(
     since="2.0",
     purpose="how many dispatch modes (FakeTensorMode, FlopCounterMode, a profiler) see the operators that run",
     without="every call goes through the dispatcher, as if there were one: the same numbers, more host time",
+)
+
+dispatch_mode_stack: Callable[[], list[Any]] = _get(
+    "torch.utils._python_dispatch:_get_current_dispatch_mode_stack",
+    list,
+    since="2.0",
+    purpose="a FLOP counter that was made before the first call of an operator gets its formula",
+    without="such a counter counts nothing for the operators; the next one counts them",
 )
 
 func_transform: Callable[[], object | None] = _get(
@@ -293,6 +301,20 @@ def keeping_saved_tensors() -> contextlib.AbstractContextManager[object]:
     if _found(*_DONATED) is None:
         return contextlib.nullcontext()
     return importlib.import_module(_DONATED[0]).patch(**{_DONATED[1]: False})
+
+
+_version = _get(
+    "torch:Tensor._version",
+    None,
+    since="2.0",
+    purpose="whether a layer's forward changes a tensor in place",
+    without="fuse sees a change of the values alone",
+)
+
+
+def version_of(t: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None for an inference tensor, which does not count."""
+    return None if _version is None or t.is_inference() else _version.__get__(t)
 
 
 # ---------------------------------------------------------------------------------------------------- nn.Module

@@ -338,7 +338,7 @@ def test_contenders_alternate_on_all_buffers_and_a_failing_one_drops_out():
 
     def failing(number):
         log.append(("late", number))
-        if len([name for name, _ in log if name == "late"]) > 12:
+        if len([name for name, _ in log if name == "late"]) > 6:  # four calls to warm up, then one a round
             raise RuntimeError("out of patience\nand more")
 
     def broken(number):
@@ -356,10 +356,7 @@ def test_contenders_alternate_on_all_buffers_and_a_failing_one_drops_out():
         settings,
     )
     assert outcomes["broken"] == timing.Outcome(None, "ValueError: never runs")
-    assert (
-        outcomes["late"] == timing.Outcome(None, "RuntimeError: out of patience")
-        or outcomes["late"].statistics
-    )
+    assert outcomes["late"] == timing.Outcome(None, "RuntimeError: out of patience")
     assert outcomes["a"].statistics.samples == outcomes["b"].statistics.samples == 5
     for name in "ab":
         assert {number for who, number in log if who == name} == {0, 1, 2, 3}
@@ -615,7 +612,8 @@ def test_a_named_backend_is_insisted_on_under_compile(monkeypatch, quick_compile
     assert (row["backend"], row["error"]) == ("inductor", None)
     monkeypatch.setattr(senet_fused, "call_counts", dict)
     row = by_provider(measure([small_case()], providers=("fused+compile",), backend="cpu"))["fused+compile"]
-    assert row["error"].endswith("backend 'cpu' was asked for, but 'inductor' ran") or "cannot serve" in row["error"]
+    kernels = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend == "cpu"
+    assert ("backend 'cpu' was asked for, but 'inductor' ran" if kernels else "cannot serve") in row["error"]
 
 
 def test_a_fused_layer_that_is_not_compiled_is_found(monkeypatch):

@@ -29,13 +29,14 @@ PYTHON = {
     "torch_private": set(),
     "backends": {"_plan", "activations", "reference", "torch_private"},
     "select": {"backends"},
-    "ops": {"backends", "reference", "torch_private"},
-    "functional": {"activations", "ops", "reference", "select", "torch_private"},
+    "flops": {"torch_private"},
+    "ops": {"backends", "flops", "reference", "torch_private"},
+    "functional": {"activations", "flops", "ops", "reference", "select", "torch_private"},
     "recognition": {"activations", "functional", "ops", "reference", "torch_private"},
     "conversion": {"recognition"},
-    "modules": {"activations", "conversion", "functional", "reference", "select"},
+    "modules": {"activations", "conversion", "functional", "recognition", "reference", "select"},
     "tails": {
-        "activations", "backends", "functional", "modules", "ops", "recognition", "reference", "select",
+        "activations", "backends", "flops", "functional", "modules", "ops", "recognition", "reference", "select",
         "torch_private",
     },  # fmt: skip
     "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
@@ -61,7 +62,7 @@ PYTHON = {
     "__main__": {"cli"},
 }
 CORE = (
-    "_version", "activations", "reference", "backends", "select", "ops", "functional", "recognition",
+    "_version", "activations", "reference", "backends", "select", "flops", "ops", "functional", "recognition",
     "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
@@ -257,7 +258,7 @@ print(*sorted(set(sys.modules) - before))
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
-        *(f"senet_fused.recognition.{name}" for name in ("families", "proof", "recipe")),
+        *(f"senet_fused.recognition.{name}" for name in ("effects", "families", "proof", "recipe", "trial")),
         *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
         *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),

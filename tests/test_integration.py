@@ -22,7 +22,6 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import senet_fused
 from senet_fused import Activation, FusedSE, squeeze_excite
@@ -614,9 +613,6 @@ def test_dispatch_modes_see_the_operators():
     assert torch.equal(got, expected)
     assert seen.names[0] == "senet_fused.squeeze_excite_cpu.default"
     assert seen.names.count("senet_fused.squeeze_excite_cpu_backward.default") == 1
-    y = layer(x)
-    with FlopCounterMode(display=False):
-        assert torch.equal(layer(x), y)
 
 
 def test_function_modes_and_subclasses():

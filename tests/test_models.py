@@ -256,8 +256,9 @@ def test_what_is_changed_later_counts(change):
         assert_right(found, lambda f=found: {k: t for k, t in changed("reference").items() if k in f})
 
 
-def test_data_parallel_is_refused():
-    model = tiny(se="fused").layer1[0].tail1
+@pytest.mark.parametrize("se", ["fused", "tails"])
+def test_data_parallel_is_refused(se):
+    model = tiny(se=se).layer1[0].tail1
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         model._replicate_for_data_parallel()
 

@@ -491,7 +491,7 @@ class NotANumber(TutorialSE):
         (lambda: MMPretrainSE(8, 2, return_weight=True), "returns the gate, not the scaled input"),
         (lambda: TimmSqueezeExciteCl(8, 2), "takes its channels last"),
         (lambda: TimmSEModule(8, 3, norm=nn.BatchNorm2d), "belong to no plain SE layer: bn.weight, bn.bias"),
-        (lambda: ReLUInForward(8, 2).requires_grad_(False), "about very large values"),
+        (lambda: ReLUInForward(8, 2).requires_grad_(False), "its output looks like an SE layer's, but differs by"),
         (lambda: WithDropout(8, 2), "it draws random numbers"),
         (lambda: Drawing(8, 2), "it draws random numbers"),
         (lambda: NotANumber(8, 2), "differs by inf"),

@@ -195,13 +195,6 @@ def test_names():
         select.check_name("CPU", "here")
 
 
-def test_choosing_never_looks_at_sizes():
-    """Or torch.compile would make a graph for each."""
-    import inspect
-
-    assert list(inspect.signature(select.choose).parameters) == ["backend", "device_type", "dtype", "compiling"]
-
-
 # ---------------------------------------------------------------------------------------------------- GPUs
 
 

@@ -189,6 +189,7 @@ def says_so(function, *arguments):
 INSTEAD = {
     "torch._C._is_tracing": asks_torchscript,
     "torch._C._len_torch_dispatch_stack": lambda private: says(private.dispatch_modes(), 1),
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack": lambda p: says(p.dispatch_mode_stack(), []),
     "torch._C._functorch.peek_interpreter_stack": lambda private: says(private.func_transform(), None),
     "torch._C._functorch.is_legacy_batchedtensor": lambda p: says(p.is_legacy_batchedtensor(torch.zeros(1)), True),
     "torch.nn.modules.module._has_any_global_hook": lambda private: says(private.has_global_hooks(), False),
@@ -315,6 +316,7 @@ assert senet_fused.call_counts()["cpu.tail_forward"] == 1
 """
 
 
+@pytest.mark.processes
 def test_without_any(tmp_path):
     """The package imports, and gives the right numbers."""
     package = tmp_path / "senet_fused"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from ..recognition import (
     looks_like_one,
     may_be_one,
     not_covered,
+    unsuited,
 )  # fmt: skip
 from ..tails import FusedSETail
 from .blocks import FORMS, BlockFusion, FusedBlock, block_alteration, examine_block, form_of, main_se
@@ -55,13 +56,16 @@ def fuse(model: nn.Module, *, backend: str | None = None, tails: bool = False, v
             whose forward is known: the bottlenecks of timm, Cadene and MONAI and timm's basic block, with SE layers in
             them. Their other BatchNorms and ReLUs run as tails without a gate.
         verify: run a copy of each layer, in float64 on the CPU with random weights, and compare outputs and all
-            gradients before it is converted; a layer that differs stays as it is, and so does a block, whose running
-            statistics are compared, too. False trusts the layer's structure,
-            and leaves layers of families that are not known.
+            gradients before it is converted; a layer that differs stays as it is, and so does one whose forward does
+            anything besides (it changes what it holds, or a global, or it prints), and so does a block, whose running
+            statistics are compared, too. False trusts the layer's structure, and leaves layers of families that are
+            not known.
 
     Raises:
         TypeError: model is no module.
         ValueError: an unknown backend.
+
+    Whatever goes wrong while a layer is examined is a reason to leave that layer, and no error.
 
     Warns:
         UserWarning: no layer could be fused; the message says what was found.
@@ -71,13 +75,14 @@ def fuse(model: nn.Module, *, backend: str | None = None, tails: bool = False, v
     """
     _check_model(model, "fuse")
     select.check_name(backend, "fuse")
-    found = list(_find(model, verify))
+    proven: Proven = {}
+    found = _find(model, verify, proven)
     for one in found:
         if is_fused(one.layer):
             one.layer.__dict__["_senet_fused"] = one.layer._senet_fused._replace(backend=backend)
         elif isinstance(one.verdict, Recipe):
             attach(one.layer, Fusion(one.verdict, backend, verify))
-    blocks = _find_blocks(model, found, verify) if tails else []
+    blocks = _find_blocks(model, found, verify, proven) if tails else []
     for one in blocks:
         if not isinstance(one.block, FusedBlock) and isinstance(one.verdict, BlockFusion):
             attach(one.block, one.verdict, FusedBlock)
@@ -122,13 +127,15 @@ def fuse_report(model: nn.Module, *, tails: bool = False) -> FuseReport:
         TypeError: model is no module.
     """
     _check_model(model, "fuse_report")
-    found = _find(model, True)
+    proven: Proven = {}
+    found = _find(model, True, proven)
     tails = tails or any(isinstance(module, FusedBlock) for module in model.modules())
-    blocks = _find_blocks(model, found, True) if tails else []
+    blocks = _find_blocks(model, found, True, proven) if tails else []
     rows = tuple(_block_row(one) for one in blocks)
     return FuseReport(type(model).__name__, _report(model, found).layers, rows)
 
 
+Proven = dict[Any, Any]  # what is known of layers and blocks by their structure, from one call
 _REASONS = 3  # of so many layers in a warning; fuse_report has them all
 
 
@@ -145,7 +152,7 @@ def _check_model(model: nn.Module, function: str) -> None:
         raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
 
 
-def _find(model: nn.Module, verify: bool) -> list[_Found]:
+def _find(model: nn.Module, verify: bool, proven: Proven) -> list[_Found]:
     """The SE layers of a model. What lies within one is part of it, and is not looked at by itself."""
     seen: set[nn.Module] = set()
 
@@ -157,7 +164,12 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             return [_Found(name, module, None)]
         if is_fused(module):
             return [_Found(name, module, module._senet_fused.recipe)]
-        another, family = not_covered(module), family_of(module)
+        another, family, failure = not_covered(module), None, None
+        try:
+            with unsuited("it cannot be examined"):
+                family = family_of(module)
+        except Unsuited as error:
+            failure = error
         tail = isinstance(module, FusedSETail)  # named like a layer, which is inside it
         if tail or (another is None and family is None):
             within = [
@@ -168,11 +180,13 @@ def _find(model: nn.Module, verify: bool) -> list[_Found]:
             if within or tail or not may_be_one(module):
                 return within
         try:
-            recipe = examine(module, verify=verify)
+            if failure is not None:
+                raise failure
+            recipe = examine(module, verify=verify, proven=proven)
             fused_class(type(module))
             return [_Found(name, module, recipe)]
         except Unsuited as error:
-            seems = another or looks_like_one(module) or (family and has_weights_of_one(module))
+            seems = another or looks_like_one(module) or ((family or failure) and has_weights_of_one(module))
             return [_Found(name, module, another or str(error))] if seems else []
 
     return visit("", model)
@@ -193,11 +207,10 @@ _UNKNOWN = (
 )
 
 
-def _find_blocks(model: nn.Module, found: list[_Found], verify: bool) -> list[_FoundBlock]:
+def _find_blocks(model: nn.Module, found: list[_Found], verify: bool, proven: Proven) -> list[_FoundBlock]:
     """The blocks of known forms, and what else has an SE layer in it, in the order of the SE layers."""
     modules = dict(model.named_modules())
     within: dict[str, _FoundBlock] = {}
-    proven: dict[object, str | None] = {}
     for name, layer, *_ in found:
         if not name:
             continue  # the model is the layer
@@ -216,7 +229,7 @@ def _find_blocks(model: nn.Module, found: list[_Found], verify: bool) -> list[_F
     return list(within.values())
 
 
-def _verdict(block: nn.Module, kind: str, verify: bool, proven: dict[object, str | None]) -> BlockFusion | str:
+def _verdict(block: nn.Module, kind: str, verify: bool, proven: Proven) -> BlockFusion | str:
     if isinstance(block, FusedBlock):
         return block._senet_fused
     try:
@@ -252,6 +265,7 @@ def _block_row(one: _FoundBlock) -> BlockReport:
     return BlockReport(one.name, kind, norms, "fused", served)
 
 
+_REPLACED = "its forward has been replaced on the object, and that runs"
 _GATE_ON_A_CPU = "a gate alone, which PyTorch's own operators make faster on a CPU; backend='cpu' has the kernels run"
 _SERVED = {
     "scale": "the whole layer",
@@ -267,16 +281,19 @@ def _report(model: nn.Module, found: Iterable[_Found]) -> FuseReport:
 
 def _row(name: str, layer: nn.Module, verdict: Recipe | str | None) -> LayerReport:
     if verdict is None:
-        return LayerReport(
-            name, "FusedSE", "scale", layer.channels, layer.rd_channels, "fused", "a layer of this package"
-        )
+        what = (name, "FusedSE", "scale", layer.channels, layer.rd_channels)
+        if "forward" in vars(layer):
+            return LayerReport(*what, "original runs", _REPLACED)
+        if isinstance(altered := layer._weights(), str):
+            return LayerReport(*what, "original runs", f"its children are called: {altered}")
+        return LayerReport(*what, "fused", "a layer of this package")
     if isinstance(verdict, str):
         return LayerReport(name, type(layer).__name__, None, None, None, "left", verdict)
     what = (name, verdict.kind, verdict.form, verdict.channels, verdict.rd_channels)
     if not is_fused(layer):
         return LayerReport(*what, "can be fused", _SERVED[verdict.form])
     if "forward" in vars(layer):
-        return LayerReport(*what, "original runs", "its forward has been replaced on the object, and that runs")
+        return LayerReport(*what, "original runs", _REPLACED)
     if (altered := alteration(layer)) is not None:
         return LayerReport(*what, "original runs", altered)
     weight = next(layer.parameters())

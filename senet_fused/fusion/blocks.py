@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch_private
-from ..recognition import Unsuited, not_covered, nothing_around, parts_of, random_copy
+from ..recognition import (
+    Effect,
+    Unsuited,
+    Watch,
+    beyond,
+    is_patched,
+    not_covered,
+    nothing_around,
+    numbers_of,
+    random_copy,
+    structure_of,
+    unsuited,
+)  # fmt: skip
 from ..tails import Reading, Tail, fits, has_hooks, norm_problem
 from .layer import Exchanged, detach
 
@@ -170,12 +182,18 @@ def _convolution(tails: Tails, x: Tensor, convolution: nn.Module) -> Tensor:
 def _conv_norm_act(convolution: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
     """The parts of MONAI's Convolution, which is a sequence of conv and adn; Nones if it is made of anything else."""
     nothing = (None, None, None)
-    if list(convolution._modules) != ["conv", "adn"] or has_hooks(convolution):
+    if list(convolution._modules) != ["conv", "adn"] or not _is_sequence(convolution):
         return nothing
     adn = convolution.adn
-    if list(adn._modules) not in (["N"], ["N", "A"]) or has_hooks(adn):
+    if list(adn._modules) not in (["N"], ["N", "A"]) or not _is_sequence(adn):
         return nothing
     return convolution.conv, adn.N, adn._modules.get("A")
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a call of the module is its children's calls, one after the other, and nothing else."""
+    own = type(module).forward is not nn.Sequential.forward
+    return not (own or is_patched(nn.Sequential) or has_hooks(module))
 
 
 FORMS: dict[str, BlockForm] = {
@@ -266,7 +284,7 @@ def _drop_path_of(block: nn.Module, form: BlockForm) -> Any:
 
 
 def examine_block(
-    block: nn.Module, kind: str, *, backend: str | None = None, verify: bool = True, proven: dict[Any, str | None]
+    block: nn.Module, kind: str, *, backend: str | None = None, verify: bool = True, proven: dict[Any, Any]
 ) -> BlockFusion:
     """What a fused block is to carry, after a proof that the form's forward computes what the block does.
 
@@ -274,8 +292,15 @@ def examine_block(
     that differ by their weights alone need one. proven: what is known of others, by structure; it is added to.
 
     Raises:
-        Unsuited: the block cannot run with tails; the message says why.
+        Unsuited: the block cannot run with tails, or cannot be examined; the message says why.
     """
+    with unsuited("it cannot be examined"):
+        return _examined(block, kind, backend, verify, proven)
+
+
+def _examined(
+    block: nn.Module, kind: str, backend: str | None, verify: bool, proven: dict[Any, Any]
+) -> BlockFusion:
     form = FORMS[kind]
     if form.refusal is not None:
         raise Unsuited(form.refusal)
@@ -291,7 +316,7 @@ def examine_block(
     se = main_se(block, kind)
     if (another := not_covered(se)) is not None:
         raise Unsuited(f"its attention is {type(se).__name__}: {another}")
-    reading = Reading.of(se, verify=verify)
+    reading = Reading.of(se, verify=verify, proven=proven)
     if not fits(block.get_submodule(form.norms[-1]), reading.recipe):
         raise Unsuited("its SE layer is for another number of dimensions than its BatchNorm")
     drop_path, dropped = _drop_path_of(block, form), None
@@ -303,7 +328,7 @@ def examine_block(
         dropped = (type(drop_path), type(drop_path).forward)
     fusion = BlockFusion(kind, reading, dropped, backend, verify)
     if verify:
-        key = _structure(block)
+        key = structure_of(block)
         reason = proven.get(key, _UNKNOWN) if key is not None else _UNKNOWN
         if reason is _UNKNOWN:
             try:
@@ -321,22 +346,11 @@ def examine_block(
 _UNKNOWN = object()
 
 
-def _structure(block: nn.Module) -> Any | None:
-    """All that a block's result depends on but for its numbers; None where that cannot be compared."""
-    key = (
-        type(block),
-        tuple((part.path, part.kind, part.settings) for part in parts_of(block)),
-        tuple((name, t.shape, t.dtype) for name, t in (*block.named_parameters(), *block.named_buffers())),
-    )
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+_EVEN, _ODD = (6, 4, 2), (7, 5, 3)  # a shortcut that pools may only take even planes
 
 
 def _prove(block: nn.Module, fusion: BlockFusion) -> None:
-    form, tails = FORMS[fusion.kind], Tails(fusion.reading, fusion.drop_path, "auto")
+    form = FORMS[fusion.kind]
     with nothing_around():
         generator = torch.Generator("cpu").manual_seed(0)
         ours = random_copy(block, generator)
@@ -352,23 +366,77 @@ def _prove(block: nn.Module, fusion: BlockFusion) -> None:
         for module in (*theirs.modules(), *ours.modules()):
             if type(module) is nn.SyncBatchNorm:  # whose own forward is for GPUs alone
                 module.__class__ = plain
-        shape = (4, first.in_channels, *(8, 6, 4)[:dimensions])  # even: a shortcut may pool
-        for training in (True, False):
+        watch = Watch(theirs, buffers=False)
+        try:
+            _compare_copies(theirs, ours, fusion, watch, first.in_channels, dimensions)
+        except Effect as effect:
+            raise Unsuited(str(effect)) from None
+        finally:
+            watch.restore()
+
+
+def _compare_copies(
+    theirs: nn.Module, ours: nn.Module, fusion: BlockFusion, watch: Watch, channels: int, dimensions: int
+) -> None:
+    form, tails = FORMS[fusion.kind], Tails(fusion.reading, fusion.drop_path, "auto")
+
+    def known(x: Tensor) -> Tensor:
+        return form.forward(ours, x, tails)
+
+    def watched(x: Tensor) -> Tensor:
+        with watch.running():
+            return theirs(x)
+
+    shape = (4, channels, *_EVEN[:dimensions])
+    for training in (True, False):
+        for module in (theirs, ours):
+            module.train(training)
+        for _ in range(2):
             results = []
-            for module, run in (
-                (theirs, theirs),
-                (ours, lambda x: form.forward(ours, x, tails)),
-            ):
-                module.train(training)
+            for module, run in ((theirs, watched), (ours, known)):
                 x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64)
                 torch.manual_seed(2)  # dropped paths and blocks
-                try:
+                with unsuited(f"it does not run on an input {list(shape)}"):
                     results.append(_outcome(module, run, x.requires_grad_()))
-                except Unsuited:
-                    raise
-                except Exception as error:
-                    raise Unsuited(f"it does not run on an input {list(shape)}: {error}") from error
+            watch.settle()
             _compare(*results, "training" if training else "evaluation")
+            if not training:
+                _compare_planes(watched, known, theirs, watch, channels, dimensions)
+            for module in (theirs, ours):  # a hidden unit that is dead hides what is squeezed: this makes it alive
+                first = main_se(module, fusion.kind).get_submodule(".".join(fusion.reading.recipe.first))
+                with torch.no_grad():
+                    for parameter in first.parameters():
+                        parameter.neg_()
+
+
+def _compare_planes(
+    watched: Callable[[Tensor], Tensor],
+    known: Callable[[Tensor], Tensor],
+    theirs: nn.Module,
+    watch: Watch,
+    channels: int,
+    dimensions: int,
+) -> None:
+    """Raises Unsuited unless outputs agree for planes of other sizes, very large values and NaN, in evaluation."""
+    widest = max(t.shape[0] for t in theirs.parameters())
+    larger = beyond(numbers_of(theirs, watch), max(widest, channels), dimensions)
+    planes = (_EVEN[:dimensions], _ODD[:dimensions], *(tuple(max(n, _EVEN[0]) for n in plane) for plane in larger))
+    for plane in planes:
+        x = torch.randn((2, channels, *plane), generator=torch.Generator("cpu").manual_seed(4), dtype=torch.float64)
+        x[0] *= 1e8 if plane is planes[0] else 1
+        x[1, ..., 0] = torch.nan if plane is planes[0] else 1
+        with torch.no_grad():
+            try:
+                expected = watched(x.clone())
+            except Exception:  # a pooling for even planes
+                continue
+            got = known(x.clone())
+        if not torch.equal(got.isnan(), expected.isnan()):
+            raise Unsuited("it does something about NaN, which the known forward passes on")
+        for a, b in zip(got, expected, strict=True):
+            if not (a - b).nan_to_num().norm() <= _BOUND * b.nan_to_num().norm():
+                what = " of very large values" if plane is planes[0] else ""
+                raise Unsuited(f"for an input {list(x.shape)}{what} its output differs from the known forward's")
 
 
 def _outcome(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor | None]:

@@ -7,6 +7,8 @@ class that is fused (so ``isinstance`` goes on as before) and pickles by name: w
 
 from __future__ import annotations
 
+import functools
+import types
 import warnings
 from typing import Any, NamedTuple, NoReturn
 
@@ -119,9 +121,18 @@ def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) 
             kind = type(original)(f"Fused{original.__name__}", (mixin, original), members)
         except Exception as error:
             raise Unsuited(f"its class cannot be subclassed: {error}") from error
-        kind._senet_original = (original, original.forward)
+        _pin(kind, mixin, original)
         _classes.setdefault((original, mixin), kind)
     return _classes[original, mixin]
+
+
+def _pin(kind: type[nn.Module], mixin: type[Exchanged], original: type[nn.Module]) -> None:
+    """Remembers the original's forward as the one that is proven, and gives kind a forward with its signature."""
+    kind._senet_original = (original, original.forward)
+    f = mixin.forward
+    forward = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    # What export, FX and TorchScript's tracer read names and defaults of the arguments from.
+    kind.forward = functools.update_wrapper(forward, original.forward, updated=())
 
 
 def original_class(layer: nn.Module) -> type[nn.Module] | None:
@@ -151,8 +162,9 @@ def attach(layer: nn.Module, fusion: Any, mixin: type[Exchanged] = FusedLayer) -
     original = type(layer)
     kind = fused_class(original, mixin)
     if kind is not original:
-        kind._senet_original = (original, original.forward)
-        layer.__class__ = kind
+        if kind._senet_original[1] is not original.forward:
+            _pin(kind, mixin, original)
+        object.__setattr__(layer, "__class__", kind)  # past what its class does about attributes
     layer.__dict__.update(dict.fromkeys(OWN_ATTRIBUTES), _senet_fused=fusion)
 
 
@@ -173,7 +185,7 @@ def check_detachable(layer: nn.Module) -> None:
 def detach(layer: nn.Module) -> None:
     """Makes a fused layer what it was before."""
     check_detachable(layer)
-    layer.__class__ = original_class(layer)
+    object.__setattr__(layer, "__class__", original_class(layer))
     for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
 

@@ -16,8 +16,8 @@ class LayerReport:
     name: its path in the model, "" for the model itself. kind: its family in words. form: what it returns, "scale" (x *
     gate), "residual" (x * gate + x), "gate" or "flat_gate" (the gate, [N, C, 1, ...] or [N, C]); None if it is not
     understood. channels, rd_channels: C and R, None likewise. status: "fused"; "original runs" (fused, but something
-    about it makes the original forward run at present); "cannot run" (the backend asked for by name cannot serve it);
-    "can be fused"; "left". reason: why.
+    about it makes the original forward run at present, or makes FusedSE call its children); "cannot run" (the backend
+    asked for by name cannot serve it); "can be fused"; "left". reason: why.
     """
 
     name: str

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..activations import ACT_NAMES, GATE_NAMES, Activation
 from ..reference import SQUEEZES
+from .effects import Effect, Watch
 from .recipe import FORMS
+from .trial import Unsuited, nothing_around, random_copy
 
 __all__ = [
-    "FAMILIES", "Family", "Reading", "Unsuited", "elementwise", "family_of", "has_weights_of_one", "looks_like_one",
+    "FAMILIES", "Family", "Reading", "check_weights", "family_of", "has_weights_of_one", "looks_like_one",
     "may_be_one", "not_covered", "read_freely", "weights_of",
 ]  # fmt: skip
-
-
-class Unsuited(ValueError):
-    """A layer that squeeze_excite cannot stand in for; the message says why."""
 
 
 class Reading(NamedTuple):
@@ -198,6 +197,22 @@ def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.M
     return pair[0], pair[1]
 
 
+def check_weights(layer: nn.Module) -> None:
+    """Raises Unsuited unless w1 and w2 are there, [R, C] and [C, R] as their modules say, and of a floating dtype."""
+    for name, child in weights_of(layer):
+        weight, sizes = child.weight, _kernel(child)
+        if not isinstance(weight, Tensor):
+            raise Unsuited(f"its {name} has no weight: it is {weight}")
+        if isinstance(weight, nn.UninitializedParameter):
+            raise Unsuited(f"the weight of its {name} is not initialised yet; run the network once before")
+        if not weight.is_floating_point():
+            raise Unsuited(f"the weight of its {name} is {weight.dtype}, not of a floating dtype")
+        if weight.shape[:2] != sizes or weight.numel() != math.prod(sizes):
+            raise Unsuited(f"the weight of its {name} is {list(weight.shape)}, which does not fit {list(sizes)}")
+        if 0 in sizes:
+            raise Unsuited(f"the weight of its {name} is {list(sizes)}: it has no channels, or no hidden units")
+
+
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -249,12 +264,14 @@ def elementwise(child: nn.Module) -> Activation | None:
     # Libraries have classes of their own for the common functions: take the one that agrees on a grid.
     grid = torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu")
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            values = type(child).forward(child, grid.clone())  # past its hooks
-        if not isinstance(values, torch.Tensor) or values.shape != grid.shape:
+        with nothing_around(), torch.no_grad():
+            copied = random_copy(child, torch.Generator("cpu"))
+            with Watch(copied).running():
+                values = type(copied).forward(copied, grid.clone())  # past what hooks all modules
+        if not isinstance(values, Tensor) or values.shape != grid.shape:
             return None
         return next((f for f in _COMMON if torch.allclose(values, f(grid), rtol=1e-9, atol=1e-9)), None)
-    except Exception:  # a pooling or a flattening, which refuses such an input
+    except (Exception, Effect):  # a pooling or a flattening, which refuses such an input; something that records it
         return None
 
 

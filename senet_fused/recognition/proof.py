@@ -3,53 +3,75 @@
 The proof runs a copy of the layer, in float64 on the CPU, with random weights in place of its own and without hooks, in
 evaluation and in training mode: so nothing of the layer is touched, a layer on the meta device can be proven like any
 other, and a layer whose last weight is still zero, as networks often begin, does not hide its functions.
+
+A hidden unit that is dead hides what is squeezed, and a gate that is saturated hides everything before it. So every
+input is tried with weights of both signs, which makes each unit that is dead alive, and the rows of w2 have sizes that
+keep some gates open whatever the size of the hidden units.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import itertools
 import math
-import random
-import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops, torch_private
 from ..functional import route
-from .families import Reading, Unsuited, elementwise, family_of, read_freely, weights_of
-from .recipe import SCALARS, Recipe, parts_of, settings_of
+from .effects import Effect, Watch, add_numbers, is_foreign
+from .families import Reading, check_weights, family_of, read_freely
+from .recipe import Recipe, parts_of, settings_of
+from .trial import Unsuited, nothing_around, random_copy, random_states, structure_of, unsuited
 
-__all__ = ["examine", "nothing_around", "random_copy"]
+__all__ = ["beyond", "examine", "numbers_of"]
 
-_SAMPLES = 4
 _SPATIAL = (5, 3, 2)
-_SCALES = (1, 10, 100, 1000)  # of the samples: relu and relu6, say, differ far from zero only
+_PAIRS = 8
+_SCALES = tuple(10 ** (-2 + 5 * k / (_PAIRS - 1)) for k in range(_PAIRS))  # of pairs of samples: 0.01 to 1000
 _BOUND = 1e-6  # a layer may round to float32 on its way
+_LOW_PRECISION = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # only what is quite another function is to be noticed
 
 
-def examine(layer: nn.Module, *, verify: bool = True) -> Recipe:
+class _Signs(NamedTuple):
+    """Factors of the weights: of w1, of b1, and of w2 and b2."""
+
+    first: float
+    bias: float
+    second: float
+
+
+# Each with its opposite, where what has been dead is alive; a small bias leaves hidden units near zero.
+_SIGNS = (_Signs(1, 1, 1), _Signs(-1, -1, -1), _Signs(1, 0.01, -1), _Signs(-1, -0.01, 1))
+
+
+def examine(layer: nn.Module, *, verify: bool = True, proven: dict[Any, Recipe | str] | None = None) -> Recipe:
     """How squeeze_excite computes what the layer computes.
 
     Args:
-        layer: anybody's module, on any device, also meta. Nothing of it changes.
+        layer: anybody's module, on any device, also meta. Nothing of it changes, and only copies of it run.
         verify: False takes the word of the layer's family for it; a layer of no known family is refused then.
+        proven: what is known of others, by structure (layers that differ by their numbers alone need one proof); it is
+            added to.
 
     Raises:
-        Unsuited: it does not; the message says why.
+        Unsuited: it does not, or it cannot be examined; the message says why.
     """
+    with unsuited("it cannot be examined"):
+        return _examined(layer, verify, {} if proven is None else proven)
+
+
+def _examined(layer: nn.Module, verify: bool, proven: dict[Any, Recipe | str]) -> Recipe:
     if isinstance(layer, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         by = "compiled by TorchScript" if isinstance(layer, torch.jit.ScriptModule) else "traced by FX"
         raise Unsuited(f"it is {by}; fuse before that")
     if "forward" in vars(layer):
         raise Unsuited("its forward has been replaced, on this very object")
-    weights_of(layer)
+    check_weights(layer)
     family = family_of(layer)
     kind = f"{type(layer).__name__}, by structure"
     readings, refusal = [], None
@@ -66,12 +88,18 @@ def examine(layer: nn.Module, *, verify: bool = True) -> Recipe:
         return _intact(layer, _recipe(layer, readings[0]))
     readings.append(read_freely(layer, kind if family is None else family.kind))
     _intact(layer, _recipe(layer, readings[0]))
-    try:
-        return _proven(layer, readings)
-    except Unsuited:
-        if refusal is not None:
-            raise refusal from None
-        raise
+    key = structure_of(layer)
+    verdict = None if key is None else proven.get(key)
+    if verdict is None:
+        try:
+            verdict = _proven(layer, readings)
+        except Unsuited as error:
+            verdict = str(error if refusal is None else refusal)
+        if key is not None:
+            proven[key] = verdict
+    if isinstance(verdict, str):
+        raise Unsuited(verdict)
+    return dataclasses.replace(verdict, parts=parts_of(layer))
 
 
 def _recipe(layer: nn.Module, reading: Reading) -> Recipe:
@@ -121,123 +149,103 @@ def _proven(layer: nn.Module, readings: list[Reading]) -> Recipe:
     with nothing_around():
         generator = torch.Generator("cpu").manual_seed(0)
         copied = random_copy(layer, generator).eval()
-        before = [settings_of(module) for module in copied.modules()]
-        skeletons = [_recipe(layer, reading) for reading in readings]
-        layouts = dict.fromkeys(last for reading in readings for last in reading.channels_last)
-        trials, failure = [], None
-        for last in layouts:
-            for dimensions in (2, 1, 3):
-                x = _input(skeletons[0].channels, dimensions, last, generator)
-                try:
-                    trials.append((dimensions, last, x, _run(copied, x)))
-                except Exception as error:
-                    failure = failure or Unsuited(f"it does not run on an input {list(x.shape)}: {error}")
-        if not trials:
-            raise failure
-        recipe = _fitting(copied, list(zip(readings, skeletons, strict=True)), trials)
-        same_layout = [(d, x, y) for d, last, x, y in trials if last == recipe.channels_last]
-        alike = sorted(d for d, x, y in same_layout if _error(recipe, copied, x, y) <= _BOUND)
-        recipe = dataclasses.replace(recipe, dimensions=tuple(alike))
+        trial = _Trial(copied, readings[0], generator)
+        try:
+            return _tried(trial, [(reading, _recipe(layer, reading)) for reading in readings])
+        except Effect as effect:
+            raise Unsuited(str(effect)) from None
+        finally:
+            trial.watch.restore()
+
+
+def _tried(trial: _Trial, skeletons: list[tuple[Reading, Recipe]]) -> Recipe:
+    layouts = dict.fromkeys(last for reading, _ in skeletons for last in reading.channels_last)
+    runs, failure = [], None
+    for last in layouts:
+        for dimensions in (2, 1, 3):
+            x = _input(trial.channels, dimensions, last, trial.generator)
+            try:
+                runs.append((dimensions, last, x, trial.run(x)))
+            except Exception as error:
+                failure = failure or Unsuited(f"it does not run on an input {list(x.shape)}: {error}")
+    if not runs:
+        raise failure
+    trial.watch.settle()
+    recipe = _fitting(trial.copied, skeletons, runs)
+    same_layout = [(d, x, y) for d, last, x, y in runs if last == recipe.channels_last]
+    alike = sorted(d for d, x, y in same_layout if _error(recipe, trial.copied, x, y) <= _BOUND)
+    recipe = dataclasses.replace(recipe, dimensions=tuple(alike))
+    for training in (False, True):
+        trial.copied.train(training)
         for dimensions in recipe.dimensions:
-            _compare_sizes(recipe, copied, dimensions, generator)
-            _compare_extremes(recipe, copied, dimensions, generator)
-        for training in (False, True):
-            copied.train(training)
-            for dimensions in recipe.dimensions:
-                x = _input(recipe.channels, dimensions, recipe.channels_last, generator)
-                try:
-                    _compare_gradients(recipe, copied, x)
-                except Unsuited:
-                    raise
-                except Exception as error:
-                    mode = "training" if training else "evaluation"
-                    raise Unsuited(f"in {mode} mode it does not run on an input {list(x.shape)}: {error}") from error
-        _compare_formats(recipe, copied.eval(), generator)
-        if not all(map(_same_settings, before, copied.modules())):
-            raise Unsuited("its forward changes attributes of it, which the operator would not")
+            x = _input(recipe.channels, dimensions, recipe.channels_last, trial.generator)
+            mode = "training" if training else "evaluation"
+            for signs in _SIGNS[: 2 if training else 4]:
+                trial.weigh(signs)
+                with _running(f"in {mode} mode it does not run on an input {list(x.shape)}"):
+                    _compare_gradients(recipe, trial, x)
+            for signs in _SIGNS[:2]:
+                trial.weigh(signs, 1e-8)
+                _compare_extremes(recipe, trial, dimensions)
+                trial.weigh(signs)
+                _compare_sizes(recipe, trial, dimensions)
+    trial.copied.eval()
+    _compare_formats(recipe, trial)
     return recipe
 
 
-def _same_settings(before: tuple[tuple[str, object], ...], module: nn.Module) -> bool:
-    after = settings_of(module)
-    return [name for name, _ in before] == [name for name, _ in after] and all(
-        a is b or (type(a) in SCALARS and a == b) for (_, a), (_, b) in zip(before, after, strict=True)
-    )
+class _Trial:
+    """A copy to be tried out, and its weights."""
+
+    def __init__(self, copied: nn.Module, reading: Reading, generator: torch.Generator) -> None:
+        self.copied, self.generator = copied, generator
+        self.watch = Watch(copied)
+        first, second = (copied.get_submodule(path) for path in (reading.first, reading.second))
+        self.channels = first.weight.shape[1]
+        rows = 10.0 ** -(torch.arange(second.weight.shape[0], dtype=torch.float64) % 4)
+        with torch.no_grad():
+            second.weight.mul_(rows.reshape(-1, *(1,) * (second.weight.dim() - 1)))
+        tensors = (first.weight, first.bias, second.weight, second.bias)
+        self._weights = [(t, None if t is None else t.detach().clone()) for t in tensors]
+
+    def weigh(self, signs: _Signs, second: float = 1) -> None:
+        """Gives the copy weights of these signs, w2 and b2 of this size."""
+        factors = (signs.first, signs.bias, signs.second * second, signs.second * second)
+        with torch.no_grad():
+            for (weight, drawn), factor in zip(self._weights, factors, strict=True):
+                if weight is not None:
+                    weight.copy_(factor * drawn)
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the copy returns for x, of which it must not change a thing."""
+        given = x.clone()
+        with torch.no_grad(), self.watch.running():
+            y = self.copied(given)
+        if not torch.equal(given.nan_to_num(), x.nan_to_num()):
+            raise Unsuited("it changes its input in place")
+        return y
 
 
 @contextlib.contextmanager
-def nothing_around() -> Iterator[None]:
-    """Gradients, and none of the caller's modes; random states and the counts of calls are afterwards as before."""
-    states = _random_states()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        # Detached: an operator's output that its own backward holds on to would never be freed.
-        torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda t: t),
-        torch_private.without_modes(),
-        torch.device("cpu"),
-        torch.random.fork_rng(devices=[]),
-        ops.uncounted(),
-    ):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if len(states) > 1:
-                sys.modules["numpy"].random.set_state(states[1])
-
-
-def _random_states() -> tuple[Any, ...]:
-    """Of Python's generator and, where somebody has imported it, of NumPy's."""
-    numpy = sys.modules.get("numpy")
-    return (random.getstate(), *([] if numpy is None else [numpy.random.get_state()]))
-
-
-def random_copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A deep copy without hooks, with random weights in float64 on the CPU, whatever and wherever the layer's are.
-
-    Buffers are positive, as a variance has to be; counters begin at zero.
-    """
-    memo: dict[int, Any] = {}
-    for module in layer.modules():
-        # Hooks are not the layer's arithmetic, and may hold on to anything.
-        memo.update((id(v), type(v)()) for k, v in vars(module).items() if k.endswith("_hooks"))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                scale = math.prod(parameter.shape[1:]) ** -0.5
-                memo[id(parameter)] = nn.Parameter(values * scale)
-        if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
-            memo[id(module.process_group)] = None  # processes cannot be copied, and the proof runs in one
-        for buffer in module._buffers.values():
-            if buffer is None:
-                continue
-            if buffer.is_floating_point():
-                memo[id(buffer)] = 0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
-            else:
-                memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+def _running(what: str) -> Iterator[None]:
     try:
-        return copy.deepcopy(layer, memo)
+        yield
+    except Unsuited:
+        raise
     except Exception as error:
-        raise Unsuited(f"it cannot be copied, and so not be tried out: {error}") from error
+        raise Unsuited(f"{what}: {error}") from error
 
 
 def _input(channels: int, dimensions: int, last: bool, generator: torch.Generator) -> Tensor:
-    samples = _SAMPLES + (channels == _SAMPLES)  # a layer that takes the batch for the channels is to notice
-    x = torch.randn((samples, channels, *_SPATIAL[:dimensions]), generator=generator, dtype=torch.float64)
-    for sample, scale in zip(x, _SCALES, strict=False):
-        sample *= scale
+    """Pairs of samples of many scales, whose channels lie on opposite sides of zero by their means and maxima."""
+    spatial = _SPATIAL[:dimensions]
+    samples = 2 * _PAIRS + (channels == 2 * _PAIRS)  # a layer that takes the batch for the channels is to notice
+    x = torch.randn((samples, channels, *spatial), generator=generator, dtype=torch.float64)
+    shifts = 2 * torch.randn((_PAIRS, channels, *(1 for _ in spatial)), generator=generator, dtype=torch.float64)
+    for pair, (scale, shift) in enumerate(zip(_SCALES, shifts, strict=True)):
+        x[2 * pair : 2 * pair + 2] += torch.stack((shift, -shift))
+        x[2 * pair : 2 * pair + 2] *= scale
     return x.movedim(1, -1).contiguous() if last else x
-
-
-def _run(layer: nn.Module, x: Tensor) -> Tensor:
-    given = x.clone()
-    with torch.no_grad():
-        y = layer(given)
-    if not torch.equal(given.nan_to_num(), x.nan_to_num()):
-        raise Unsuited("it changes its input in place")
-    return y
 
 
 def _fitting(copied: nn.Module, readings: list[tuple[Reading, Recipe]], trials: list[Any]) -> Recipe:
@@ -253,8 +261,9 @@ def _fitting(copied: nn.Module, readings: list[tuple[Reading, Recipe]], trials: 
                 recipe = dataclasses.replace(
                     skeleton, act=act, gate=gate, squeeze=squeeze, form=form, channels_last=last
                 )
-                error = _error(recipe, copied, x, y)
-                if error <= _BOUND:
+                # Four samples tell most of what it is not.
+                error = _error(recipe, copied, x[-4:], y[-4:])
+                if error <= _BOUND and (error := _error(recipe, copied, x, y)) <= _BOUND:
                     return recipe
                 least = min(least, error)
     _, last, x, y = trials[0]
@@ -303,43 +312,79 @@ def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
     return worst if worst == worst else math.inf
 
 
-_SIZES = {1: ((1,), (317,)), 2: ((1, 1), (1, 9), (19, 31)), 3: ((1, 1, 1), (7, 9, 11))}
-# Weightless modules whose sizes are known to be harmless: a global pooling's is 1, or the comparison fails.
-_RESHAPES = (
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d, nn.Flatten, nn.Unflatten,
+# Odd and even, and one position alone.
+_SIZES = {1: ((1,), (10,), (317,)), 2: ((1, 1), (1, 10), (8, 6), (20, 21)), 3: ((1, 1, 1), (4, 6, 2), (7, 10, 11))}
+_COVERED = 9  # a window of twice this is smaller than the sides of the largest planes above
+_MOST_ELEMENTS, _MOST_IN_A_SQUARE = 10_000_000, 1_000_000
+# Modules that have numbers which are no sizes of planes; a global pooling's is 1, or the comparison fails.
+_HARMLESS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Flatten, nn.Unflatten, nn.BatchNorm1d,
+    nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
 )  # fmt: skip
 
 
-def _compare_sizes(recipe: Recipe, copied: nn.Module, dimensions: int, generator: torch.Generator) -> None:
+def numbers_of(copied: nn.Module, watch: Watch) -> dict[int, str]:
+    """The whole numbers that may be sizes to the module and its children: their attributes, their classes', and those
+    in the code that has run. Each with what it is called, and with "" if it is not read by that code."""
+    found = dict(watch.numbers)
+    for path, module in copied.named_modules():
+        if type(module) in _HARMLESS:
+            continue
+        known = not is_foreign(type(module).__module__)
+        settings = settings_of(module)
+        for kind in type(module).__mro__:
+            if is_foreign(kind.__module__):
+                settings += tuple((name, v) for name, v in vars(kind).items() if not name.startswith("__"))
+        for name, value in settings:
+            numbers: dict[int, str] = {}
+            add_numbers(value, f"{name} of its {path}" if path else f"its {name}", numbers)
+            read = known or name in watch.names
+            for number, label in numbers.items():
+                found[number] = found.get(number) or (label if read else "")
+    return found
+
+
+def beyond(numbers: dict[int, str], channels: int, dimensions: int) -> Iterator[tuple[int, ...]]:
+    """Planes of odd and even sizes that are larger than windows of these numbers, and of twice as much.
+
+    Raises:
+        Unsuited: a plane like that would be too large to be tried.
+    """
+    for number, label in sorted(numbers.items()):
+        side = 2 * number + 1
+        if number <= _COVERED:
+            continue
+        if channels * side > _MOST_ELEMENTS:
+            if label:
+                raise Unsuited(f"{label}, {number}, may be the size of a window, and is too large to be tried out")
+            continue
+        for axis in range(dimensions):
+            yield tuple(side + axis % 2 if i == axis else 1 for i in range(dimensions))
+        if dimensions > 1 and channels * side * (side + 1) <= _MOST_IN_A_SQUARE:
+            yield (side, side + 1, *(1,) * (dimensions - 2))
+
+
+def _compare_sizes(recipe: Recipe, trial: _Trial, dimensions: int) -> None:
     """Raises Unsuited unless outputs agree for small and large planes, too: some pool over windows of a fixed size."""
-    for spatial in _SIZES[dimensions]:
+    numbers = numbers_of(trial.copied, trial.watch)
+    for spatial in (*_SIZES[dimensions], *beyond(numbers, recipe.channels, dimensions)):
         # A sum of two is random enough, and drawn in no time.
         parts = (recipe.channels, *(1 for _ in spatial)), (1, *spatial)
-        x = sum(torch.randn((1, *part), generator=generator, dtype=torch.float64) for part in parts)
+        x = sum(torch.randn((1, *part), generator=trial.generator, dtype=torch.float64) for part in parts)
         x = x.movedim(1, -1).contiguous() if recipe.channels_last else x
-        try:
-            error = _error(recipe, copied, x, _run(copied, x))
-        except Exception as failure:
-            raise Unsuited(f"it does not run on an input {list(x.shape)}: {failure}") from failure
+        with _running(f"it does not run on an input {list(x.shape)}"):
+            error = _error(recipe, trial.copied, x, trial.run(x))
         if error > _BOUND:
             raise Unsuited(_differs(f"for an input {list(x.shape)} its output", error))
-    # A window that is larger than the planes tried would look global.
-    for name, module in copied.named_modules():
-        if name and not module._modules and not module._parameters and not isinstance(module, _RESHAPES):
-            if elementwise(module) is not None:
-                continue
-            for setting, value in settings_of(module):
-                if any(type(n) is int and n > 1 for n in (value if isinstance(value, tuple) else (value,))):
-                    raise Unsuited(f"its {name} has a size, {setting} = {value}, and may be no global pooling")
 
 
-def _compare_extremes(recipe: Recipe, copied: nn.Module, dimensions: int, generator: torch.Generator) -> None:
+def _compare_extremes(recipe: Recipe, trial: _Trial, dimensions: int) -> None:
     """Raises Unsuited if a layer does something about NaN or very large values that the operator does not."""
-    x = _input(recipe.channels, dimensions, recipe.channels_last, generator)
-    x[0] *= 1e8
+    x = _input(recipe.channels, dimensions, recipe.channels_last, trial.generator)[-4:]
+    x[0] *= 1e8 / x[0].abs().max()
     x[1, ..., 0] = math.nan
-    theirs, ours = _run(copied, x), _ours(recipe, copied, x)
+    theirs, ours = trial.run(x), _ours(recipe, trial.copied, x)
     if not torch.equal(theirs.isnan(), ours.isnan()):
         raise Unsuited("it does something about NaN, which the operator passes on")
     scale = x[:1] if theirs.shape == x.shape else 1 + theirs[:1].abs()
@@ -347,41 +392,49 @@ def _compare_extremes(recipe: Recipe, copied: nn.Module, dimensions: int, genera
         raise Unsuited("it does something about very large values, which the operator does not")
 
 
-def _compare_formats(recipe: Recipe, copied: nn.Module, generator: torch.Generator) -> None:
+def _compare_formats(recipe: Recipe, trial: _Trial) -> None:
     """Raises Unsuited unless memory format and dtype of the output agree. The copy is of no more use then."""
-    x = _input(recipe.channels, recipe.dimensions[-1], recipe.channels_last, generator)
+    trial.weigh(_SIGNS[0])
+    copied = trial.copied
+    x = _input(recipe.channels, recipe.dimensions[-1], recipe.channels_last, trial.generator)[:6]
     if x.dim() == 4:
         given = x.contiguous(memory_format=torch.channels_last)
         theirs, ours = copied(given).stride(), _ours(recipe, copied, given).stride()
         if theirs != ours:
             raise Unsuited(f"of a channels_last input it makes an output with strides {theirs}, the operator {ours}")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, bound in _LOW_PRECISION.items():
         try:
             y = copied.to(dtype)(x.to(dtype))
         except Exception:  # a layer for other dtypes
             continue
         if y.dtype != dtype:
             raise Unsuited(f"it returns {y.dtype} for {dtype}")
+        scale = torch.maximum(x.abs(), y.abs()) if y.shape == x.shape else 1 + y.abs()
+        if not (error := _distance(_ours(recipe, copied, x.to(dtype)), y, scale)) <= bound:
+            raise Unsuited(f"in {dtype} its output differs by {error:.3g} of the largest value")
 
 
-def _compare_gradients(recipe: Recipe, copied: nn.Module, x: Tensor) -> None:
+def _compare_gradients(recipe: Recipe, trial: _Trial, x: Tensor) -> None:
     """Raises Unsuited unless outputs and all gradients agree, for a random gradient of the output."""
-    x.requires_grad_()
+    x, copied = x.clone().requires_grad_(), trial.copied
     inputs = {"its input": x, **{f"its {name}": parameter for name, parameter in copied.named_parameters()}}
     mode = "in training mode " if copied.training else ""
-    state, states = torch.get_rng_state(), repr(_random_states())
-    theirs = copied(x)
-    if not isinstance(theirs, Tensor) or not theirs.requires_grad:
-        raise Unsuited(f"{mode}its output has no gradient")
-    if not torch.equal(torch.get_rng_state(), state) or repr(_random_states()) != states:
+    states = random_states()
+    with trial.watch.running():
+        theirs = copied(x)
+        if not isinstance(theirs, Tensor) or not theirs.requires_grad:
+            raise Unsuited(f"{mode}its output has no gradient")
+        generator = torch.Generator("cpu").manual_seed(1)
+        dy = torch.randn(theirs.shape, generator=generator, dtype=theirs.dtype)
+        expected = torch.autograd.grad(theirs, tuple(inputs.values()), dy, allow_unused=True)
+    if random_states() != states:
         raise Unsuited(f"{mode}it draws random numbers")
     ours = _ours(recipe, copied, x)
     if (error := _distance(ours, theirs, x if theirs.shape == x.shape else 1 + theirs.abs())) > _BOUND:
         raise Unsuited(_differs(f"{mode}its output", error))
-    dy = torch.randn(theirs.shape, generator=torch.Generator("cpu").manual_seed(1), dtype=theirs.dtype)
-    gradients = (torch.autograd.grad(y, tuple(inputs.values()), dy, allow_unused=True) for y in (theirs, ours))
-    for name, expected, got in zip(inputs, *gradients, strict=True):
-        if expected is None:
+    got = torch.autograd.grad(ours, tuple(inputs.values()), dy, allow_unused=True)
+    for name, wanted, gradient in zip(inputs, expected, got, strict=True):
+        if wanted is None:
             raise Unsuited(f"{mode}no gradient reaches {name}")
-        if not (error := ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()) <= _BOUND:
+        if not (error := ((gradient - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()) <= _BOUND:
             raise Unsuited(_differs(f"{mode}the gradient of {name}", error))

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import select, torch_private
 from ..activations import ACT_NAMES, GATE_NAMES, Activation
+from ..flops import in_dispatch_modes
 from ..functional import PLAIN_TYPES, Function, check_input, check_residual, check_weights, needs_plain_operators
 from ..ops import count_call, layout_of
 from . import reference
@@ -111,7 +112,7 @@ def block_tail(
             x, residual = x.to(wider), residual.to(wider)
         tensors = (x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor)
         name = "" if group is None else group.group_name
-        plain, save = not (compiling or torch_private.dispatch_modes()), False
+        plain, save = not (compiling or in_dispatch_modes()), False
         for t in tensors:
             if t is not None:
                 save = save or t.requires_grad

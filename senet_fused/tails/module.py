@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .. import select, torch_private
 from ..modules import FusedSE, RecordsGates
-from ..recognition import Recipe, Unsuited, examine, parts_of
+from ..recognition import Recipe, Unsuited, Weights, examine, is_patched, parts_of
 from .functional import block_tail, route
 
 __all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]
@@ -29,8 +29,8 @@ class FusedSETail(nn.Module):
 
     The modules' parameters, buffers and modes are used where they are: running statistics are updated in ``norm``, and
     its mode decides which statistics are used. Instead of the operator the modules themselves are called where they
-    could tell the difference: one has hooks or another class, its weights are no plain tensors, gates are being
-    captured; and where "auto" finds no kernels.
+    could tell the difference: one has hooks or another class or forward, its weights are no plain tensors, gates are
+    being captured; and where "auto" finds no kernels.
 
     Args:
         norm: nn.BatchNorm1d, 2d, 3d, or nn.SyncBatchNorm, whose process group then shares the statistics, on CPUs too.
@@ -38,7 +38,7 @@ class FusedSETail(nn.Module):
         act: nn.ReLU, applied last, or None.
         owner: the module that has registered them as its children, as a block has its own. They are looked up there by
             their names at every call, and are no part of this module's state dict. None registers them here. (A copy of
-            this module alone copies the owner; in nn.DataParallel's replicas the owner is the original's.)
+            this module alone copies the owner; nn.DataParallel, whose replicas would call the original's, is refused.)
         backend: as in :func:`block_tail`.
 
     Raises:
@@ -94,6 +94,16 @@ class FusedSETail(nn.Module):
         children = (self if self._owner is None else self._owner[0])._modules
         return tuple(None if name is None else children.get(name) for name in self._names)
 
+    def _replicate_for_data_parallel(self) -> FusedSETail:
+        if self._owner is not None:
+            raise RuntimeError("nn.DataParallel cannot replicate a tail of its owner's; use DistributedDataParallel")
+        return super()._replicate_for_data_parallel()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile FusedSETail; record it with torch.jit.trace, or with torch.export"
+        )
+
     def extra_repr(self) -> str:
         parts = [f"backend={self.backend}"] if self.backend is not None else []
         names = [f"of its owner's {', '.join(n for n in self._names if n)}"] if self._owner else []
@@ -108,12 +118,12 @@ class Reading(NamedTuple):
     forward: Any
 
     @classmethod
-    def of(cls, se: nn.Module, *, verify: bool = True) -> Reading:
-        """Raises Unsuited if it cannot be part of a tail; the message says why."""
+    def of(cls, se: nn.Module, *, verify: bool = True, proven: dict[Any, Any] | None = None) -> Reading:
+        """proven: as of recognition.examine. Raises Unsuited if it cannot be part of a tail; the message says why."""
         kind = _class_of(se)
-        return cls(_recipe_of(se, verify=verify), kind, kind.forward)
+        return cls(_recipe_of(se, verify, proven), kind, kind.forward)
 
-    def weights(self, se: nn.Module) -> tuple[Tensor | None, ...] | str:
+    def weights(self, se: nn.Module) -> Weights | str:
         """w1, w2, b1, b2; or, as text, why the layer has to be called instead."""
         kind = _class_of(se)
         if kind is not self.kind:
@@ -149,14 +159,14 @@ class Tail(NamedTuple):
             y = y + residual
         return y if self.act is None else self.act(y)
 
-    def weights(self) -> tuple[Tensor | None, ...] | str:
+    def weights(self) -> Weights | str:
         """w1, w2, b1, b2 of the SE layer; or, as text, why the modules have to be called one by one at present."""
         if torch_private.has_global_hooks():
             return "hooks for all modules are registered, and they are to see its children"
         if (problem := norm_problem(self.norm)) is not None:
             return f"its BatchNorm: {problem}"
         if self.act is not None and (type(self.act) is not nn.ReLU or has_hooks(self.act)):
-            return "its activation is no nn.ReLU any more, or has hooks"
+            return "its activation is no nn.ReLU any more, or has hooks or another forward"
         se = self.se
         if se is None:
             return (None, None, None, None)
@@ -237,7 +247,7 @@ def norm_problem(norm: nn.Module) -> str | None:
     return None
 
 
-def _recipe_of(se: nn.Module, *, verify: bool = True) -> Recipe:
+def _recipe_of(se: nn.Module, verify: bool, proven: dict[Any, Any] | None) -> Recipe:
     """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
     if type(se) is FusedSE:
         if se.post_act is not None:
@@ -249,7 +259,7 @@ def _recipe_of(se: nn.Module, *, verify: bool = True) -> Recipe:
         )  # fmt: skip
     else:
         known = getattr(se, "_senet_fused", None)
-        recipe = examine(se, verify=verify) if known is None else known.recipe
+        recipe = examine(se, verify=verify, proven=proven) if known is None else known.recipe
     if recipe.form != "scale" or recipe.channels_last:
         raise Unsuited("it does not return x * gate for x [N, C, *spatial]")
     if recipe.squeeze != "avg":
@@ -270,13 +280,17 @@ def _class_of(se: nn.Module) -> type[nn.Module]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would run more than its class's forward, or something else."""
+    """Whether calling the module would run more than its class's forward, or something else.
+
+    A class of torch.nn whose forward has been replaced, for all its modules, is something else.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or is_patched(type(module))
     )
 
 

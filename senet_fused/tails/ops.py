@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import torch_private
 from ..backends import cuda, native, triton
+from ..flops import in_dispatch_modes
 from ..ops import (
     Operator,
     count_call,
@@ -233,6 +234,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         return tuple(gradients)
 
     def registered_rule(ctx, dy, *_others):
+        in_dispatch_modes()
         return rule(ctx, registered_backward, dy)
 
     torch.library.register_autograd(name, registered_rule, setup_context=setup_context)

@@ -1,8 +1,8 @@
-"""What the compiled CUDA kernels use: registers, stack and local memory (both are spills), shared memory, and how wide
-their accesses to global memory are. Read from the library as it is built, without a GPU.
+"""What the compiled CUDA kernels use: registers, stack and local memory (both are spills), shared memory, how wide
+their accesses to global memory are and how many loads follow each other. Read from the library, without a GPU.
 
     python tests/cuda_aot/resources.py               as JSON on standard output
-    python tests/cuda_aot/resources.py --write       into resources.json, which tests/test_cuda_aot.py compares with
+    python tests/cuda_aot/resources.py --write       into resources.json, which tests/test_cuda_aot.py checks
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (2, 1)]
 
-from senet_fused import _plan  # noqa: E402
-from senet_fused.backends import cuda  # noqa: E402
+import aot_record  # noqa: E402
+import cuda_library  # noqa: E402
 
 TABLE = Path(__file__).resolve().parent / "resources.json"
 _TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
@@ -41,7 +41,7 @@ def cuobjdump() -> str | None:
 
 
 def _output(*arguments: str) -> str:
-    command = [str(cuobjdump()), *arguments, str(cuda.LIBRARY)]
+    command = [str(cuobjdump()), *arguments, str(cuda_library.library())]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -75,61 +75,65 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
     return dict(sorted(table.items()))
 
 
-@functools.lru_cache(maxsize=1)
-def _code(architecture: str) -> dict[str, str]:
-    """By kernel, its machine code as text."""
+# Of shares of sums, and of 16-bit weights: as the kernels read them, and nothing else.
+_SHARES, _WEIGHTS = "LDG.E.128.STRONG", "LDG.E.64.CONSTANT"
+_BREAKS = re.compile(r"\b(FFMA|FADD|FMUL|BSYNC|BAR|BRA)\b")
+
+
+def _longest_run(instructions: list[str], load: str) -> int:
+    """How many of these loads follow each other without arithmetic, a barrier or a branch between."""
+    longest = now = 0
+    for instruction in instructions:
+        now = now + 1 if load in instruction else 0 if _BREAKS.search(instruction) else now
+        longest = max(longest, now)
+    return longest
+
+
+def accesses(architecture: str) -> dict[str, dict[str, Any]]:
+    """{kernel: {"loads", "stores", "copies", "runs"}}: how many accesses of how many bits stand in its code, and the
+    longest runs of loads of shares and of weights. A copy goes to shared memory without a register between."""
     text = _output("-sass", "-arch", architecture)
-    parts = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
-    # A function that kernels call has a section of its own.
-    return {kernel_of(part.split(None, 1)[0]): part for part in parts if "_kernel" in part.split(None, 1)[0]}
-
-
-def longest_runs(architecture: str, loads: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """By kernel, how many of each kind of load follow each other without arithmetic, a barrier or a branch between."""
-    breaks = re.compile(r"\b(FFMA|FADD|FMUL|BSYNC|BAR|BRA)\b")
-    found = {}
-    for name, text in _code(architecture).items():
-        longest = []
-        for load in loads:
-            most = now = 0
-            for instruction in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", text):
-                now = now + 1 if load in instruction else 0 if breaks.search(instruction) else now
-                most = max(most, now)
-            longest.append(most)
-        found[name] = tuple(longest)
-    return found
-
-
-def accesses(architecture: str) -> dict[str, Counter[str]]:
-    """By kernel, how often which global access stands in its code: "load 128", "store 128", "copy 128", "load 16"."""
-    found: dict[str, Counter[str]] = {}
-    for name, part in _code(architecture).items():
-        counted = found.setdefault(name, Counter())
+    found: dict[str, dict[str, Any]] = {}
+    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
+        symbol = part.split(None, 1)[0]
+        if "_kernel" not in symbol:  # a function that kernels call has a section of its own
+            continue
+        counted: dict[str, Counter[str]] = {"LDG": Counter(), "STG": Counter(), "LDGSTS": Counter()}
         for kind, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)((?:\.\w+)*)\s", part):
-            width = next(
-                (w for w in ("128", "64", "U16", "S16", "U8", "S8", "16", "8") if w in modifiers.split(".")), "32"
-            )
-            what = {"LDG": "load", "STG": "store", "LDGSTS": "copy"}[kind]
-            counted[f"{what} {width.lstrip('US')}"] += 1
+            widths = (w.lstrip("US") for w in modifiers.split(".") if re.fullmatch("128|64|[US]?16|[US]?8", w))
+            counted[kind][next(widths, "32")] += 1
+        instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", part)
+        names = zip(("loads", "stores", "copies"), counted.values(), strict=True)
+        found[kernel_of(symbol)] = {name: dict(sorted(widths.items())) for name, widths in names} | {
+            "runs": {"shares": _longest_run(instructions, _SHARES), "weights": _longest_run(instructions, _WEIGHTS)}
+        }
     return found
 
 
 def content() -> dict[str, Any]:
-    """What is recorded: the compiler, and the resources for each architecture."""
-    return {"compiler": _plan.build_info()["cuda"].partition(" for ")[0], "architectures": resources()}
+    """What is recorded: from which sources, by which compiler, and what each kernel of each architecture uses."""
+    table = resources()
+    for architecture, kernels in table.items():
+        for name, used in accesses(architecture).items():
+            kernels[name] |= used
+    return {
+        "sources": aot_record.digest(aot_record.CUDA_SOURCES),
+        "compiler": cuda_library.compiler(),
+        "architectures": table,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     options = parser.parse_args()
-    if not cuda.LIBRARY.exists():
-        parser.error(f"{cuda.LIBRARY} is not built (SENET_FUSED_CUDA=1 says why)")
+    if (reason := cuda_library.problem()) is not None:
+        parser.error(reason)
     if cuobjdump() is None:
         parser.error("there is no cuobjdump, of a CUDA toolkit or of the triton package")
     text = json.dumps(content(), indent=1)
     # One kernel a line.
-    text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
+    text = re.sub(r"^(   \S.*?\{)\n(.*?)^   (?=\})", lambda m: m[1] + " ".join(m[2].split()), text, flags=re.M | re.S)
     if options.write:
         TABLE.write_text(text + "\n", encoding="utf-8")
     else:

@@ -46,7 +46,8 @@ setuptools.setup(
 
 
 def run(command, cwd, **environment) -> subprocess.CompletedProcess:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SENET_", "PYTEST_", "TORCH_CUDA_"))}
+    unwanted = ("SENET_", "PYTEST_", "TORCH_CUDA_", "PYTHONPATH")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     return subprocess.run(
         list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True
     )
@@ -120,6 +121,27 @@ def test_extra_flags_and_sanitizers(miniature):
     assert build(miniature, SENET_FUSED_CXXFLAGS="-DEXTRA -DQUOTED='a $b'") == [], (
         "untouched by the other build"
     )
+
+
+def test_one_library_alone(miniature):
+    """What the others need is neither compiled nor touched."""
+    setup = (miniature / "setup.py").read_text()
+    other = 'libraries.append(TorchLibrary("senet_fused._other", [Unit("csrc/two.cpp", ("-DOTHER",))]))\n'
+    (miniature / "setup.py").write_text(setup.replace("if os.path", other + "if os.path"))
+    assert build(miniature, "--only", "senet_fused._other") == ["_other.so", "two.o"]
+    assert build(miniature) == EVERYTHING
+    said = build_fails(miniature, "--only", "senet_fused._another")
+    assert "_another" in said and "senet_fused._other, senet_fused._tiny" in said
+
+
+def test_several_builds_at_once(miniature):
+    """One compiles; the other waits, and has nothing left to do."""
+    (miniature / "senet_fused").mkdir()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    both = [subprocess.Popen(command, cwd=miniature, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.count("compile build") for text in said) == [0, 4]
 
 
 def test_compile_error_is_shown(miniature):
@@ -219,6 +241,7 @@ def write_nvcc(path: Path, release: str = "12.4", top: Path | None = None, failu
 CUDA_OBJECTS = ["add.cu.o", "add.o", "told.o"]
 
 
+@pytest.mark.nvcc
 def test_cuda_library(cuda_miniature, cuda_toolkit):
     """By an nvcc behind a wrapper script, incrementally; it loads where there is no driver."""
     try:
@@ -232,6 +255,12 @@ def test_cuda_library(cuda_miniature, cuda_toolkit):
     assert build(cuda_miniature, "--inplace", **settings) == sorted(
         [*EVERYTHING, *CUDA_OBJECTS, "_tiny_cuda.so"]
     )
+    assert build(cuda_miniature, "--inplace", **settings) == []
+    # Of the same objects, and without the package noticing.
+    (cuda_miniature / "senet_fused/_tiny_cuda.so").unlink()
+    assert build(cuda_miniature, "--only", "senet_fused._tiny_cuda", "--build-lib", "elsewhere", **settings) == []
+    assert {p.name for p in (cuda_miniature / "elsewhere/senet_fused").iterdir()} == {"_tiny_cuda.so"}
+    assert not (cuda_miniature / "senet_fused/_tiny_cuda.so").exists()
     assert build(cuda_miniature, "--inplace", **settings) == []
 
     built = cuda_miniature / "senet_fused/_tiny_cuda.so"
@@ -254,8 +283,8 @@ def test_cuda_library(cuda_miniature, cuda_toolkit):
     assert not built.exists(), "the earlier build's library stays beside the others"
 
 
-def build_fails(project, **environment) -> str:
-    done = run([sys.executable, "setup.py", "build_ext"], project, **environment)
+def build_fails(project, *arguments, **environment) -> str:
+    done = run([sys.executable, "setup.py", "build_ext", *arguments], project, **environment)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     return done.stderr
 
@@ -269,6 +298,21 @@ def test_missing_nvcc_leaves_the_cuda_library_out(cuda_miniature):
     library = ctypes.CDLL(str(cuda_miniature / "senet_fused/_tiny.so"))
     library.facts.restype = ctypes.c_char_p
     assert library.facts().decode().endswith("none: nvcc not found")
+
+
+@pytest.mark.parametrize("gpus", [False, True], ids=["no GPU", "a GPU"])
+def test_cuda_where_there_is_a_gpu(cuda_toolkit, monkeypatch, tmp_path, gpus):
+    """As `make build` has it. A GPU alone is not enough: nvcc has to be there."""
+    monkeypatch.setenv("SENET_FUSED_CUDA", "gpu")
+    monkeypatch.setenv("NVCC", str(write_nvcc(tmp_path / "nvcc", top=tmp_path)))
+    monkeypatch.setattr(cuda_toolkit, "gpus_here", lambda: {90} if gpus else set())
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libcudart_static.a").touch()
+    toolkit, fact = cuda_toolkit.choose(["g++"])
+    assert (toolkit is not None) == gpus
+    assert fact == ("nvcc 12.4.99 for sm_90" if gpus else "none: no GPU where it was built")
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    assert cuda_toolkit.choose(["g++"]) == (None, "none: nvcc not found" if gpus else "none: no GPU where it was built")
 
 
 def test_missing_nvcc_says_what_to_do_where_it_is_required(cuda_miniature):

@@ -2,7 +2,7 @@
 and prints what they use: registers, stack (spills), shared memory, and the widths of their global accesses.
 
     python tests/triton_aot/compile.py               as JSON on standard output
-    python tests/triton_aot/compile.py --write       into resources.json, which tests/test_triton_aot.py compares with
+    python tests/triton_aot/compile.py --write       into resources.json, which tests/test_triton_aot.py checks
 
 A stand-in for Triton's driver names the target; launch.py plans, allocates and passes its arguments as ever, on CPU
 tensors, and a stand-in for the launch itself compiles the kernel and stops. TRITON_INTERPRET must not be set.
@@ -29,7 +29,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (2, 1)]
+
+import aot_record  # noqa: E402
 
 from senet_fused import ops  # noqa: E402
 from senet_fused.backends import triton as triton_backend  # noqa: E402
@@ -292,15 +294,20 @@ def main() -> int:
     if launch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter does not compile")
     layers = [layer for layer in LAYERS if args.layer in layer.name][:: args.every]
-    table = compile_all(args.target, layers, not args.quiet)
-    content = {"triton": triton.__version__, "layers": table}
-    if args.write:
-        lines = json.dumps(content, indent=1, sort_keys=True)
-        # One kernel a line.
-        lines = re.sub(r'\{\s+"loads": .*?\n {5}\}', lambda m: re.sub(r"\s+", " ", m[0]), lines, flags=re.DOTALL)
-        TABLE.write_text(lines + "\n")
-    else:
+    content = {"compiler": f"triton {triton.__version__}", "layers": compile_all(args.target, layers, not args.quiet)}
+    if not args.write:
         print(json.dumps(content))
+        return 0
+    if args.target != list(TARGETS) or layers != LAYERS:
+        parser.error("--write records every layer for every target")
+    command = [sys.executable, str(HERE / "launch_twice.py")]
+    launched = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    content |= {"sources": aot_record.digest(aot_record.TRITON_SOURCES), "launches": launched}
+    lines = json.dumps(content, indent=1, sort_keys=True)
+    # One kernel, and one launch, a line.
+    lines = re.sub(r'\{\s+"loads": .*?\n {5}\}', lambda m: re.sub(r"\s+", " ", m[0]), lines, flags=re.DOTALL)
+    lines = re.sub(r'\[\s+("\w+",\s+\d+,\s+\w+)\s+\]', lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", lines)
+    TABLE.write_text(lines + "\n")
     return 0
 
 
