@@ -114,7 +114,7 @@ class Rounding(DispatchMode):
         kwargs = kwargs or {}
         if func in _IN_STEPS:
             with self:
-                return _IN_STEPS[func](*args)
+                return _IN_STEPS[func](*args, **kwargs)
         if not _computes(func):
             return func(*args, **kwargs)
         reach = self.unit * math.sqrt(_terms(func, args))
@@ -187,5 +187,31 @@ def _batch_norm_backward(g, x, weight, running_mean, running_var, mean, rstd, tr
     return tuple(t if w else None for t, w in zip((dx, dweight, dbias), wanted, strict=True))
 
 
-# Of more than one step, and more than one sum.
-_IN_STEPS = {aten.native_batch_norm.default: _batch_norm, aten.native_batch_norm_backward.default: _batch_norm_backward}
+def _gelu(v, approximate="none"):
+    """1 + erf cancels for negative arguments, and all that is left is rounding."""
+    return v * _gelu_factor(v, approximate)[0]
+
+
+def _gelu_backward(g, v, approximate="none"):
+    factor, slope = _gelu_factor(v, approximate)
+    return g * (factor + v * slope)
+
+
+def _gelu_factor(v, approximate):
+    """(1 + f) / 2 and its derivative, f = erf(v / sqrt(2)) or its approximation."""
+    if approximate == "none":
+        f, slope = torch.erf(v * math.sqrt(0.5)), torch.exp(-0.5 * (v * v)) * math.sqrt(2 / math.pi)
+    else:
+        scale = math.sqrt(2 / math.pi)
+        f = torch.tanh(scale * (v + 0.044715 * (v * v * v)))
+        slope = (1 - f * f) * (scale * (1 + 3 * 0.044715 * (v * v)))
+    return 0.5 * (1 + f), 0.5 * slope
+
+
+# Of more than one step, or more than one sum.
+_IN_STEPS = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
+    aten.gelu.default: _gelu,
+    aten.gelu_backward.default: _gelu_backward,
+}

@@ -70,7 +70,6 @@ WAYS = {
 }
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_copy_of_a_compiled_layer_has_its_own_weights(name, way):

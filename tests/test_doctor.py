@@ -154,7 +154,7 @@ def test_a_backend_that_raises_is_reported(monkeypatch, examine):
 
 def test_an_instruction_set_that_was_not_taken_is_a_problem(monkeypatch, examine):
     monkeypatch.setattr(backends, "status", lambda: [backends.BackendStatus("cpu", True, "kernels")])
-    monkeypatch.setattr(doctor, "_self_test", lambda name: (1, 0.5, []))
+    monkeypatch.setattr(doctor, "_self_test", lambda name: (1, []))
     monkeypatch.setattr(backends.native, "instruction_set", lambda: "avx2")
     monkeypatch.setenv("SENET_FUSED_ISA", "avx2")
     assert examine()[0] == 0

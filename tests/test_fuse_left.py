@@ -479,7 +479,9 @@ def test_an_array_that_a_forward_changes():
     assert not layer.kept.any()
 
 
-@pytest.mark.parametrize("make", [fuse_report, fuse, functools.partial(fuse, verify=False)], ids=str)
+@pytest.mark.parametrize(
+    "make", [fuse_report, fuse, functools.partial(fuse, verify=False)], ids=["report", "fuse", "unverified"]
+)
 def test_the_models_own_children_are_not_called(make):
     """Not even those that might be the layer's activation."""
 

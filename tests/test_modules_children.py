@@ -209,7 +209,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.combinations
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -254,7 +253,6 @@ def test_a_backend_by_name_serves_the_operator_alone():
     assert senet_fused.call_counts() == {}
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize("squeeze", ["avg", "max", "avgmax"])
 @pytest.mark.parametrize("options", [{}, {"act": "silu", "gate": "hardsigmoid"}, {"post_act": "relu"}], ids=str)
 @pytest.mark.parametrize("dimensions", [1, 2, 3])

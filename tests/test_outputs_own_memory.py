@@ -54,7 +54,6 @@ CASES = [
 ]
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize(("backend", "dimensions", "layout"), CASES)
 @pytest.mark.parametrize("function", ["squeeze_excite", "block_tail"])
 def test_a_result_may_be_changed_in_place(backend, function, dimensions, layout):
@@ -91,11 +90,8 @@ def tail_arguments(x, residual, weights):
     return (x, scale, shift, None, None, w1, b1, w2, b2, residual, None, 1e-5, "relu", "sigmoid", "relu", "", True)
 
 
-@pytest.mark.combinations
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dimensions", PLANES)
+@pytest.mark.parametrize(("backend", "dimensions", "layout"), CASES)
 @pytest.mark.parametrize("kind", ["squeeze_excite", "block_tail"])
-@pytest.mark.parametrize("backend", COMPILED)
 def test_no_output_of_an_operator_is_a_view(backend, kind, dimensions, layout):
     """Of the registered operators, their backward, and of what eager mode calls; nor do two of them share memory."""
     operator = (OPERATORS if kind == "squeeze_excite" else TAILS)[backend]

@@ -95,7 +95,6 @@ def test_call_by_keyword(name):
     torch.testing.assert_close(fused(**{argument(original): x}), original(x))
 
 
-@pytest.mark.combinations
 @pytest.mark.parametrize(
     ("name", "by_name"), [*((name, True) for name in ROOTS), ("tutorial", False), ("timm_block", False)]
 )

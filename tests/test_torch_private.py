@@ -199,6 +199,7 @@ INSTEAD = {
     "torch._subclasses.functional_tensor.FunctionalTensor": lambda p: says(p.stand_ins, torch_private.stand_ins[:1]),
     "torch.utils._python_dispatch._disable_current_modes": lambda private: keeps_modes(private.without_modes()),
     "torch.utils._python_dispatch.TorchDispatchMode": lambda p: says(p.DispatchMode, contextlib.nullcontext),
+    "torch.Tensor._version": lambda private: says(private.version_of(torch.zeros(1)), None),
     "torch._foreach_lerp_": moves_one_by_one,
     "torch.distributed.distributed_c10d._resolve_process_group": lambda private: says_so(private.process_group, "0"),
     "torch.Tensor._version": lambda private: says(private.version_of(torch.zeros(1)), None),
