@@ -202,7 +202,6 @@ INSTEAD = {
     "torch.Tensor._version": lambda private: says(private.version_of(torch.zeros(1)), None),
     "torch._foreach_lerp_": moves_one_by_one,
     "torch.distributed.distributed_c10d._resolve_process_group": lambda private: says_so(private.process_group, "0"),
-    "torch.Tensor._version": lambda private: says(private.version_of(torch.zeros(1)), None),
     "torch._dynamo.utils.counters": lambda private: says_so(private.compiled_graphs),
     "torch._functorch.config.donated_buffer": lambda private: donates(private.keeping_saved_tensors()),
 }
