@@ -126,6 +126,7 @@ def test_layouts(run, dtype, layout):
         check(Case(shape, 4, dtype, layout, **options), draws=1, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", DENSE)
 def test_layouts_that_differ(run, layout):
     other = DENSE[1 - DENSE.index(layout)]
@@ -141,6 +142,7 @@ def test_dtypes_that_differ(run, dtype, others):
     check(case, draws=2, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("dtype", "layout"), VENUES, ids=name_of)
 def test_an_empty_batch(run, dtype, layout):
     case = Case((0, 24, 4, 6), 4, dtype, layout, **EVERYTHING)
@@ -196,6 +198,7 @@ def test_ties_share_the_gradient_evenly(run, layout, squeeze):
     check(case, draws=2, ours=run, change=tie)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", DENSE)
 def test_the_mask_of_the_relu(backend_name, layout):
     """Zeros are stopped, NaN passes, and padding bits are zero."""

@@ -33,6 +33,7 @@ def arguments(case: Case, requires_grad: bool = False) -> tuple:
     return (*tensors, *options), inputs["dy"], inputs["dgate"].to(case.dtype_of("gate"))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend_name, name):
     args, dy, dgate = arguments(CASES[name], requires_grad=True)

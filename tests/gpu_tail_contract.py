@@ -213,6 +213,7 @@ def test_layouts(run, layout):
         check(Tail(shape, 4, (f32, bf16)[(turn + k) % 2], layout, k == turn // 4 % 2, **options), draws=1, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", DENSE)
 def test_layouts_that_differ(run, layout):
     other = DENSE[1 - DENSE.index(layout)]
@@ -231,6 +232,7 @@ def test_dtypes_that_differ(run, dtype, others):
         check(case.replace(residual="residual" in others, others=tuple(others.items())), draws=1, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", DENSE)
 def test_an_empty_batch(run, layout):
     """Of evaluation; training needs two values."""
@@ -307,6 +309,7 @@ def test_nan_and_inf_go_where_the_reference_has_them(run, using_strategy, place)
                 assert torch.equal(pattern(found[name]), pattern(t)), f"{case}: {pattern.__name__} in {name}"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", DENSE)
 def test_the_mask_of_the_relu(backend_name, layout):
     """Zeros are stopped, NaN passes, and padding bits are zero."""

@@ -60,6 +60,7 @@ def test_opcheck(backend_name, name):
     torch.library.opcheck(backward, arguments, test_utils=utils)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", CASES)
 def test_eager_and_registered_agree_bitwise(backend_name, name):
     results, case = [], CASES[name]

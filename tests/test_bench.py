@@ -417,6 +417,7 @@ def test_rows_hold_what_was_measured(direction, layout):
     assert 0 < fused["max_error"] < 1e-5
 
 
+@pytest.mark.networks
 def test_every_dtype_and_tail_is_measured():
     cases = [
         small_case(dtype=dtype, residual=residual, post_act="relu", bias=not residual)
@@ -427,6 +428,7 @@ def test_every_dtype_and_tail_is_measured():
     assert [row["error"] for row in rows] == [None] * 24
 
 
+@pytest.mark.networks
 def test_the_backend_that_ran_is_recorded_and_a_named_one_is_insisted_on(monkeypatch):
     assert by_provider(measure([small_case()], backend="reference"))["fused"]["backend"] == "reference"
     auto = senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend
@@ -444,6 +446,7 @@ def test_the_backend_that_ran_is_recorded_and_a_named_one_is_insisted_on(monkeyp
     assert row["median_s"] is None
 
 
+@pytest.mark.networks
 def test_an_operator_that_counts_nothing_or_half_is_no_proof(monkeypatch):
     monkeypatch.setattr(senet_fused, "call_counts", dict)
     assert by_provider(measure([small_case()]))["fused"]["error"] == "RuntimeError: no backend counted a call"
@@ -509,6 +512,7 @@ def test_a_provider_that_cannot_be_built_is_a_row_of_its_own(monkeypatch):
     assert rows["eager"]["error"] is rows["fused"]["error"] is None
 
 
+@pytest.mark.compiler
 def test_a_compile_that_compiles_nothing_is_found(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     rows = by_provider(measure([small_case(direction="forward")], providers=("compile",)))
@@ -561,6 +565,7 @@ def test_what_is_compiled_and_how(quick_compile):
     ]
 
 
+@pytest.mark.compiler
 def test_compiled_code_is_forgotten_once_a_case(monkeypatch, quick_compile):
     resets, real = [], torch._dynamo.reset
     monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1) or real())
@@ -572,6 +577,7 @@ def test_compiled_code_is_forgotten_once_a_case(monkeypatch, quick_compile):
     assert len(resets) == 2 and graphs["unique_graphs"] == before + 2 * 3
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 def test_the_fused_layer_compiled_as_plain_pytorch_is_inductors(monkeypatch, quick_compile, direction):
     """As on a GPU, where "auto" leaves a compiled graph to torch.compile: another rule, and no claim to our backend."""
@@ -607,6 +613,7 @@ def test_our_operator_in_a_compiled_graph_is_held_to_our_rule(monkeypatch, quick
     assert (row["backend"], row["error"], seen) == ("cpu", None, [True])
 
 
+@pytest.mark.compiler
 def test_a_named_backend_is_insisted_on_under_compile(monkeypatch, quick_compile):
     row = by_provider(measure([small_case()], providers=("fused+compile",), backend="reference"))["fused+compile"]
     assert (row["backend"], row["error"]) == ("inductor", None)
@@ -749,6 +756,7 @@ def test_the_faster_form_is_the_one_with_the_smaller_median(monkeypatch):
     assert by_provider(measure([small_case()]))["eager"]["form"] == "conv"
 
 
+@pytest.mark.networks
 def test_timing_accumulates_no_gradients_and_runs_forward_without_grad(monkeypatch):
     seen, built, backward = [], [], []
 
@@ -800,6 +808,7 @@ def test_a_backward_alone_runs_on_the_graph_of_one_forward_for_each_input(op, mo
             assert all(torch.equal(a, w) for a, w in zip(again, wanted, strict=True))
 
 
+@pytest.mark.compiler
 def test_torch_compile_may_not_reuse_what_a_kept_graph_saves(monkeypatch):
     from torch._functorch import config
 
@@ -927,6 +936,7 @@ def test_graph_replays_are_timed_per_call(fake_cuda):
     assert fake_cuda.count("capture") == 1 and fake_cuda.count("replay") == 1 + 3
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda, monkeypatch, direction):
     real_bind, real_interleave = runner.bind, runner.interleave
@@ -1158,6 +1168,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
         report.read_json([good, bad])
 
 
+@pytest.mark.networks
 def test_saved_results_are_reported_and_drawn_without_measuring(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))

@@ -1123,6 +1123,7 @@ def test_auto_compiles_the_graph_of_the_original():
     assert graphs[0] == graphs[1] and len(graphs[0]) > 4
 
 
+@pytest.mark.compiler
 @compiled_only
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict):

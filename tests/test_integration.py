@@ -419,6 +419,7 @@ class Zoo(nn.Module):
         return y
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(
     importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxscript") is None,
     reason="onnx or onnxscript is not installed",

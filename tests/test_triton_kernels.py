@@ -21,6 +21,7 @@ from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
 
 pytestmark = [
+    pytest.mark.interpreter,
     pytest.mark.skipif(backend.problem(DEVICE) is not None, reason=str(backend.problem(DEVICE))),
     pytest.mark.usefixtures("poisoned"),
 ]
@@ -104,6 +105,7 @@ def test_options(act):
 FORMS = {name: case for name, case in KINDS.items() if name != "planes of 49"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("post_act", [None, "relu"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -133,6 +135,7 @@ def test_maxima_of_several_splits(form, squeeze):
         check(case, draws=1, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("changes", [{"reversed": False}, {"streaming": False}, {"stages": 2}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_options_of_a_plan_change_no_result(form, changes):
@@ -150,6 +153,7 @@ def test_options_of_a_plan_change_no_result(form, changes):
 ROWS = [((3, 64, 7, 7), 8), ((2, 24, 14, 14), 5), ((2, 136, 7, 7), 20), ((2, 12, 6, 7), 3), ((1, 264, 5, 5), 9)]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize(("shape", "reduced"), ROWS, ids=name_of)

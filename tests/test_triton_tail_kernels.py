@@ -23,6 +23,7 @@ from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
 
 pytestmark = [
+    pytest.mark.interpreter,
     pytest.mark.skipif(backend.problem(DEVICE) is not None, reason=str(backend.problem(DEVICE))),
     pytest.mark.usefixtures("poisoned"),
 ]
@@ -90,6 +91,7 @@ FORMS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -144,6 +146,7 @@ def launched(case: Tail, *wanted: str) -> Counter[str]:
     return Counter(launch.launches)
 
 
+@pytest.mark.core
 def test_nothing_is_launched_that_is_not_needed():
     gated = FORMS["channels_last"].replace(residual=True, post_act="relu")
     plain = gated.replace(reduced=0)
@@ -161,6 +164,7 @@ def test_nothing_is_launched_that_is_not_needed():
         assert launched(case, *wanted) == Counter([*forward, *backward]), (case, wanted)
 
 
+@pytest.mark.core
 @pytest.mark.skipif(DEVICE == "cuda", reason="loads and stores are counted in the interpreter")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduced", [16, 0])
@@ -233,6 +237,7 @@ def test_nothing_is_wrong_where_nothing_is_planted():
     check(PLANTED_IN, draws=1, ours=run)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_rule_catches_what_is_planted(monkeypatch, name):
     function, place, change, tensor = PLANTED[name]

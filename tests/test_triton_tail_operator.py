@@ -13,6 +13,8 @@ if backend.problem(DEVICE) is not None:
 
 from test_triton_tail_kernels import using_strategy  # noqa: F401
 
+pytestmark = pytest.mark.interpreter
+
 
 @pytest.fixture
 def backend_name():

@@ -153,6 +153,7 @@ def test_which_file_is_in_use(path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- contenders
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("facts", [H200, MI300], ids=["cuda", "hip"])
 def test_contenders_fit_and_the_default_is_the_first(facts):
     for p in every_problem():
@@ -356,6 +357,7 @@ def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
         assert asked == [tune.problem_of(case, backward) for backward in (False, True)], case
 
 
+@pytest.mark.interpreter
 @runs
 def test_what_is_tuned_is_in_use_at_once(path, monkeypatch, capsys):
     def times(self, task, layer, plans, say):

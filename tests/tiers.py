@@ -2,7 +2,7 @@
 
 core: five minutes on two cores, and yet every backend, strategy and direction, every public function, and bad input.
     A test belongs to it unless a marker says that the test needs more than moments (:data:`EXPENSIVE`); of a test with
-    many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules both.
+    many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules the others.
 ci: core, and a quarter of the rest, which the commit's hash chooses: so every test runs on one commit in four.
 all: everything.
 
@@ -29,6 +29,7 @@ EXPENSIVE = {
     "compiler": "compiles: torch.compile's C++, g++, or Triton and nvcc ahead of time",
     "nvcc": "reads machine code compiled by nvcc",
     "networks": "trains, measures or compares whole networks or many layers, for seconds",
+    "interpreter": "runs kernels in Triton's interpreter, which takes a second or more for a launch",
     "sizes": "has tensors of real size: SENet-154's layers in an interpreter, planes of 2^15 pixels, gigabytes",
 }
 MARKERS = {
@@ -79,9 +80,8 @@ def core_of(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """The tests that core takes."""
     core, families = set(), defaultdict(list)
     for item in items:
-        if item.get_closest_marker("core"):
-            core.add(item)
-        elif not any(item.get_closest_marker(name) for name in EXPENSIVE):
+        cheap = not any(item.get_closest_marker(name) for name in EXPENSIVE)
+        if cheap or item.get_closest_marker("core"):
             families[item.parent, getattr(item, "originalname", item.name)].append(item)
     for family in families.values():
         core.update(_covering(family) if hasattr(family[0], "callspec") else family)

@@ -113,6 +113,7 @@ def test_new_revision_recompiles_the_facts_alone(miniature):
     assert build(miniature) == []
 
 
+@pytest.mark.processes
 def test_extra_flags_and_sanitizers(miniature):
     assert build(miniature) == EVERYTHING
     assert build(miniature, SENET_FUSED_CXXFLAGS="-DEXTRA -DQUOTED='a $b'") == EVERYTHING
@@ -482,6 +483,7 @@ def test_source_archive_is_complete(checkout, tmp_path):
     assert not [name for name in inside if name.endswith((".so", ".o", ".pyc"))]
 
 
+@pytest.mark.processes
 def test_pure_python_package(checkout, tmp_path):
     """SENET_FUSED_NO_EXT=1 needs no compiler, gives a wheel for any platform, and what is installed works."""
     stale = checkout / "build/lib/senet_fused/deleted.py"
