@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import cProfile
 import functools
+import gc
 import itertools
 import logging
 import queue
@@ -648,3 +649,25 @@ def test_while_a_profiler_watches():
     finally:
         sys.setprofile(before)
     assert fuse_report(layer).layers[0].status == "fused" and seen
+
+
+_collections = 0
+
+
+def _count_collections(phase, info):
+    global _collections
+    _collections += 1
+
+
+@compiled_only
+def test_what_runs_at_a_garbage_collection_is_none_of_the_forwards():
+    """As hypothesis and many servers have it: a function in gc.callbacks, called in the middle of anything."""
+    threshold = gc.get_threshold()
+    gc.callbacks.append(_count_collections)
+    gc.set_threshold(1, 1, 1)
+    try:
+        fuse(layer := TorchvisionSE(8, 2))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(_count_collections)
+    assert gc.isenabled() and fuse_report(layer).layers[0].status == "fused" and _collections

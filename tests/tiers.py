@@ -2,7 +2,8 @@
 
 core: five minutes on two cores, and yet every backend, strategy and direction, every public function, and bad input.
     A test belongs to it unless a marker says that the test needs more than moments (:data:`EXPENSIVE`); of a test with
-    many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules the others.
+    many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules
+    the others.
 ci: core, and a quarter of the rest, which the commit's hash chooses: so every test runs on one commit in four.
 all: everything.
 

@@ -12,6 +12,7 @@ import contextlib
 import dis
 import enum
 import functools
+import gc
 import io
 import itertools
 import sys
@@ -277,11 +278,16 @@ class Watch:
             start, stop = sys.setprofile, lambda: (sys.setprofile(None), others.enable())
         else:
             raise Effect("a profiler watches all calls, as the proof has to; fuse before it starts")
+        # A collection calls other people's code (gc.callbacks), which is none of the forward's.
+        collects = gc.isenabled()
+        gc.disable()
         start(self._saw)
         try:
             yield
         finally:
             stop()
+            if collects:
+                gc.enable()
             self._importing = None
 
     def _saw(self, frame: types.FrameType, event: str, given: Any) -> None:
