@@ -76,10 +76,10 @@ class OtherArguments(TorchvisionSE):
 
 
 class OwnSetattr(TorchvisionSE):
-    """Refuses attributes once it is made; which keeps nobody from fusing it."""
+    """Refuses attributes once it is made, but for its mode; which keeps nobody from fusing it."""
 
     def __setattr__(self, name, value):
-        if "scale_activation" in self.__dict__.get("_modules", ()):
+        if name != "training" and "scale_activation" in self.__dict__.get("_modules", ()):
             raise AttributeError("frozen")
         super().__setattr__(name, value)
 
@@ -167,6 +167,7 @@ def test_a_class_that_guards_its_attributes_is_fused():
     layer, x = OwnSetattr(8, 2), torch.randn(2, 8, 3, 3)
     expected = layer(x)
     torch.testing.assert_close(fuse(layer)(x), expected)
+    assert fuse_report(layer).layers[0].status == "fused"
     assert type(senet_fused.unfuse(layer)) is OwnSetattr
 
 
