@@ -7,6 +7,7 @@ not trusted to be the same, but proven (:func:`examine_block`). Another form is 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -409,6 +410,9 @@ def _compare_copies(
                         parameter.neg_()
 
 
+_MOST_ELEMENTS = 300_000  # of an activation that is tried out: more takes minutes in a block's convolutions, in 3-D
+
+
 def _compare_planes(
     watched: Callable[[Tensor], Tensor],
     known: Callable[[Tensor], Tensor],
@@ -420,7 +424,9 @@ def _compare_planes(
     """Raises Unsuited unless outputs agree for planes of other sizes, very large values and NaN, in evaluation."""
     widest = max(t.shape[0] for t in theirs.parameters())
     larger = beyond(numbers_of(theirs, watch), max(widest, channels), dimensions)
-    planes = (_EVEN[:dimensions], _ODD[:dimensions], *(tuple(max(n, _EVEN[0]) for n in plane) for plane in larger))
+    larger = (tuple(max(n, _EVEN[0]) for n in plane) for plane in larger)
+    affordable = (plane for plane in larger if max(widest, channels) * math.prod(plane) <= _MOST_ELEMENTS)
+    planes = (_EVEN[:dimensions], _ODD[:dimensions], *affordable)
     for plane in planes:
         x = torch.randn((2, channels, *plane), generator=torch.Generator("cpu").manual_seed(4), dtype=torch.float64)
         x[0] *= 1e8 if plane is planes[0] else 1
