@@ -11,7 +11,6 @@ keep some gates open whatever the size of the hidden units.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -182,7 +181,7 @@ def _tried(trial: _Trial, skeletons: list[tuple[Reading, Recipe]]) -> Recipe:
             mode = "training" if training else "evaluation"
             for signs in _SIGNS[: 2 if training else 4]:
                 trial.weigh(signs)
-                with _running(f"in {mode} mode it does not run on an input {list(x.shape)}"):
+                with unsuited(f"in {mode} mode it does not run on an input {list(x.shape)}"):
                     _compare_gradients(recipe, trial, x)
             for signs in _SIGNS[:2]:
                 trial.weigh(signs, 1e-8)
@@ -224,16 +223,6 @@ class _Trial:
         if not torch.equal(given.nan_to_num(), x.nan_to_num()):
             raise Unsuited("it changes its input in place")
         return y
-
-
-@contextlib.contextmanager
-def _running(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Unsuited:
-        raise
-    except Exception as error:
-        raise Unsuited(f"{what}: {error}") from error
 
 
 def _input(channels: int, dimensions: int, last: bool, generator: torch.Generator) -> Tensor:
@@ -373,7 +362,7 @@ def _compare_sizes(recipe: Recipe, trial: _Trial, dimensions: int) -> None:
         parts = (recipe.channels, *(1 for _ in spatial)), (1, *spatial)
         x = sum(torch.randn((1, *part), generator=trial.generator, dtype=torch.float64) for part in parts)
         x = x.movedim(1, -1).contiguous() if recipe.channels_last else x
-        with _running(f"it does not run on an input {list(x.shape)}"):
+        with unsuited(f"it does not run on an input {list(x.shape)}"):
             error = _error(recipe, trial.copied, x, trial.run(x))
         if error > _BOUND:
             raise Unsuited(_differs(f"for an input {list(x.shape)} its output", error))
