@@ -4,12 +4,12 @@ from . import reference
 from ._version import __version__
 from .activations import Activation
 from .folding import fold_batchnorm
-from .functional import excitation, explain, squeeze_excite
+from .functional import block_tail, excitation, explain, squeeze_excite
 from .fusion import FuseReport, fuse, fuse_report, unfuse
 from .modules import FusedSE, capture_gates
 from .ops import call_counts, reset_call_counts
 from .select import BackendUnavailableError, Choice, use_backend
-from .tails import FusedSETail, block_tail
+from .tails import FusedSETail
 
 __all__ = [
     "Activation",

@@ -136,7 +136,8 @@ class Activation:
     @staticmethod
     def parse(spec: str) -> Activation:
         """Reads :attr:`spec` back. Raises ValueError if it is no such text."""
-        return _parse(spec)
+        read = _read if torch.compiler.is_compiling() else _parse  # torch.compile warns of a cached function
+        return _BY_NAME.get(spec) or read(spec)
 
     @staticmethod
     def of(function: str | Activation | nn.Module | type[nn.Module]) -> Activation:
@@ -149,7 +150,7 @@ class Activation:
         if isinstance(function, Activation):
             return function
         if isinstance(function, str):
-            return _BY_NAME.get(function) or _parse(function)
+            return Activation.parse(function)
         if isinstance(function, type) and issubclass(function, nn.Module):
             if function not in _MODULES:
                 raise ValueError(_unknown_module(function))
@@ -186,8 +187,7 @@ def _unknown_module(kind: type) -> str:
     )
 
 
-@lru_cache(maxsize=256)
-def _parse(spec: str) -> Activation:
+def _read(spec: str) -> Activation:
     # Without a regular expression: torch.compile traces this, and re's own compiler breaks the graph in torch 2.11.
     name, bracket, texts = spec.strip().partition("(")
     name, inside = name.strip(), texts.removesuffix(")")
@@ -210,6 +210,8 @@ def _parse(spec: str) -> Activation:
     return Activation(name, **parameters)
 
 
+_parse = lru_cache(maxsize=256)(_read)
+
 # The order is the compiled kernels' enum Function in csrc/plan/plan.h.
 _KERNEL_CODES = {
     name: code
@@ -221,7 +223,6 @@ _KERNEL_CODES = {
     )
 }  # fmt: skip
 
-# torch.compile reads this, where it warns of a cached function.
 _BY_NAME = {name: Activation(name) for name in (*_KERNEL_CODES, *_ALIASES) if name != "gelu_tanh"}
 
 _SQRT_HALF = 0.5**0.5

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import torch_private
+from .call import GradientCall
 
 __all__ = ["in_dispatch_modes"]
 
@@ -47,31 +48,20 @@ def _product(x: Any, w1: Any) -> int:
     return 2 * x[0] * w1[0] * w1[1]
 
 
-def _forward(x: Any, w1: Any, *_: Any, out_shape: Any = None) -> int:
-    return 2 * _product(x, w1)
-
-
-def _backward(_dy: Any, _dgate: Any, x: Any, w1: Any, *others: Any, out_shape: Any = None) -> int:
-    need_x, need_weights = others[-3:-1]
-    return (bool(need_x or need_weights) + bool(need_x) + 2 * bool(need_weights)) * _product(x, w1)
-
-
-def _tail_forward(
-    x: Any, _weight: Any, _bias: Any, _mean: Any, _var: Any, w1: Any, *_: Any, out_shape: Any = None
-) -> int:
+def _forward(x: Any, _weight: Any, _bias: Any, _mean: Any, _var: Any, w1: Any, *_: Any, out_shape: Any = None) -> int:
     return 0 if w1 is None else 2 * _product(x, w1)
 
 
-def _tail_backward(_dy: Any, x: Any, _weight: Any, _bias: Any, w1: Any, *others: Any, out_shape: Any = None) -> int:
+def _backward(
+    _dy: Any, _dgate: Any, x: Any, _weight: Any, _bias: Any, w1: Any, *others: Any, out_shape: Any = None
+) -> int:
     need_x, need_weights = others[-3:-1]
     if w1 is None or not (need_x or need_weights):
         return 0
-    return (2 + 2 * bool(need_weights)) * _product(x, w1)  # BatchNorm's gradients need dpooled, too
+    norm = others[_NORM]
+    # A norm's gradients need dpooled, too.
+    return (1 + bool(need_x or norm) + 2 * bool(need_weights)) * _product(x, w1)
 
 
-_FORMULAS = {
-    "squeeze_excite_{}": _forward,
-    "squeeze_excite_{}_backward": _backward,
-    "block_tail_{}": _tail_forward,
-    "block_tail_{}_backward": _tail_backward,
-}
+_NORM = GradientCall._fields.index("norm") - GradientCall._fields.index("w1") - 1  # behind w1
+_FORMULAS = {"fused_se_{}": _forward, "fused_se_{}_backward": _backward}

@@ -1,15 +1,16 @@
-r"""Squeeze-and-Excitation in plain PyTorch: the definition that every kernel of this package is held against.
+r"""The family of operators in plain PyTorch: the definition that every kernel of this package is held against.
 
-x is [N, C, *spatial] with M = the number of spatial positions p. Weights w1 [R, C], b1 [R], w2 [C, R], b2 [C].
+x is [N, C, *spatial] with M = the number of spatial positions p, m = N * M. Weights w1 [R, C], b1 [R], w2 [C, R],
+b2 [C].
 
-Forward (Hu et al. 2018, "Squeeze-and-Excitation Networks", section 3)::
+An SE layer's forward (Hu et al. 2018, "Squeeze-and-Excitation Networks", section 3)::
 
     (E1) pooled[n,c] = mean_p x[n,c,p]                                     squeeze
     (E2) preact[n,:] = w1 @ pooled[n,:] + b1,  hidden = act(preact)        excite
     (E3) gate[n,:]   = gate_fn(w2 @ hidden[n,:] + b2)                      excite
     (E4) y[n,c,p]    = post_act(gate[n,c] * x[n,c,p] + residual[n,c,p])    scale
 
-Backward. x enters (E4) twice: as the scaled factor and, through the gate, as the squeezed mean. Write g for the
+Its backward. x enters (E4) twice: as the scaled factor and, through the gate, as the squeezed mean. Write g for the
 gradient in front of post_act. Then the product rule on (E4) gives (B1), (B2) and the first term of (B6); the chain
 rule back through (E3), (E2), (E1) gives (B3) to (B5), and d pooled[n,c] / d x[n,c,p] = 1 / M the second term of (B6).
 Weights are shared by all samples, so (B7) sums over n::
@@ -25,7 +26,31 @@ Weights are shared by all samples, so (B7) sums over n::
 Variants of the squeeze: "max" takes pooled = amax_p x, whose gradient is shared evenly by the k[n,c] positions that
 attain the maximum (as torch.amax does): dx += dpooled / k * [x = max]. "avgmax" is half of each (timm's add_maxpool).
 
-Sums, and everything between the two sweeps over x, are float32 (float64 for float64 inputs), also under autocast.
+A block tail has BatchNorm in front, with weight [C], bias [C], and optionally a factor f[n] of each sample's branch
+(stochastic depth: Huang et al. 2016). Without w1 there is no gate: BatchNorm -> + residual -> ReLU, and gate[n,c] = 1.
+BatchNorm (Ioffe & Szegedy 2015, algorithm 1) is affine in x and a mean is linear, so the squeeze of BatchNorm's output
+follows from the means of x. Forward, with xbar[n,c] = mean_p x and M2[n,c] = sum_p (x - xbar)^2::
+
+    (T1) mu[c] = mean_n xbar[n,c];  var[c] = sum_n (M2[n,c] + M * (xbar[n,c] - mu[c])^2) / m;  rstd = (var + eps)^-1/2
+    (T2) pooled[n,c] = weight * rstd * (xbar[n,c] - mu) + bias;  (E2), (E3) give gate[n,c]
+    (T3) y = post_act(A[n,c] * (x - mu) + D[n,c] + residual),  A = f * gate * weight * rstd,  D = f * gate * bias
+
+Backward, with g = dy where post_act lets it through, dresidual = g, xhat = rstd * (x - mu)::
+
+    (T4) G0[n,c] = f * sum_p g,  G1[n,c] = f * sum_p g * xhat
+    (T5) dgate = weight * G1 + bias * G0;  (B3) to (B5), (B7) of the SE layer give dpooled and the SE weights' gradients
+    (T6) dweight[c] = sum_n (gate * G1 + dpooled / M * sum_p xhat),  dbias[c] = sum_n (gate * G0 + dpooled)
+    (T7) dx = A * g + Q[c] * (x - mu) + T[n,c],
+         Q = -weight * rstd^2 * dweight / m,  T = weight * rstd * (dpooled / M - dbias / m)
+
+(T4) to (T6) are the product and chain rules on (T3), (T2). In (T7) the first term and dpooled's are x's own; the others
+are BatchNorm's: mu and var depend on every x, and what reaches them is a multiple of dbias and dweight. With statistics
+that are given (evaluation) they are constants: Q = 0, and T = weight * rstd * dpooled / M.
+
+Synchronised BatchNorm is the same with m, mu, var in (T1) and m, dweight, dbias in (T7) those of all processes.
+
+x - mu stays together in (T3), (T4) and (T7): mu folded into the constants would cancel. Sums, and everything between
+the sweeps over x, are float32 (float64 for float64 x), also under autocast.
 """
 
 from __future__ import annotations
@@ -37,22 +62,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import torch_private
 from .activations import Activation
+from .call import Call, Gradients, Outputs
 
-__all__ = ["SQUEEZES", "Gradients", "accumulate_dtype", "pool", "squeeze_excite", "squeeze_excite_backward"]
+__all__ = [
+    "SQUEEZES", "accumulate_dtype", "backward", "block_tail", "block_tail_backward", "forward", "pool",
+    "squeeze_excite", "squeeze_excite_backward",
+]  # fmt: skip
 
 SQUEEZES = ("avg", "max", "avgmax")
-
-
-class Gradients(NamedTuple):
-    """Gradients of :func:`squeeze_excite`, each in its input's shape and dtype; None where there was no input."""
-
-    dx: Tensor
-    dw1: Tensor
-    db1: Tensor | None
-    dw2: Tensor
-    db2: Tensor | None
-    dresidual: Tensor | None
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -68,6 +87,9 @@ def pool(x: Tensor, squeeze: str = "avg") -> Tensor:
         return mean
     peak = x.amax(spatial).to(wide)
     return peak if mean is None else 0.5 * mean + 0.5 * peak
+
+
+# ---------------------------------------------------------------------------------------------------- layers and tails
 
 
 def squeeze_excite(
@@ -96,10 +118,9 @@ def squeeze_excite(
     Returns:
         y: x's shape, dtype ``torch.result_type(x, residual)``; gate: [N, C] float32 (float64 for float64 x).
     """
-    with _without_autocast(x):
-        stages = _excite(x, w1, w2, b1, b2, Activation.of(act), Activation.of(gate), squeeze)
-        y = _scale(x, stages.gate, residual, post_act)
-    return y, stages.gate
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(squeeze=squeeze, residual=residual, post_act=post_act or "")
+    y, _, g, *_ = forward(call)
+    return y, g
 
 
 def squeeze_excite_backward(
@@ -125,86 +146,276 @@ def squeeze_excite_backward(
         mask: where post_act let the forward through ([N, C, *spatial], bool); None works it out from ``residual``.
         Others as :func:`squeeze_excite`.
     """
-    act, gate = Activation.of(act), Activation.of(gate)
-    with _without_autocast(x):
-        s = _excite(x, w1, w2, b1, b2, act, gate, squeeze)
-        wide = s.gate.dtype
-        spatial = tuple(range(2, x.dim()))
-        per_channel = (*s.gate.shape, *(1,) * len(spatial))
-        g = dy.to(wide)
-        if post_act == "relu":
-            if mask is None:
-                mask = ~(_scale(x, s.gate, residual, None) <= 0)
-            g = g * mask
-        xw = x.to(wide)
-        dgate_total = (g * xw).sum(spatial)  # (B2)
-        if dgate is not None:
-            dgate_total = dgate_total + dgate.to(wide)
-        dlogit = dgate_total * gate.derivative_from_output(s.gate)  # (B3)
-        dpreact = (dlogit @ s.w2) * act.derivative(s.preact)  # (B4)
-        dpooled = dpreact @ s.w1  # (B5)
-        dx = s.gate.reshape(per_channel) * g  # (B6)
-        share = {"avg": 1.0, "max": 1.0, "avgmax": 0.5}[squeeze]
-        if squeeze != "max":
-            dx = dx + (dpooled * (share / math.prod(x.shape[2:]))).reshape(per_channel)
-        if squeeze != "avg":
-            ties = xw == s.peak.reshape(per_channel)
-            count = ties.sum(spatial).to(wide)
-            dx = dx + (dpooled * share / count).reshape(per_channel) * ties
-        dw1 = dpreact.t() @ s.pooled  # (B7)
-        dw2 = dlogit.t() @ act(s.preact)
-        return Gradients(
-            dx.to(x.dtype),
-            dw1.reshape(w1.shape).to(w1.dtype),
-            None if b1 is None else dpreact.sum(0).to(b1.dtype),
-            dw2.reshape(w2.shape).to(w2.dtype),
-            None if b2 is None else dlogit.sum(0).to(b2.dtype),
-            None if residual is None else g.to(residual.dtype),
-        )
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(squeeze=squeeze, residual=residual, post_act=post_act or "")
+    return backward(call, dy, dgate, mask)
 
 
-class _Excitation(NamedTuple):
-    pooled: Tensor
-    peak: Tensor | None
-    preact: Tensor
-    gate: Tensor
-    w1: Tensor
-    w2: Tensor
-
-
-def _excite(
+def block_tail(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    act: Activation,
-    gate: Activation,
-    squeeze: str,
-) -> _Excitation:
-    wide = accumulate_dtype(x)
-    xw = x.to(wide)
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: Activation | str = "relu",
+    gate: Activation | str = "sigmoid",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(T1) to (T3), differentiable to any order by autograd.
+
+    Args:
+        x: [N, C, *spatial], floating point, any strides and device.
+        weight, bias: [C] or None (ones, zeros). mean, var: [C], the statistics to use; None takes those of x.
+        w1, w2: [R, C] and [C, R] (trailing dimensions of size 1 allowed), None for no gate. b1, b2: [R], [C] or None.
+        residual: of x's shape, or None. post_act: "relu" or None. factor: [N] or None.
+
+    Returns:
+        y: x's shape, dtype ``torch.result_type(x, residual)``; statistics [3, C] in the accumulation dtype, without a
+        gradient: mean, (var + eps)^-1/2, and the variance as running statistics keep it (m - 1 for m in (T1)).
+    """
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(
+        weight=weight, bias=bias, mean=mean, var=var, norm="batch" if mean is None else "given", eps=eps,
+        residual=residual, post_act=post_act or "", factor=factor,
+    )  # fmt: skip
+    y, statistics, *_ = forward(call)
+    return y, statistics
+
+
+def block_tail_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: Activation | str = "relu",
+    gate: Activation | str = "sigmoid",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    factor: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Gradients:
+    """(T4) to (T7) from the inputs alone, in one process; itself differentiable to any order.
+
+    Args:
+        dy: gradient of y, y's shape and dtype. mask: where post_act let the forward through (bool, x's shape); None
+            works it out from ``residual``. Others as :func:`block_tail`.
+    """
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(
+        weight=weight, bias=bias, mean=mean, var=var, norm="batch" if mean is None else "given", eps=eps,
+        residual=residual, post_act=post_act or "", factor=factor,
+    )  # fmt: skip
+    return backward(call, dy, None, mask)
+
+
+def _layer(x, w1, w2, b1, b2, act, gate) -> Call:
+    act, gate = Activation.of(act).spec, Activation.of(gate).spec
+    return Call(x, None, None, None, None, w1, b1, w2, b2, None, None, "", 0.0, act, gate, "avg", "", "")
+
+
+# ---------------------------------------------------------------------------------------------------- the family
+
+
+def forward(call: Call) -> Outputs:
+    """(E1) to (E4), or with a norm (T1) to (T3), differentiable by autograd: to any order, across processes once.
+
+    Tensors of the call may have any strides; group is the name of a process group. y's dtype is
+    ``torch.result_type(x, residual)``; saved and mask are None.
+    """
+    with _without_autocast(call.x):
+        s = _stages(call)
+        y = _scale(s, call)
+        statistics = None
+        if s.norm is not None:
+            norm = s.norm
+            unbiased = norm.var if call.norm == "given" else norm.var * (norm.count / (norm.count - 1))
+            statistics = torch.stack((norm.mean.detach(), norm.rstd.detach(), unbiased.detach()))
+        if call.post_act == "relu":
+            y = torch.relu(y)
+    residual = call.residual
+    out = call.x.dtype if residual is None else torch.promote_types(call.x.dtype, residual.dtype)
+    return Outputs(y.to(out), statistics, s.gate, None, None)
+
+
+def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor | None = None) -> Gradients:
+    """(B1) to (B7), or with a norm (T4) to (T7), from a forward's inputs alone, in one process; itself differentiable
+    to any order.
+
+    Args:
+        dy: gradient of y. dgate: gradient of the gate [N, C], or None. mask: where post_act let the forward through
+            (bool, x's shape); None works it out.
+    """
+    act, gate = Activation.parse(call.act), Activation.parse(call.gate_fn)
+    x, b1, b2, residual = call.x, call.b1, call.b2, call.residual
+    with _without_autocast(x):
+        s = _stages(call)
+        norm = s.norm
+        spatial, positions = tuple(range(2, x.dim())), math.prod(x.shape[2:])
+        g = dy.to(s.x.dtype)
+        if call.post_act == "relu":
+            if mask is None:
+                mask = ~(_scale(s, call) <= 0)
+            g = g * mask  # (B1)
+        dweight = dbias = dpooled = dw1 = db1 = dw2 = db2 = None
+        if norm is None:
+            into_gate = (g * s.x).sum(spatial)  # (B2)
+        else:
+            xhat = s.x * _per_channel(norm.rstd, x)
+            f = 1.0 if s.factor is None else s.factor[:, None]
+            dbias, dweight = f * g.sum(spatial), f * (g * xhat).sum(spatial)  # (T4)
+            into_gate = norm.weight * dweight + norm.bias * dbias  # (T5)
+        if s.gate is not None:
+            if dgate is not None:
+                into_gate = into_gate + dgate.to(s.x.dtype)
+            dlogit = into_gate * gate.derivative_from_output(s.gate)  # (B3)
+            dpreact = (dlogit @ s.w2) * act.derivative(s.preact)  # (B4)
+            dpooled = dpreact @ s.w1  # (B5)
+            dw1, dw2 = dpreact.t() @ s.pooled, dlogit.t() @ act(s.preact)  # (B7)
+            dw1, dw2 = dw1.reshape(call.w1.shape).to(call.w1.dtype), dw2.reshape(call.w2.shape).to(call.w2.dtype)
+            db1 = None if b1 is None else dpreact.sum(0).to(b1.dtype)
+            db2 = None if b2 is None else dlogit.sum(0).to(b2.dtype)
+        dx = _per_sample(s.scale, x) * g  # (B6), (T7)
+        if norm is None:
+            dx = dx + _into_squeeze(call.squeeze, dpooled, s, positions)
+        else:
+            if dpooled is not None:
+                dweight = s.gate * dweight + dpooled * xhat.mean(spatial)  # (T6)
+                dbias = s.gate * dbias + dpooled
+            dweight, dbias = dweight.sum(0), dbias.sum(0)
+            slope = norm.weight * norm.rstd
+            if dpooled is not None:
+                dx = dx + _per_sample(slope * dpooled / positions, x)
+            if call.norm == "batch":
+                dx = dx - _per_channel(slope * norm.rstd * dweight / norm.count, x) * s.x
+                dx = dx - _per_channel(slope * dbias / norm.count, x)
+            dweight = None if call.weight is None else dweight.to(call.weight.dtype)
+            dbias = None if call.bias is None else dbias.to(call.bias.dtype)
+        dresidual = None if residual is None else g.to(residual.dtype)
+        return Gradients(dx.to(x.dtype), dweight, dbias, dw1, db1, dw2, db2, dresidual)
+
+
+class _Norm(NamedTuple):
+    """(T1), in the accumulation dtype; count is m."""
+
+    mean: Tensor
+    var: Tensor
+    rstd: Tensor
+    count: float
+    weight: Tensor
+    bias: Tensor
+
+
+class _Stages(NamedTuple):
+    """Everything between the two sweeps, and x with a norm's mean taken off, in the accumulation dtype."""
+
+    x: Tensor
+    norm: _Norm | None
+    factor: Tensor | None
+    pooled: Tensor | None
+    preact: Tensor | None
+    gate: Tensor | None
+    w1: Tensor | None
+    w2: Tensor | None
+    scale: Tensor
+    shift: Tensor | None
+
+
+def _stages(call: Call) -> _Stages:
+    wide = accumulate_dtype(call.x)
+    x, factor = call.x.to(wide), None if call.factor is None else call.factor.to(wide)
+    norm = pooled = preact = gate = w1 = w2 = shift = None
+    if call.norm:
+        x, norm = _normalise(call, x)
+    if call.w1 is not None:
+        w1, w2 = call.w1.flatten(1).to(wide), call.w2.flatten(1).to(wide)
+        if norm is None:
+            pooled = pool(x, call.squeeze)  # (E1)
+        else:
+            pooled = norm.weight * norm.rstd * x.mean(tuple(range(2, x.dim()))) + norm.bias  # (T2)
+        preact = pooled @ w1.t()  # (E2)
+        if call.b1 is not None:
+            preact = preact + call.b1.to(wide)
+        logit = Activation.parse(call.act)(preact) @ w2.t()
+        if call.b2 is not None:
+            logit = logit + call.b2.to(wide)
+        gate = Activation.parse(call.gate_fn)(logit)  # (E3)
+    scale = torch.ones_like(x.flatten(2)[..., 0]) if gate is None else gate
+    if factor is not None:
+        scale = scale * factor[:, None]
+    if norm is not None:
+        scale, shift = scale * (norm.weight * norm.rstd), scale * norm.bias
+    return _Stages(x, norm, factor, pooled, preact, gate, w1, w2, scale, shift)
+
+
+def _normalise(call: Call, x: Tensor) -> tuple[Tensor, _Norm]:
+    """x - mu, and (T1)."""
     spatial = tuple(range(2, x.dim()))
-    w1, w2 = w1.flatten(1).to(wide), w2.flatten(1).to(wide)
-    pooled = pool(xw, squeeze)
-    peak = xw.amax(spatial) if squeeze != "avg" else None
-    preact = pooled @ w1.t()  # (E2)
-    if b1 is not None:
-        preact = preact + b1.to(wide)
-    logit = act(preact) @ w2.t()
-    if b2 is not None:
-        logit = logit + b2.to(wide)
-    return _Excitation(pooled, peak, preact, gate(logit), w1, w2)  # (E3)
+    group = torch_private.process_group(call.group) if call.group and call.norm == "batch" else None
+    count: float | Tensor = x.shape[0] * math.prod(x.shape[2:])
+    if call.norm == "given":
+        mean, var = call.mean.to(x.dtype), call.var.to(x.dtype)
+        x = x - _per_channel(mean, x)
+    else:
+        if group is None:
+            mean = x.mean(spatial).mean(0)
+        else:
+            total = _all_reduce(torch.full((1,), count, dtype=x.dtype, device=x.device), group)
+            mean = _all_reduce(x.sum((0, *spatial)), group) / total
+            count = float(total)
+        x = x - _per_channel(mean, x)
+        squares = x.square().sum((0, *spatial))
+        var = (squares if group is None else _all_reduce(squares, group)) / count
+    rstd = (var + call.eps).rsqrt()
+    weight = torch.ones_like(rstd) if call.weight is None else call.weight.to(x.dtype)
+    bias = torch.zeros_like(rstd) if call.bias is None else call.bias.to(x.dtype)
+    return x, _Norm(mean, var, rstd, count, weight, bias)
 
 
-def _scale(x: Tensor, gate: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
-    out = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = x.to(gate.dtype) * gate.reshape(*gate.shape, *(1,) * (x.dim() - 2))  # (E4)
-    if residual is not None:
-        y = y + residual.to(torch.promote_types(gate.dtype, residual.dtype))
-    if post_act == "relu":
-        y = torch.relu(y)
-    return y.to(out)
+def _scale(s: _Stages, call: Call) -> Tensor:
+    """(E4), (T3) in front of post_act."""
+    y = s.x * _per_sample(s.scale, s.x)
+    if s.shift is not None:
+        y = y + _per_sample(s.shift, s.x)
+    residual = call.residual
+    return y if residual is None else y + residual.to(torch.promote_types(y.dtype, residual.dtype))
+
+
+def _into_squeeze(squeeze: str, dpooled: Tensor, s: _Stages, positions: int) -> Tensor:
+    """The second term of (B6): what reaches x through the squeeze."""
+    if squeeze == "avg":
+        return _per_sample(dpooled * (1.0 / positions), s.x)
+    share = 1.0 if squeeze == "max" else 0.5
+    spatial = tuple(range(2, s.x.dim()))
+    ties = s.x == s.x.amax(spatial, keepdim=True)
+    found = _per_sample(dpooled * share / ties.sum(spatial).to(s.x.dtype), s.x) * ties
+    return found if squeeze == "max" else found + _per_sample(dpooled * (share / positions), s.x)
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _per_sample(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(*t.shape, *(1,) * (x.dim() - 2))
+
+
+def _all_reduce(t: Tensor, group: object) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(t, group=group)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import Activation, machine, ops, reference, tails
+from . import Activation, machine, ops, reference
 from .accuracy import relative_error
 from .arguments import RequestError, positive
 from .backends import cuda
@@ -33,6 +33,7 @@ from .bench.command import add_layers
 from .bench.oracle import InputSet
 from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
 from .bench.timing import Outcome, Rotation, Settings, describe, interleave
+from .call import Call, Gradients, Outputs
 
 __all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "cuda_problem", "problem_of", "run", "variations"]
 
@@ -202,98 +203,56 @@ def _poisoned() -> Iterator[None]:
 
 
 class _Layer:
-    """One direction of one layer on a device: the operator alone."""
+    """One direction of one layer, or of one block tail in training, on a device: the operator alone."""
+
+    _EPS = 1e-5
 
     def __init__(self, case: Case, backward: bool, device: torch.device) -> None:
         # With a backward the inputs bring dy.
         self.case = dataclasses.replace(case, direction="forward+backward" if backward else "forward")
         self.backward = backward
         self.weights = buffers.make_weights(case, device)
-        self.matrices = self.weights[:4]  # w1, b1, w2, b2
-        act, gate = Activation.of(case.act), Activation.of(case.gate)
-        self.relu = case.post_act == "relu"
-        self.options = (act.spec, gate.spec, "avg", "relu" if self.relu else "")
-        self.need_residual = case.residual and self.relu
 
-    def forward(self, inputs: InputSet) -> tuple[Tensor, ...]:
-        """y, gate, saved, mask: all that training keeps."""
-        operator = torch.ops.senet_fused.squeeze_excite_triton.default
-        return operator(inputs.x, *self.matrices, inputs.residual, *self.options, True)
+    def inputs_of(self, inputs: InputSet, dtype: torch.dtype | None = None) -> Call:
+        """The call for these inputs, in another dtype if one is given."""
+        case, weights = self.case, self.weights
+        w1, b1, w2, b2 = weights[:4]
+        weight, bias, norm = (weights.weight, weights.bias, "batch") if case.op == "tail" else (None, None, "")
+        tensors = (inputs.x, weight, bias, None, None, w1, b1, w2, b2, inputs.residual, None)
+        if dtype is not None:
+            tensors = tuple(None if t is None else t.detach().to(dtype) for t in tensors)
+        act, gate = Activation.of(case.act).spec, Activation.of(case.gate).spec
+        return Call(*tensors, norm, self._EPS, act, gate, "avg", case.post_act or "", "")
 
-    def call(self, inputs: InputSet, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, inputs: InputSet) -> Outputs:
+        """All that training keeps."""
+        return ops.OPERATORS["triton"].registered(self.inputs_of(inputs), True)
+
+    def call(self, inputs: InputSet, kept: Outputs) -> Outputs | Gradients:
         """The operator of this direction. kept: what the forward gave for these inputs."""
         if not self.backward:
             return self.forward(inputs)
-        operator = torch.ops.senet_fused.squeeze_excite_triton_backward.default
-        return operator(
-            inputs.dy, None, inputs.x, *self.matrices, *kept[1:], *self.options, True, True, self.need_residual
-        )
+        call = self.inputs_of(inputs)
+        need_residual = call.residual is not None and call.post_act == "relu"
+        needs = True, True, need_residual
+        return ops.OPERATORS["triton"].registered_backward(call.gradient(kept, inputs.dy, None, needs))
 
-    def _names(self) -> tuple[str, ...]:
-        return ("dx", "dw1", "db1", "dw2", "db2", "dresidual") if self.backward else ("y", "gate", "saved", "mask")
-
-    def named(self, outputs: Sequence[Tensor], x: Tensor) -> dict[str, Tensor]:
+    def named(self, outputs: Outputs | Gradients, x: Tensor) -> dict[str, Tensor]:
         """The outputs that hold something, the mask as one number per element."""
-        found = {name: t for name, t in zip(self._names(), outputs, strict=True) if t.numel()}
+        found = {name: t for name, t in outputs._asdict().items() if t.numel()}
         if "mask" in found:
             found["mask"] = ops.unpack_mask(found["mask"], x).float()
         return found
 
     def exact(self, inputs: InputSet) -> dict[str, Tensor]:
-        """y, gate and mask, or every gradient, in float64."""
-        x, residual, dy = (None if t is None else t.detach().double() for t in inputs)
-        w1, b1, w2, b2 = (None if w is None else w.double() for w in self.matrices)
-        options = {"act": self.options[0], "gate": self.options[1], "residual": residual}
-        options["post_act"] = self.options[3] or None
+        """y, gate, statistics and mask, or every gradient, in float64."""
+        call = self.inputs_of(inputs, torch.float64)
         if self.backward:
-            gradients = reference.squeeze_excite_backward(dy, x, w1, w2, b1, b2, **options)
-            return {name: t for name, t in gradients._asdict().items() if t is not None}
-        y, gate = reference.squeeze_excite(x, w1, w2, b1, b2, **options)
-        return {"y": y, "gate": gate, "mask": (y > 0).double()}
-
-
-class _Tail(_Layer):
-    """One direction of one block tail in training."""
-
-    _EPS = 1e-5
-
-    def __init__(self, case: Case, backward: bool, device: torch.device) -> None:
-        super().__init__(case, backward, device)
-        act, gate, _, post_act = self.options
-        self.options = (self._EPS, act, gate, post_act, "")
-        self.tensors = (self.weights.weight, self.weights.bias)
-
-    def forward(self, inputs: InputSet) -> tuple[Tensor, ...]:
-        """y, statistics, gate, saved, mask."""
-        operator = tails.OPERATORS["triton"].registered
-        return operator(inputs.x, *self.tensors, None, None, *self.matrices, inputs.residual, None, *self.options, True)
-
-    def call(self, inputs: InputSet, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if not self.backward:
-            return self.forward(inputs)
-        operator = torch.ops.senet_fused.block_tail_triton_backward.default
-        return operator(
-            inputs.dy, inputs.x, *self.tensors, *self.matrices, None, *kept[1:], *self.options, True, True, True, True
-        )
-
-    def _names(self) -> tuple[str, ...]:
-        if self.backward:
-            return ("dx", "dweight", "dbias", "dw1", "db1", "dw2", "db2", "dresidual")
-        return ("y", "statistics", "gate", "saved", "mask")
-
-    def exact(self, inputs: InputSet) -> dict[str, Tensor]:
-        """y, statistics and mask, or every gradient, in float64."""
-        x, residual, dy = (None if t is None else t.detach().double() for t in inputs)
-        weight, bias, *matrices = (None if w is None else w.double() for w in (*self.tensors, *self.matrices))
-        w1, b1, w2, b2 = matrices
-        tensors = (x, weight, bias, None, None, w1, b1, w2, b2)
-        eps, act, gate, post_act, _ = self.options
-        options = {"eps": eps, "act": act, "gate": gate, "residual": residual, "post_act": post_act}
-        if self.backward:
-            gradients = tails.reference.block_tail_backward(dy, *tensors, **options)
-            return {name: t for name, t in gradients._asdict().items() if t is not None}
-        y, statistics = tails.reference.block_tail(*tensors, **options)
-        return {"y": y, "statistics": statistics, "mask": (y > 0).double()}
+            found = reference.backward(call, inputs.dy.double())._asdict()
+            return {name: t for name, t in found.items() if t is not None}
+        found = reference.forward(call)._asdict()
+        found["mask"] = (found["y"] > 0).double()
+        return {name: t for name, t in found.items() if t is not None}
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], *, rounded_alike: bool) -> str | None:
@@ -353,8 +312,7 @@ class _Tuner:
 
     def tune(self, task: _Task, say: Callable[[str], None]) -> _Result:
         plans = contenders(task.problem, self.facts, self.at_most)
-        kind = _Tail if task.case.op == "tail" else _Layer
-        layer = kind(task.case, task.problem.backward, self.device)
+        layer = _Layer(task.case, task.problem.backward, self.device)
         try:
             right = self._right(task, layer, plans, say)
             times = self._times(task, layer, right, say)

@@ -18,7 +18,7 @@ CUDA_SOURCES = (
     "csrc/cuda/**/*.cu", "csrc/cuda/**/*.cuh", "csrc/cuda/**/*.h", "csrc/plan/*.h", "buildtools/cuda_toolkit.py",
     "tests/cuda_aot/resources.py",
 )  # fmt: skip
-# All but __init__.py, which hands arguments on. Nor ops.py, which allocates them: the tests of operators hold it.
+# All but __init__.py, which hands arguments on. Nor ops, which allocates them: the tests of operators hold it.
 TRITON_SOURCES = ("senet_fused/backends/triton/[a-z]*.py", "senet_fused/activations.py", "tests/triton_aot/*.py")
 
 

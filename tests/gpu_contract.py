@@ -13,6 +13,7 @@ import math
 import oracle
 import pytest
 import torch
+from layer_operator import Forward
 from oracle import ACTS, GATES, SQUEEZES, Case, check, draw
 
 import senet_fused
@@ -207,8 +208,7 @@ def test_the_mask_of_the_relu(backend_name, layout):
     residual[0, 1, 2], residual[1, 2, 3], residual[1, 3, 4] = 1.0, nan, -1.0
     x, residual = (on_device(oracle.LAYOUTS[layout](t)) for t in (torch.zeros(2, c, m), residual))
     w1, w2 = torch.zeros(2, c, device=DEVICE), torch.zeros(c, 2, device=DEVICE)
-    operator = getattr(torch.ops.senet_fused, f"squeeze_excite_{backend_name}").default
-    *_, mask = operator(x, w1, None, w2, None, residual, "relu", "sigmoid", "avg", "relu", True)
+    *_, mask = Forward(backend_name)(x, w1, None, w2, None, residual, "relu", "sigmoid", "avg", "relu", True)
     assert mask.sum() == (2**2 + 2**3 if layout == "contiguous" else 2**1 + 2**2)
     assert (mask != 0).sum() == 2
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_contract import DENSE, DEVICE, STRATEGIES, on_device
+from layer_operator import Backward, Forward, call_of
 from oracle import Case, draw
 
 import senet_fused
 from senet_fused import ops
 from senet_fused.backends import cuda, triton
+from senet_fused.ops import layout
 
 CASES = {
     "plain": Case((2, 24, 5, 4), 4),
@@ -37,23 +39,24 @@ def arguments(case: Case, requires_grad: bool = False) -> tuple:
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend_name, name):
     args, dy, dgate = arguments(CASES[name], requires_grad=True)
-    operator = getattr(torch.ops.senet_fused, f"squeeze_excite_{backend_name}").default
-    operator_backward = getattr(torch.ops.senet_fused, f"squeeze_excite_{backend_name}_backward").default
-    torch.library.opcheck(operator, (*args, True))
+    forward, backward = Forward(backend_name), Backward(backend_name)
+    torch.library.opcheck(forward.operator, forward.arguments(*args, True))
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    _, gate, saved, mask = operator(*detached, True)
+    _, gate, saved, mask = forward(*detached, True)
     x, w1, b1, w2, b2, residual, *options = detached
     rest = (x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, residual is not None)
-    torch.library.opcheck(operator_backward, (dy, dgate, *rest), test_utils=("test_schema", "test_faketensor"))
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(backward.operator, backward.arguments(dy, dgate, *rest), test_utils=utils)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_eager_and_registered_agree_bitwise(backend_name, name):
     results = []
-    for path in (ops.OPERATORS[backend_name].eager, ops.OPERATORS[backend_name].registered):
+    operator = ops.OPERATORS[backend_name]
+    for path in (operator.eager, lambda call: operator.registered(call, True)):
         args, dy, dgate = arguments(CASES[name], requires_grad=True)
         senet_fused.reset_call_counts()
-        y, gate, _, _ = path(*args, True)
+        y, _, gate, *_ = path(call_of(*args))
         leaves = [t for t in args if isinstance(t, torch.Tensor)]
         results.append([y, gate, *torch.autograd.grad([y, gate], leaves, [dy, dgate])])
         assert senet_fused.call_counts() == {f"{backend_name}.forward": 1, f"{backend_name}.backward": 1}
@@ -66,8 +69,8 @@ def test_vectors_are_taken_as_they_are(backend_name, dtype):
     """A bias that is converted, or a gradient that is copied, is a launch of its own."""
     read = {"cuda": cuda, "triton": triton}[backend_name].VECTOR_DTYPES
     vector = torch.ones(4, dtype=dtype)
-    assert ops.kernel_vector(vector, torch.float32, read) is vector
-    assert ops.gradient_target(vector, None, torch.float32, read) is vector
+    assert layout.as_vector(vector, torch.float32, read) is vector
+    assert layout.gradient_target(vector, None, torch.float32, read) is vector
 
 
 @pytest.mark.compiler
@@ -121,9 +124,9 @@ def test_some_gradients_only(backend_name, using_strategy, wanted, strategy, lay
     with using_strategy(case, strategy):
         args, dy, _ = arguments(case, requires_grad=True)
         names = ("x", "w1", "b1", "w2", "b2", "residual")
-        expected = dict(zip(names, torch.autograd.grad(run(*args, True)[0], args[:6], dy), strict=True))
+        expected = dict(zip(names, torch.autograd.grad(run(call_of(*args))[0], args[:6], dy), strict=True))
         leaves = {name: t.detach().requires_grad_(name in wanted.split()) for name, t in zip(names, args, strict=False)}
-        run(*leaves.values(), *args[6:], True)[0].backward(dy)
+        run(call_of(*leaves.values(), *args[6:])).y.backward(dy)
     for name, t in leaves.items():
         assert (t.grad is not None) == (name in wanted.split()), name
         if t.grad is not None:
@@ -136,11 +139,12 @@ def test_inference_keeps_nothing_and_gives_the_same(backend_name, using_strategy
         for strategy in STRATEGIES:
             with using_strategy(case, strategy):
                 args, _, _ = arguments(case)
-                kept = operator.registered(*args, True)
-                y, gate = operator.infer(*args, True)
-                assert torch.equal(y, kept[0]) and torch.equal(gate, kept[1])
-                y, gate = operator.infer(*args, False)
-                assert torch.equal(y, kept[0]) and gate is None
+                call = call_of(*args)
+                kept = operator.registered(call, True)
+                found = operator.infer(call, True)
+                assert torch.equal(found.y, kept.y) and torch.equal(found.gate, kept.gate)
+                found = operator.infer(call, False)
+                assert torch.equal(found.y, kept.y) and not any(t is not None for t in found[1:])
 
 
 # ---------------------------------------------------------------------------------------------------- GPUs

@@ -34,6 +34,7 @@ from tail_oracle import (
     fill_outputs,
     fused,
     operator_outputs,
+    operators,
     variance_error,
 )
 
@@ -318,10 +319,11 @@ def test_the_mask_of_the_relu(backend_name, layout):
     residual[0, 1, 2], residual[1, 2, 3], residual[1, 3, 4] = 1.0, nan, -1.0
     x, residual = (on_device(LAYOUTS[layout](t)) for t in (torch.zeros(2, c, m), residual))
     mean, var, w1, w2 = (torch.zeros(shape, device=DEVICE) for shape in ((c,), (c,), (2, c), (c, 2)))
-    operator = getattr(torch.ops.senet_fused, f"block_tail_{backend_name}").default
+    operator, _ = operators(backend_name)
     for weights, given in itertools.product(((w1, None, w2, None), (None,) * 4), ((mean, var), (None, None))):
+        norm = "batch" if given[0] is None else "given"
         *_, mask = operator(
-            x, None, None, *given, *weights, residual, None, 1e-5, "relu", "sigmoid", "relu", "", True
+            x, None, None, *given, *weights, residual, None, norm, 1e-5, "relu", "sigmoid", "avg", "relu", "", True
         )
         assert mask.sum() == (2**2 + 2**3 if layout == "contiguous" else 2**1 + 2**2)
         assert (mask != 0).sum() == 2

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import senet_fused
-from senet_fused.tails import block_tail, ops, reference
+from senet_fused import block_tail, reference
+from senet_fused.call import Gradients
+from senet_fused.ops import define
 
 if TYPE_CHECKING:
     import pytest
@@ -138,7 +140,7 @@ def by_reference(case: Tail, t: Tensors) -> Tensor:
     return fused(case, t, "reference")
 
 
-def explicit(case: Tail, t: Tensors, **more: object) -> reference.TailGradients:
+def explicit(case: Tail, t: Tensors, **more: object) -> Gradients:
     """(T4) to (T7) as written."""
     mean, var = (None, None) if case.training else (t["running_mean"], t["running_var"])
     return reference.block_tail_backward(
@@ -278,14 +280,19 @@ INPUTS = ("x", "weight", "bias", "running_mean", "running_var", "w1", "b1", "w2"
 
 def operators(backend: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """A backend's, forward and backward."""
-    namespace, name = torch.ops.senet_fused, f"block_tail_{backend}"
+    namespace, name = torch.ops.senet_fused, f"fused_se_{backend}"
     return getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default
 
 
 def forward_arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object, ...]:
     left_out = ("running_mean", "running_var") if case.training else ()
     tensors = (None if name in left_out else t.get(name) for name in INPUTS)
-    return *tensors, case.eps, case.act, case.gate, case.post_act or "", "", save
+    return *tensors, *_options(case), save
+
+
+def _options(case: Tail) -> tuple[object, ...]:
+    norm = "batch" if case.training else "given"
+    return norm, case.eps, case.act, case.gate, "avg", case.post_act or "", ""
 
 
 def backward_arguments(
@@ -293,9 +300,8 @@ def backward_arguments(
 ) -> tuple[object, ...]:
     """outputs: the forward's. needs: gradients of x, of parameters, of the residual; None for what there are."""
     given = (t.get(k) for k in ("x", "weight", "bias", "w1", "b1", "w2", "b2", "factor"))
-    options = case.eps, case.act, case.gate, case.post_act or "", "", case.training
     needs = needs or (True, True, case.residual and case.post_act is not None)
-    return t["dy"], *given, *outputs[1:], *options, *needs
+    return t["dy"], None, *given, *outputs[1:], *_options(case), *needs
 
 
 def operator_outputs(backend: str, case: Tail, t: Tensors) -> tuple[Tensor, ...]:
@@ -312,10 +318,11 @@ def fill_outputs(monkeypatch: pytest.MonkeyPatch, number: float, byte: int) -> N
         def allocate_and_fill(*arguments):
             outputs = allocate(*arguments)
             for t in outputs:
-                t.fill_(number if t.is_floating_point() else byte)
+                if t is not None:
+                    t.fill_(number if t.is_floating_point() else byte)
             return outputs
 
         return allocate_and_fill
 
-    for name in ("_allocate_forward", "_allocate_backward"):
-        monkeypatch.setattr(ops, name, filled(getattr(ops, name)))
+    for name in ("_allocate", "_allocate_gradients"):
+        monkeypatch.setattr(define, name, filled(getattr(define, name)))

@@ -11,12 +11,11 @@ from test_bench import CPU, by_provider, failed_row, made_row, measure, saved
 from torch.nn import functional as F
 
 import senet_fused
-from senet_fused import backends, cli
+from senet_fused import backends, cli, reference
 from senet_fused.accuracy import relative_error
 from senet_fused.arguments import RequestError
 from senet_fused.bench import buffers, compare, oracle, problems, providers, report, runner
 from senet_fused.bench.problems import TAIL_DIRECTIONS, Case, Shape
-from senet_fused.tails import reference
 
 NO_KERNELS = pytest.mark.skipif(
     senet_fused.explain(torch.empty(1, 1, 1, 1), backend="auto").backend == "reference", reason="no CPU kernels"

@@ -55,7 +55,7 @@ def operators(graph_module):
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
-OPERATOR = torch.ops.senet_fused.squeeze_excite_cpu.default
+OPERATOR = torch.ops.senet_fused.fused_se_cpu.default
 
 
 def test_default_mode_forward_and_backward():

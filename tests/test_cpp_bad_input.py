@@ -7,19 +7,19 @@ import random
 
 import pytest
 import torch
+from layer_operator import Backward, Forward
 from torch import Tensor
 
-from senet_fused import ops
 from senet_fused.activations import ACT_NAMES, GATE_NAMES, Activation
 from senet_fused.backends import native
+from senet_fused.ops import empty_mask
 
 if native.problem() is not None:
     pytest.skip(native.problem(), allow_module_level=True)
 
 FORWARD = torch.ops.senet_fused._cpu_forward.default
 BACKWARD = torch.ops.senet_fused._cpu_backward.default
-OPERATOR = torch.ops.senet_fused.squeeze_excite_cpu.default
-OPERATOR_BACKWARD = torch.ops.senet_fused.squeeze_excite_cpu_backward.default
+OPERATOR, OPERATOR_BACKWARD = Forward("cpu"), Backward("cpu")
 
 N, C, R, H, W = 3, 24, 5, 6, 7
 SCALARS = {
@@ -34,7 +34,7 @@ OUTPUTS_OF_BACKWARD = ("dx", "dw1", "db1", "dw2", "db2", "dresidual")
 
 def forward_arguments() -> dict[str, object]:
     x, w1, w2 = torch.randn(N, C, H, W), torch.randn(R, C), torch.randn(C, R)
-    outputs = ops._allocate_forward(x, w1, "avgmax", "relu", True, False)
+    outputs = torch.empty_like(x), torch.empty(N, C), torch.empty(N, 3 * C + R), empty_mask(x, False)
     inputs = x, w1, torch.randn(R), w2, torch.randn(C), torch.randn_like(x)
     return {
         **dict(zip(INPUTS_OF_FORWARD, inputs, strict=True)),

@@ -11,11 +11,14 @@ import math
 import oracle
 import pytest
 import torch
+from layer_operator import Backward, Forward
 from oracle import ACTS, DTYPES, GATES, LAYOUTS, SQUEEZES, Case, check, draw, run, run_counted
 
 import senet_fused
 from senet_fused import machine, ops, squeeze_excite
 from senet_fused.backends import native
+from senet_fused.ops import define, empty_mask
+from senet_fused.ops.layout import is_channels_last
 
 pytestmark = [
     pytest.mark.skipif(native.problem() is not None, reason=str(native.problem())),
@@ -337,28 +340,29 @@ def test_every_element_is_written(monkeypatch, squeeze, post_act, residual):
         def allocate_and_fill(*arguments):
             outputs = allocate(*arguments)
             for t in outputs:
-                t.fill_(number if t.is_floating_point() else byte)
+                if t is not None:
+                    t.fill_(number if t.is_floating_point() else byte)
             return outputs
 
         return allocate_and_fill
 
-    forward, backward = ops._allocate_forward, ops._allocate_backward
+    forward, backward = define._allocate, define._allocate_gradients
     for dtype, layout, shape in itertools.product(DTYPES, DENSE, [(3, 20, 5, 7), (2, 16, 16), (2, 9, 1, 1)]):
         case = Case(shape, 5, dtype, layout, squeeze=squeeze, post_act=post_act, residual=residual)
         t = draw(case, 0)
         runs = []
         for number, byte in ((nan, 255), (0.0, 0)):
-            monkeypatch.setattr(ops, "_allocate_forward", filled(forward, number, byte))
-            monkeypatch.setattr(ops, "_allocate_backward", filled(backward, number, byte))
+            monkeypatch.setattr(define, "_allocate", filled(forward, number, byte))
+            monkeypatch.setattr(define, "_allocate_gradients", filled(backward, number, byte))
             weights = t["w1"], t["b1"], t["w2"], t["b2"]
             options = case.act, case.gate, squeeze, post_act or ""
-            outputs = torch.ops.senet_fused.squeeze_excite_cpu(t["x"], *weights, t.get("residual"), *options, True)
-            gradients = torch.ops.senet_fused.squeeze_excite_cpu_backward(
+            outputs = Forward("cpu")(t["x"], *weights, t.get("residual"), *options, True)
+            gradients = Backward("cpu")(
                 t["dy"], t["dgate"], t["x"], *weights, *outputs[1:], *options, True, True, post_act == "relu"
             )
             runs.append((*outputs, *gradients))
-        assert runs[0][3].numel() == (0 if post_act is None else ops._allocate_forward(
-            t["x"], t["w1"], squeeze, "relu", True, ops.is_channels_last(t["x"]))[3].numel())  # fmt: skip
+        mask = empty_mask(t["x"], is_channels_last(t["x"]))
+        assert runs[0][3].numel() == (0 if post_act is None else mask.numel())
         for poisoned, clean in zip(*runs, strict=True):
             assert torch.equal(poisoned, clean)
             assert not poisoned.is_floating_point() or poisoned.isfinite().all()
@@ -599,7 +603,7 @@ def test_more_than_2_to_the_31_elements(direction, layout):
             yield [t.flatten(2)[0, :, at : at + step] for t in tensors]
 
     options = "relu", "sigmoid", "avg", ""
-    y, gate, saved, mask = torch.ops.senet_fused.squeeze_excite_cpu(x, w1, b1, w2, b2, None, *options, True)
+    y, gate, saved, mask = Forward("cpu")(x, w1, b1, w2, b2, None, *options, True)
     assert y.stride() == x.stride()
     sums = sum(part.sum(1, dtype=torch.float64) for (part,) in parts(x))
     preact = w1.double() @ (sums / m) + b1
@@ -611,7 +615,7 @@ def test_more_than_2_to_the_31_elements(direction, layout):
         return
     del y
     dy = huge_tensor(layout, 1)
-    dx, dw1, db1, dw2, db2, _ = torch.ops.senet_fused.squeeze_excite_cpu_backward(
+    dx, dw1, db1, dw2, db2, _ = Backward("cpu")(
         dy, None, x, w1, b1, w2, b2, gate, saved, mask, *options, True, True, False
     )
     dgate = sum((a.float() * b.float()).sum(1, dtype=torch.float64) for a, b in parts(x, dy))

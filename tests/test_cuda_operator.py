@@ -11,17 +11,18 @@ from cuda_runner import PROBLEM, cuda_kernels, expected_launches, planning, run 
 from gpu_contract import DEVICE, STRATEGIES
 from gpu_operator_contract import *  # noqa: F403
 from gpu_operator_contract import CASES, ON_GPU, arguments, gradients, layer_and_input
+from layer_operator import Forward
 from oracle import draw
 from test_cuda_kernels import KINDS
 
-from senet_fused import ops
 from senet_fused.backends import cuda
+from senet_fused.ops import empty_mask
 
 pytestmark = [
     pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM)),
     pytest.mark.usefixtures("cuda_kernels"),
 ]
-FORWARD = torch.ops.senet_fused.squeeze_excite_cuda.default
+FORWARD = Forward("cuda")
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_second_call_plans_nothing(monkeypatch):
 def library_arguments(strategy: str = "last_block"):
     """Those of the library's own forward for a small layer, by name, and the operator."""
     x, w1, w2 = (torch.randn(size, device=DEVICE) for size in ((3, 16, 4, 4), (4, 16), (16, 4)))
-    y, gate, saved, mask = ops._allocate_forward(x, w1, "avg", "relu", True, False)
+    y, gate, saved, mask = torch.empty_like(x), x.new_empty(3, 16), x.new_empty(3, 20), empty_mask(x, False)
     problem = cuda.Problem(3, 16, 4, 16, 4, 4, False, "avg", True)
     plan = planning(strategy)(problem, cuda.device_facts(x.device))
     names = ("strategy", "form", "samples", "channels", "positions", "lanes", "dependent_launch", "stream_stores")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
+from unittest import mock
 
 import pytest
 import tail_oracle
@@ -42,6 +42,8 @@ from test_cuda_kernels import ON_HOST, TILES, form_of
 
 from senet_fused.backends import cuda
 from senet_fused.backends.codes import codes_of
+from senet_fused.call import Call, Gradients, Outputs
+from senet_fused.ops import empty_mask
 
 pytestmark = [
     pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM)),
@@ -286,9 +288,9 @@ def test_given_statistics_are_kept(kind, strategy):
     t = {k: on_device(v) for k, v in draw(case, 0).items()}
     mean, var = t["running_mean"].float(), t["running_var"].float()
     with cuda.using(planning(strategy)):
-        _, statistics, *_ = torch.ops.senet_fused.block_tail_cuda(
+        _, statistics, *_ = torch.ops.senet_fused.fused_se_cuda(
             t["x"], t["weight"], t["bias"], mean, var, *(t.get(k) for k in ("w1", "b1", "w2", "b2")), None, None,
-            case.eps, case.act, case.gate, "", "", True,
+            "given", case.eps, case.act, case.gate, "avg", "", "", True,
         )  # fmt: skip
     assert torch.equal(statistics[0], mean) and torch.equal(statistics[2], var)
     torch.testing.assert_close(statistics[1], (var + case.eps).rsqrt(), rtol=3e-7, atol=0.0)
@@ -297,48 +299,38 @@ def test_given_statistics_are_kept(kind, strategy):
 # ---------------------------------------------------------------------------------------------------- together
 
 
-def call_forward(case: Tail, t: Tensors, together) -> list[torch.Tensor]:
-    """y, statistics, gate, saved, mask by the backend's function."""
-    x = on_device(t["x"])
-    n, c = x.shape[:2]
-    m = math.prod(x.shape[2:])
-    last = case.layout == "channels_last"
-    lines, line = (m, c) if last else (c, m)
-    make = functools.partial(x.new_empty, dtype=torch.float32)
-    y, statistics, gate, saved = torch.empty_like(x), make(3, c), make(n, c), make(n, c + case.reduced)
-    mask = x.new_empty((n, lines, -(-line // 8)), dtype=torch.uint8)
-    own = {k: on_device(t[k]) for k in ("w1", "w2", "residual")}
+def call_of(case: Tail, t: Tensors, group: str) -> Call:
+    own = {k: on_device(t[k]) for k in ("x", "w1", "w2", "residual")}
     own |= {k: on_device(t[k]).float() for k in ("weight", "bias", "b1", "b2", "factor")}
-    cuda.tail_forward(
-        x, own["weight"], own["bias"], statistics, None, None if together is None else lambda: together(statistics),
-        own["w1"], own["b1"], own["w2"], own["b2"], own["residual"], own["factor"], case.eps, case.act, case.gate,
-        "relu", last, (y, gate, saved, mask),
-    )  # fmt: skip
-    return [y, statistics, gate, saved, mask]
+    tensors = {name: own.get(name) for name in Call._fields[:11]}
+    return Call(*tensors.values(), "batch", case.eps, case.act, case.gate, "avg", "relu", group)
 
 
-def call_backward(case: Tail, t: Tensors, kept: list[torch.Tensor], together, wanted=range(8)) -> list[torch.Tensor]:
-    """dx, dweight, dbias, dw1, db1, dw2, db2, dresidual by the backend's function."""
-    _, statistics, gate, saved, mask = kept
-    own = {k: on_device(t[k]) for k in ("x", "dy", "w1", "w2")}
-    own |= {k: on_device(t[k]).float() for k in ("weight", "bias", "factor")}
-    likes = [
-        own["x"],
-        own["weight"],
-        own["bias"],
-        own["w1"],
-        gate.new_empty(case.reduced),
-        own["w2"],
-        own["bias"],
-        own["x"],
-    ]
-    outputs = [torch.empty_like(like) if k in wanted else None for k, like in enumerate(likes)]
-    count = float(own["x"].numel() / own["x"].shape[1])
-    cuda.tail_backward(
-        own["dy"], own["x"], mask, own["weight"], own["bias"], statistics, own["w1"], own["w2"], own["factor"], gate,
-        saved, case.act, case.gate, "relu", case.layout == "channels_last", count, together, tuple(outputs),
-    )  # fmt: skip
+def call_forward(case: Tail, t: Tensors, together) -> Outputs:
+    """By the backend's function. together: what other processes make of the statistics, None without others."""
+    call = call_of(case, t, "" if together is None else "others")
+    x = call.x
+    n, c = x.shape[:2]
+    last = case.layout == "channels_last"
+    make = functools.partial(x.new_empty, dtype=torch.float32)
+    outputs = Outputs(
+        torch.empty_like(x), make(3, c), make(n, c), make(n, c + case.reduced), empty_mask(x, last)
+    )
+    with mock.patch.object(cuda, "merge_statistics", lambda statistics, _: together(statistics)):
+        cuda.forward(call, outputs, last)
     return outputs
+
+
+def call_backward(case: Tail, t: Tensors, kept: Outputs, together, wanted=range(8)) -> Gradients:
+    """By the backend's function. together: what other processes make of dweight and dbias."""
+    call = call_of(case, t, "" if together is None else "others")
+    likes = (call.x, call.weight, call.bias, call.w1, call.b1, call.w2, call.b2, call.x)
+    gradients = Gradients(*(torch.empty_like(like) if k in wanted else None for k, like in enumerate(likes)))
+    with mock.patch.object(cuda, "share_sums", lambda *sums_and_call: together(*sums_and_call[:2])):
+        cuda.backward(
+            call.gradient(kept, on_device(t["dy"]), None, (True,) * 3), gradients, case.layout == "channels_last"
+        )
+    return gradients
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -535,6 +527,6 @@ def test_without_kernels_for_a_device(monkeypatch):
     """By name there is no fallback, not even when selection was bypassed."""
     monkeypatch.setattr(cuda, "_operators", {})
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
-    operator = torch.ops.senet_fused.block_tail_cuda.default
+    operator = torch.ops.senet_fused.fused_se_cuda.default
     with pytest.raises(RuntimeError, match="the cuda backend cannot serve this call: "):
-        operator(x, *(None,) * 10, 1e-5, "relu", "sigmoid", "", "", True)
+        operator(x, *(None,) * 10, "batch", 1e-5, "relu", "sigmoid", "avg", "", "", True)

@@ -108,7 +108,7 @@ def test_layers(make):
 
 def test_a_counter_learns_once_and_keeps_what_the_caller_mapped():
     w1, w2 = torch.randn(R, C), torch.randn(C, R)
-    operator = torch.ops.senet_fused.squeeze_excite_cpu
+    operator = torch.ops.senet_fused.fused_se_cpu
     backend = "cpu" if "cpu" in BACKENDS else pytest.skip("without compiled code")
     early = FlopCounterMode(display=False)  # with a copy of the table as it is now
     custom = FlopCounterMode(display=False, custom_mapping={operator: lambda *_, **__: 7})

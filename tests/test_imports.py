@@ -20,25 +20,23 @@ PACKAGE = Path(senet_fused.__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # A component is a module of the package or a folder in it; "senet_fused" stands for the public names. From
-# the layer down to the arithmetic it goes modules -> functional -> {select, ops} -> backends -> reference.
+# the layer down to the arithmetic it goes modules -> functional -> {select, ops} -> backends -> reference -> call.
 PYTHON = {
     "_version": set(),
     "accuracy": {"torch_private"},
     "activations": set(),
-    "reference": {"activations"},
+    "call": set(),
+    "reference": {"activations", "call", "torch_private"},
     "torch_private": set(),
-    "backends": {"_plan", "activations", "reference", "torch_private"},
+    "backends": {"_plan", "activations", "call", "reference", "torch_private"},
     "select": {"backends"},
-    "flops": {"torch_private"},
-    "ops": {"backends", "flops", "reference", "torch_private"},
-    "functional": {"activations", "flops", "ops", "reference", "select", "torch_private"},
-    "recognition": {"activations", "functional", "ops", "reference", "torch_private"},
+    "flops": {"call", "torch_private"},
+    "ops": {"backends", "call", "flops", "reference", "torch_private"},
+    "functional": {"activations", "call", "flops", "ops", "reference", "select", "torch_private"},
+    "recognition": {"activations", "call", "functional", "ops", "reference", "torch_private"},
     "conversion": {"recognition"},
     "modules": {"activations", "conversion", "functional", "recognition", "reference", "select"},
-    "tails": {
-        "activations", "backends", "flops", "functional", "modules", "ops", "recognition", "reference", "select",
-        "torch_private",
-    },  # fmt: skip
+    "tails": {"functional", "modules", "recognition", "select", "torch_private"},
     "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
     "folding": {"fusion", "modules", "select", "tails", "torch_private"},
     "senet_fused": {
@@ -52,7 +50,7 @@ PYTHON = {
         "tune",
     },  # fmt: skip
     "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
-    "tune": {"senet_fused", "accuracy", "arguments", "backends", "bench", "machine", "ops", "reference", "tails"},
+    "tune": {"senet_fused", "accuracy", "arguments", "backends", "bench", "call", "machine", "ops", "reference"},
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
@@ -62,8 +60,8 @@ PYTHON = {
     "__main__": {"cli"},
 }
 CORE = (
-    "_version", "activations", "reference", "backends", "select", "flops", "ops", "functional", "recognition",
-    "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
+    "_version", "activations", "call", "reference", "backends", "select", "flops", "ops", "functional",
+    "recognition", "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {
@@ -257,11 +255,13 @@ print(*sorted(set(sys.modules) - before))
     assert not [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))]
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
-        *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "tickets", "triton")),
+        *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "synchronised", "tickets", "triton")),
         *(f"senet_fused.recognition.{name}" for name in ("effects", "families", "proof", "recipe", "trial")),
         *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
-        *(f"senet_fused.tails.{name}" for name in ("functional", "module", "ops", "reference")),
+        *(f"senet_fused.functional.{name}" for name in ("checks", "layer", "serve", "tail")),
+        *(f"senet_fused.ops.{name}" for name in ("counts", "define", "layout")),
+        "senet_fused.tails.module",
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core
 

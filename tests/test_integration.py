@@ -31,7 +31,7 @@ needs_library = pytest.mark.skipif(
 )
 pytestmark = needs_library
 ROOT = Path(senet_fused.__file__).resolve().parent.parent
-OPERATOR = torch.ops.senet_fused.squeeze_excite_cpu.default
+OPERATOR = torch.ops.senet_fused.fused_se_cpu.default
 
 
 class Net(nn.Module):
@@ -468,7 +468,7 @@ def test_make_fx_records_the_operators(mode):
     targets = [n.target for n in traced.graph.nodes]
     assert (
         targets.count(OPERATOR)
-        == targets.count(torch.ops.senet_fused.squeeze_excite_cpu_backward.default)
+        == targets.count(torch.ops.senet_fused.fused_se_cpu_backward.default)
         == 1
     )
     torch.testing.assert_close(traced(x, *weights), gradient(x, *weights))
@@ -612,8 +612,8 @@ def test_dispatch_modes_see_the_operators():
     with Seen() as seen:
         got = torch.autograd.grad(layer(x).sum(), x)[0]
     assert torch.equal(got, expected)
-    assert seen.names[0] == "senet_fused.squeeze_excite_cpu.default"
-    assert seen.names.count("senet_fused.squeeze_excite_cpu_backward.default") == 1
+    assert seen.names[0] == "senet_fused.fused_se_cpu.default"
+    assert seen.names.count("senet_fused.fused_se_cpu_backward.default") == 1
 
 
 def test_function_modes_and_subclasses():

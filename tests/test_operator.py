@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from layer_operator import Backward, Forward, call_of
 from torch.autograd import gradcheck, gradgradcheck
 
 import senet_fused
@@ -16,8 +17,7 @@ pytestmark = pytest.mark.skipif(
     senet_fused.backends.native.problem() is not None, reason="the compiled CPU library is not installed"
 )
 
-FORWARD = torch.ops.senet_fused.squeeze_excite_cpu.default
-BACKWARD = torch.ops.senet_fused.squeeze_excite_cpu_backward.default
+FORWARD, BACKWARD = Forward("cpu"), Backward("cpu")
 
 
 class Case:
@@ -76,7 +76,8 @@ class Case:
 
 
 def eager(*arguments):
-    return ops.OPERATORS["cpu"].eager(*arguments)
+    y, _, gate, *_ = ops.OPERATORS["cpu"].eager(call_of(*arguments[:-1]))
+    return y, gate
 
 
 PATHS = {"eager": eager, "registered": FORWARD}
@@ -104,13 +105,13 @@ CASES = {
 @pytest.mark.parametrize("name", ["plain", "mobilenet", "avgmax_relu", "channels_last", "one_dimension"])
 def test_opcheck_forward(name):
     case = Case(**CASES[name])
-    torch.library.opcheck(FORWARD, (*case.tensors, *case.options, True))
+    torch.library.opcheck(FORWARD.operator, FORWARD.arguments(*case.tensors, *case.options, True))
 
 
 def test_opcheck_forward_without_a_backward():
     case = Case(residual=True, post_act="relu", dtype=torch.bfloat16, weight_dtype=torch.float32)
     tensors = [None if t is None else t.detach() for t in case.tensors]
-    torch.library.opcheck(FORWARD, (*tensors, *case.options, False))
+    torch.library.opcheck(FORWARD.operator, FORWARD.arguments(*tensors, *case.options, False))
 
 
 @pytest.mark.parametrize("name", ["plain", "no_bias", "residual_relu", "channels_last"])
@@ -122,8 +123,8 @@ def test_opcheck_backward(name):
     need_residual = residual is not None and case.options[3] == "relu"
     dgate = None if name == "plain" else case.dgate.requires_grad_()
     torch.library.opcheck(
-        BACKWARD,
-        (
+        BACKWARD.operator,
+        BACKWARD.arguments(
             case.dy.requires_grad_(),
             dgate,
             x,
@@ -149,7 +150,8 @@ def test_opcheck_backward_for_some_gradients_only(needs):
         _, gate, saved, mask = FORWARD(*case.tensors, *case.options, True)
         x, w1, b1, w2, b2, _ = (None if t is None else t.detach() for t in case.tensors)
     arguments = (case.dy, case.dgate, x, w1, b1, w2, b2, gate, saved, mask, *case.options)
-    torch.library.opcheck(BACKWARD, (*arguments, *needs), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        BACKWARD.operator, BACKWARD.arguments(*arguments, *needs), test_utils=("test_schema", "test_faketensor"))
     everything = BACKWARD(*arguments, True, True, True)
     for got, all_of_it, needed in zip(
         BACKWARD(*arguments, *needs), everything, (needs[0], *(needs[1],) * 4, needs[2]), strict=True
@@ -264,7 +266,7 @@ def test_eager_and_registered_agree_bitwise(name, dtypes, second_order):
     case = Case(**CASES[name], dtype=dtypes[0], weight_dtype=dtypes[1])
     node, thin = _run(case, "eager", second_order)
     other_node, registered = _run(case, "registered", second_order)
-    assert node != other_node and "SqueezeExcite" in node and "squeeze_excite_cpu" in other_node
+    assert node != other_node and "FusedSE" in node and "fused_se_cpu" in other_node
     for a, b in zip(thin, registered, strict=True):
         if a is None:
             assert b is None
@@ -307,7 +309,7 @@ def test_only_y_and_the_gate_are_differentiable(path):
     """What is kept for the backward is no result, and has no rule."""
     case = Case(post_act="relu")
     outputs = PATHS[path](*case.tensors, *case.options, True)
-    assert [t.requires_grad for t in outputs] == [True, True, False, False]
+    assert [t.requires_grad for t in outputs] == [True, True, False, False][: len(outputs)]
 
 
 def test_a_backward_needs_the_mask_that_save_keeps():

@@ -9,8 +9,8 @@ import torch
 
 import senet_fused
 from senet_fused import block_tail, squeeze_excite
+from senet_fused.call import Call
 from senet_fused.ops import OPERATORS
-from senet_fused.tails.ops import OPERATORS as TAILS
 
 N, C, R = 2, 8, 2
 PLANES = {1: (6,), 2: (5, 3), 3: (2, 3, 2)}
@@ -79,38 +79,25 @@ def test_a_result_may_be_changed_in_place(backend, function, dimensions, layout)
             torch.testing.assert_close(y + 1, y.add_(1), rtol=0, atol=0)
 
 
-def se_arguments(x, residual, weights):
+def call_of(norm, x, residual, weights):
     w1, w2, b1, b2 = weights.values()
-    return (x, w1, b1, w2, b2, residual, "relu", "sigmoid", "avg", "relu", True)
-
-
-def tail_arguments(x, residual, weights):
-    w1, w2, b1, b2 = weights.values()
-    scale, shift = torch.ones(C), torch.zeros(C)
-    return (x, scale, shift, None, None, w1, b1, w2, b2, residual, None, 1e-5, "relu", "sigmoid", "relu", "", True)
+    scale, shift = (torch.ones(C), torch.zeros(C)) if norm else (None, None)
+    options = (norm, 1e-5, "relu", "sigmoid", "avg", "relu", "")
+    return Call(x, scale, shift, None, None, w1, b1, w2, b2, residual, None, *options)
 
 
 @pytest.mark.parametrize(("backend", "dimensions", "layout"), CASES)
-@pytest.mark.parametrize("kind", ["squeeze_excite", "block_tail"])
-def test_no_output_of_an_operator_is_a_view(backend, kind, dimensions, layout):
+@pytest.mark.parametrize("norm", ["", "batch"])
+def test_no_output_of_an_operator_is_a_view(backend, norm, dimensions, layout):
     """Of the registered operators, their backward, and of what eager mode calls; nor do two of them share memory."""
-    operator = (OPERATORS if kind == "squeeze_excite" else TAILS)[backend]
-    arguments = se_arguments if kind == "squeeze_excite" else tail_arguments
+    operator = OPERATORS[backend]
     x, residual, dy = (LAYOUTS[layout]((N, C, *PLANES[dimensions])) for _ in range(3))
-    inputs = arguments(x, residual, {name: t.detach() for name, t in parameters().items()})
-    registered = operator.registered(*inputs)
-    y, *others = registered
-    backward = getattr(torch.ops.senet_fused, f"{kind}_{backend}_backward")
-    if kind == "squeeze_excite":
-        weights, (gate, saved, mask) = inputs[1:5], others
-        gradients = backward(dy, None, x, *weights, gate, saved, mask, "relu", "sigmoid", "avg", "relu", *(True,) * 3)
-    else:
-        weights = (*inputs[1:3], *inputs[5:9])
-        options = (1e-5, "relu", "sigmoid", "relu", "", True, True, True, True)
-        gradients = backward(dy, x, *weights, None, *others, *options)
-    for outputs in (registered, operator.eager(*inputs), operator.infer(*inputs), gradients):
+    call = call_of(norm, x, residual, {name: t.detach() for name, t in parameters().items()})
+    registered = operator.registered(call, True)
+    gradients = operator.registered_backward(call.gradient(registered, dy, None, (True,) * 3))
+    for outputs in (registered, operator.eager(call), operator.infer(call, True), gradients):
         outputs = [t for t in outputs if t is not None]
         assert not any(t._is_view() for t in outputs)
-        given = [t for t in (*inputs, dy) if isinstance(t, torch.Tensor)]
+        given = [t for t in (*call, dy) if isinstance(t, torch.Tensor)]
         storages = [t.untyped_storage().data_ptr() for t in (*outputs, *given) if t.numel()]
         assert len(set(storages)) == len(storages)

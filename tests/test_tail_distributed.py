@@ -14,9 +14,8 @@ from gpu_contract import DEVICE
 from torch import nn
 
 import senet_fused
-from senet_fused import FusedSE
+from senet_fused import FusedSE, FusedSETail, block_tail
 from senet_fused.backends import triton
-from senet_fused.tails import FusedSETail, block_tail
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),

@@ -15,15 +15,14 @@ from oracle import DTYPES
 from torch import nn
 
 import senet_fused
-from senet_fused import FusedSE, fuse
-from senet_fused.tails import FusedSETail, block_tail
+from senet_fused import FusedSE, FusedSETail, block_tail, fuse
 
 pytestmark = pytest.mark.skipif(
     senet_fused.backends.native.problem() is not None, reason="the compiled CPU library is not installed"
 )
 
 C = 8
-FORWARD = torch.ops.senet_fused.block_tail_cpu.default
+FORWARD = torch.ops.senet_fused.fused_se_cpu.default
 RAN = {"cpu.tail_forward": 1, "cpu.tail_backward": 1}
 
 

@@ -1,4 +1,4 @@
-"""senet_fused.tails.reference against autograd through stock PyTorch: values, statistics, the explicit backward."""
+"""senet_fused.reference against autograd through stock PyTorch: values, statistics, the explicit backward."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from tail_oracle import EVERYTHING, Tail, by_reference, check, draw, exact_resul
 from torch.nn import functional as F
 
 import senet_fused
-from senet_fused.tails import block_tail, reference
+from senet_fused import block_tail, reference
+from senet_fused.call import Gradients
 
 SHAPES = (((3, 24, 5, 7), 6), ((2, 10, 9), 3), ((3, 7, 2, 3, 2), 1), ((5, 8, 1, 1), 0))
 PARTS = list(itertools.product((True, False), (None, "relu"), (False, True), (False, True)))
-GRADIENTS = reference.TailGradients._fields
+GRADIENTS = Gradients._fields
 
 
 def assert_close(found: Tensors, expected: Tensors, tolerance: float = 1e-11) -> None:

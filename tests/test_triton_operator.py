@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_operator_contract import *  # noqa: F403
 from gpu_operator_contract import CASES, ON_GPU, arguments, gradients, layer_and_input
+from layer_operator import Backward, Forward, call_of
 from oracle import Case, draw
 from test_triton_kernels import (
     BETWEEN,
@@ -34,8 +35,7 @@ if backend.problem(DEVICE) is not None:
 from senet_fused.backends.triton import kernels, launch
 from senet_fused.backends.triton.plan import count_bytes
 
-FORWARD = torch.ops.senet_fused.squeeze_excite_triton.default
-BACKWARD = torch.ops.senet_fused.squeeze_excite_triton_backward.default
+FORWARD, BACKWARD = Forward("triton"), Backward("triton")
 
 
 @pytest.fixture
@@ -182,7 +182,8 @@ def test_tf32_only_where_the_user_allows_it(monkeypatch):
     try:
         for allowed in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            launch._recipe_of(x, w1, "relu", "sigmoid", "avg", "", False, (32,), False, False, True)
+            call = call_of(x, w1, None, w1.t(), None, None, "relu", "sigmoid", "avg", "")
+            launch._recipe_of(call, False, (32,), False, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert precisions == ["ieee", "tf32"]

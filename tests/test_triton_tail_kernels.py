@@ -179,15 +179,15 @@ def test_counted_bytes_are_those_of_the_plan(layout, reduced, training):
     names = ("weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2")
     weight, bias, mean, var, *weights = (inputs.get(name) for name in names)
     given = (None, None) if training else (mean, var)
-    options = (1e-5, "relu", "sigmoid", "relu", "")
-    operators = torch.ops.senet_fused.block_tail_triton, torch.ops.senet_fused.block_tail_triton_backward
+    options = ("batch" if training else "given", 1e-5, "relu", "sigmoid", "avg", "relu", "")
+    operators = torch.ops.senet_fused.fused_se_triton, torch.ops.senet_fused.fused_se_triton_backward
     with launch.using(plans):
         for problem, plan in plans.items():
             with counted_accesses() as counted:
                 if problem.backward:
                     results = operators[1](
-                        inputs["dy"], inputs["x"], weight, bias, *weights, None, *kept[1:],  # noqa: F405
-                        *options, training, True, True, True,
+                        inputs["dy"], None, inputs["x"], weight, bias, *weights, None, *kept[1:],  # noqa: F405
+                        *options, True, True, True,
                     )  # fmt: skip
                     large = [inputs["x"], inputs["dy"], results[0], results[-1]]
                 else:

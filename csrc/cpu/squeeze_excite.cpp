@@ -67,9 +67,10 @@ void forward(const Problem& p, const Options& o, const Tensor& x, const Tensor& 
 
 template <class A>
 void backward(const Problem& p, const Options& o, const Tensor& dy, const std::optional<Tensor>& dgate, const Tensor& x,
-              const Tensor& w1, const Tensor& w2, const Tensor& gate, const Tensor& saved, const Tensor& mask,
-              std::optional<Tensor>& dx, std::optional<Tensor>& dw1, std::optional<Tensor>& db1,
-              std::optional<Tensor>& dw2, std::optional<Tensor>& db2, std::optional<Tensor>& dresidual) {
+              const Tensor& w1, const Tensor& w2, const Tensor& gate, const Tensor& saved,
+              const std::optional<Tensor>& mask, std::optional<Tensor>& dx, std::optional<Tensor>& dw1,
+              std::optional<Tensor>& db1, std::optional<Tensor>& dw2, std::optional<Tensor>& db2,
+              std::optional<Tensor>& dresidual) {
   Backward<A> call{};
   fill_layer<A>(call, p, o, x, w1, w2);
   call.x_stride = check_samples(x, "x", p.channels_last);
@@ -83,8 +84,9 @@ void backward(const Problem& p, const Options& o, const Tensor& dy, const std::o
   check_dense(saved, "saved", {p.n, call.saved_stride()}, Tables<A>::kType, x);
   call.saved = static_cast<const A*>(saved.const_data_ptr());
   if (o.relu) {
-    check_mask(mask, p, x);
-    call.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+    STD_TORCH_CHECK(mask.has_value(), "senet_fused: a ReLU's backward needs its mask");
+    check_mask(*mask, p, x);
+    call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   }
   STD_TORCH_CHECK(dw1.has_value() == dw2.has_value(), "senet_fused: dw1 and dw2 go together");
   STD_TORCH_CHECK(dw1.has_value() || (!db1.has_value() && !db2.has_value()), "senet_fused: db1, db2 need dw1, dw2");
@@ -120,8 +122,8 @@ void squeeze_excite_cpu(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2
 }
 
 void squeeze_excite_backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate,
-                                 Tensor saved, Tensor mask, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
-                                 double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
+                                 Tensor saved, std::optional<Tensor> mask, int64_t act, double act_p0, int64_t gate_fn,
+                                 double gate_p0, double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
                                  std::optional<Tensor> dx, std::optional<Tensor> dw1, std::optional<Tensor> db1,
                                  std::optional<Tensor> dw2, std::optional<Tensor> db2,
                                  std::optional<Tensor> dresidual) {

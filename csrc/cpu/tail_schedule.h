@@ -1,4 +1,4 @@
-// The order of a block tail's stages over samples and threads: senet_fused/tails/reference.py, (T1) to (T7). Statistics
+// The order of a block tail's stages over samples and threads: senet_fused/reference.py, (T1) to (T7). Statistics
 // of the batch need every sample, so each stage is shared by all threads, with a barrier behind it.
 #pragma once
 #include <cmath>

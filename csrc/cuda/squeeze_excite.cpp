@@ -60,7 +60,7 @@ void squeeze_excite_cuda(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w
 }
 
 void squeeze_excite_backward_cuda(Tensor dy, std::optional<Tensor> dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate,
-                                  Tensor saved, Tensor mask, int64_t act, double act_p0, int64_t gate_fn,
+                                  Tensor saved, std::optional<Tensor> mask, int64_t act, double act_p0, int64_t gate_fn,
                                   double gate_p0, double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
                                   std::optional<Tensor> dx, std::optional<Tensor> dw1, std::optional<Tensor> db1,
                                   std::optional<Tensor> dw2, std::optional<Tensor> db2, std::optional<Tensor> dresidual,
@@ -86,8 +86,9 @@ void squeeze_excite_backward_cuda(Tensor dy, std::optional<Tensor> dgate, Tensor
   call.gate = mutable_vector(gate, "gate", {p.n, p.c}, x);
   fill_saved(call, saved, x);
   if (p.relu) {
-    check_mask(mask, p, x);
-    call.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+    STD_TORCH_CHECK(mask.has_value(), "senet_fused: a ReLU's backward needs its mask");
+    check_mask(*mask, p, x);
+    call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   }
   const CudaWorkspace w = senet::workspace(p, plan, true, dx.has_value());
   float* memory = fill_workspace(call, w, workspace, counters, x);

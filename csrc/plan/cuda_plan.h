@@ -15,7 +15,7 @@
 namespace senet {
 
 // What an SE layer's x comes from: nothing that is computed here, or BatchNorm with the statistics of the batch or with
-// statistics that are given. With one the problem is a block tail (senet_fused/tails/reference.py).
+// statistics that are given. With one the problem is a block tail (senet_fused/reference.py).
 enum class CudaNorm : int64_t { none, batch, given };
 constexpr int64_t kCudaNorms = 3;
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import Call, GradientCall, Gradients, Outputs
 from ..reference import SQUEEZES
 from ..torch_private import constant_under_compile
 from .codes import codes_of
+from .synchronised import merge_statistics, share_sums, values_per_channel
 from .tickets import tickets_for
 
 try:
@@ -30,7 +32,7 @@ except ImportError:
 
 __all__ = [
     "DTYPES", "VECTOR_DTYPES", "Problem", "architectures", "backward", "device_facts", "facts_of_h200", "forward",
-    "load_host", "plan_of", "problem", "tail_backward", "tail_forward", "using",
+    "load_host", "plan_of", "problem", "using",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -292,70 +294,40 @@ def _operator(x: Tensor, direction: int) -> Callable[..., None]:
 # ---------------------------------------------------------------------------------------------------- calls
 
 
-def forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills y, gate, saved, mask (see ``senet_fused.ops``) by the CUDA kernels; None is not kept, y must be there.
-
-    x and residual share one dense layout.
-    """
+def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """Fills the outputs by the CUDA kernels; None is not kept, y must be there."""
+    if call.norm:
+        _tail_forward(call, outputs, channels_last)
+        return
+    x = call.x
     operator = _operator(x, 0)
-    shape = x.shape
-    if shape[0] == 0:
+    if x.shape[0] == 0:
         return
-    _, gate, saved, _ = outputs
-    recipe = _recipe(
-        x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
-        channels_last, squeeze, post_act == "relu", residual is not None, False, saved is not None, gate is not None,
-    )  # fmt: skip
+    y, _, gate, saved, mask = outputs
+    sizes, kept = _sizes(call, channels_last), (saved is not None, gate is not None)
+    recipe = _recipe(*sizes, call.squeeze, call.post_act == "relu", call.residual is not None, False, *kept)
     operator(
-        x, w1, b1, w2, b2, residual, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
-        *_memory_of(x, recipe),
+        x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes_of(call), channels_last,
+        y, gate, saved, mask, *_memory_of(x, recipe),
     )  # fmt: skip
 
 
-def backward(
-    dy: Tensor,
-    dgate: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    gate: Tensor,
-    saved: Tensor,
-    mask: Tensor,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
+def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """Fills the gradients by the CUDA kernels; None where one is not wanted."""
+    if call.norm:
+        _tail_backward(call, gradients, channels_last)
+        return
+    x = call.x
     operator = _operator(x, 1)
-    shape = x.shape
-    if shape[0] == 0:
-        for t in outputs:
-            if t is not None:
-                t.zero_()
+    if x.shape[0] == 0:
+        _clear(gradients)
         return
-    recipe = _recipe(
-        x.device, shape[0], shape[1], w1.shape[0], math.prod(shape[2:]), x.element_size(), w1.element_size(),
-        channels_last, squeeze, post_act == "relu", outputs[5] is not None, True, True, outputs[0] is not None,
-    )  # fmt: skip
+    dx, _, _, dw1, db1, dw2, db2, dresidual = gradients
+    sizes, kept = _sizes(call, channels_last), (True, dx is not None)
+    recipe = _recipe(*sizes, call.squeeze, call.post_act == "relu", dresidual is not None, True, *kept)
     operator(
-        dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs,
-        *_memory_of(x, recipe),
+        call.dy, call.dgate, x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes_of(call),
+        channels_last, dx, dw1, db1, dw2, db2, dresidual, *_memory_of(x, recipe),
     )  # fmt: skip
 
 
@@ -363,108 +335,70 @@ def backward(
 _ALL, _FIRST, _REST = range(3)
 
 
-def tail_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    given: tuple[Tensor, Tensor] | None,
-    together: Callable[[], None] | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    factor: Tensor | None,
-    eps: float,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills statistics, y, gate, saved, mask.
-
-    given: the mean and variance to use, or None. together: called once the statistics are there, which it changes in
-    place; or None.
-    """
+def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """(T1) to (T3)."""
+    x, (y, statistics, gate, saved, mask) = call.x, outputs
     operator = _operator(x, 2)
-    shape = x.shape
-    if shape[0] == 0:
+    shared = call.norm == "batch" and call.group
+    if x.shape[0] == 0:
         statistics.zero_()
-        if together is not None:  # the other processes have samples, and wait for this one
-            together()
+        if shared:  # the other processes have samples, and wait for this one
+            merge_statistics(statistics, call)
         return
-    reduced, weight_size = (0, x.element_size()) if w1 is None else (w1.shape[0], w1.element_size())
-    recipe = _tail_recipe(
-        x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), x.element_size(), weight_size, channels_last,
-        post_act == "relu", residual is not None, False, "batch" if given is None else "given",
-    )  # fmt: skip
+    sizes = _sizes(call, channels_last)
+    recipe = _tail_recipe(*sizes, call.post_act == "relu", call.residual is not None, False, call.norm)
     arguments = (
-        x, weight, bias, statistics, *(given or (None, None)), w1, b1, w2, b2, residual, factor, eps,
-        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
+        x, call.weight, call.bias, statistics, call.mean, call.var, call.w1, call.b1, call.w2, call.b2, call.residual,
+        call.factor, call.eps, *codes_of(call), channels_last, y, gate, saved, mask,
     )  # fmt: skip
     memory = _memory_of(x, recipe)
-    if together is None:
+    if not shared:
         operator(*arguments, _ALL, *memory)
         return
     operator(*arguments, _FIRST, *memory)
-    together()
+    merge_statistics(statistics, call)
     operator(*arguments, _REST, *memory)
 
 
-def tail_backward(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    factor: Tensor | None,
-    gate: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    count: float,
-    together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """(T4) to (T7) of a block tail: fills dx, dweight, dbias, dw1, db1, dw2, db2, dresidual; None is not wanted.
-
-    count: m, 0 where the statistics were given. together: called with dweight and dbias, gives what (T7) takes in place
-    of dweight / m and dbias / m; or None.
-    """
+def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """(T4) to (T7)."""
+    x = call.x
     operator = _operator(x, 3)
-    shape = x.shape
-    dx, dweight, dbias, *dweights, dresidual = outputs
-    if dx is None and dresidual is None:
-        together = None  # it has nothing to say about the parameters
-    if together is not None:
-        dweight, dbias = (torch.empty_like(statistics[0]) if t is None else t for t in (dweight, dbias))
-    if shape[0] == 0:
-        for t in (dx, dweight, dbias, *dweights, dresidual):
-            if t is not None:
-                t.zero_()
-        if together is not None:
-            together(dweight, dbias)
+    dx, dweight, dbias, *dweights, dresidual = gradients
+    # Without a second sweep the other processes have nothing to say about the parameters.
+    shared = call.norm == "batch" and call.group and not (dx is None and dresidual is None)
+    if shared:
+        dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))
+    gradients = Gradients(dx, dweight, dbias, *dweights, dresidual)
+    if x.shape[0] == 0:
+        _clear(gradients)
+        if shared:
+            share_sums(dweight, dbias, call)
         return
-    reduced, weight_size = (0, x.element_size()) if w1 is None else (w1.shape[0], w1.element_size())
-    recipe = _tail_recipe(
-        x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), x.element_size(), weight_size, channels_last,
-        post_act == "relu", dresidual is not None, True, "batch" if count else "given",
-    )  # fmt: skip
+    sizes = _sizes(call, channels_last)
+    recipe = _tail_recipe(*sizes, call.post_act == "relu", dresidual is not None, True, call.norm)
     arguments = (
-        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
-        *codes_of(act, gate_fn, "avg", post_act), channels_last, count,
+        call.dy, x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
+        call.saved, *codes_of(call), channels_last,
+        float(values_per_channel(x)) if call.norm == "batch" else 0.0,
     )  # fmt: skip
-    gradients = dx, dweight, dbias, *dweights, dresidual
     memory = _memory_of(x, recipe)
-    if together is None:
+    if not shared:
         operator(*arguments, None, None, *gradients, _ALL, *memory)
         return
     operator(*arguments, None, None, *gradients, _FIRST, *memory)
-    operator(*arguments, *together(dweight, dbias), *gradients, _REST, *memory)
+    operator(*arguments, *share_sums(dweight, dbias, call), *gradients, _REST, *memory)
+
+
+def _sizes(call: Call | GradientCall, channels_last: bool) -> tuple[Any, ...]:
+    """The first arguments of a recipe."""
+    x, w1 = call.x, call.w1
+    shape, size = x.shape, x.element_size()
+    reduced, weight_size = (0, size) if w1 is None else (w1.shape[0], w1.element_size())
+    return x.device, shape[0], shape[1], reduced, math.prod(shape[2:]), size, weight_size, channels_last
+
+
+def _clear(gradients: Gradients) -> None:
+    for t in gradients:
+        if t is not None:
+            t.zero_()

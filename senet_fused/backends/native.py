@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from ..call import Call, GradientCall, Gradients, Outputs
 from .codes import codes_of
+from .synchronised import merge_statistics, share_sums, values_per_channel
 
-__all__ = ["VECTOR_DTYPES", "backward", "forward", "instruction_set", "problem", "tail_backward", "tail_forward"]
+__all__ = ["VECTOR_DTYPES", "backward", "forward", "instruction_set", "problem"]
 
 # Biases and other vectors are read in the accumulation dtype alone.
 VECTOR_DTYPES: tuple[torch.dtype, ...] = ()
@@ -52,130 +52,65 @@ def instruction_set() -> str:
     return torch.ops.senet_fused._cpu_instruction_set()
 
 
-def forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills y, gate, saved, mask (see ``senet_fused.ops``) by the C++ kernels; None is not kept, y must be there.
-
-    x and residual share one dense layout.
-    """
+def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """Fills the outputs by the C++ kernels; None is not kept, y must be there."""
+    if call.norm:
+        _tail_forward(call, outputs, channels_last)
+        return
+    y, _, gate, saved, mask = outputs
     torch.ops.senet_fused._cpu_forward.default(
-        x, w1, b1, w2, b2, residual, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs
-    )
-
-
-def backward(
-    dy: Tensor,
-    dgate: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    gate: Tensor,
-    saved: Tensor,
-    mask: Tensor,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
-    torch.ops.senet_fused._cpu_backward.default(
-        dy, dgate, x, w1, w2, gate, saved, mask, *codes_of(act, gate_fn, squeeze, post_act), channels_last, *outputs
-    )
-
-
-def tail_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    given: tuple[Tensor, Tensor] | None,
-    together: Callable[[], None] | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    factor: Tensor | None,
-    eps: float,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """(T1) to (T3) of a block tail (``senet_fused.tails.ops``): fills statistics, y, gate, saved, mask.
-
-    given: the mean and variance to use, or None. together: called once the statistics are there, which it changes in
-    place; or None.
-    """
-    library, saved = torch.ops.senet_fused, outputs[2]
-    if given is not None:
-        statistics[0].copy_(given[0])
-        statistics[2].copy_(given[1])
-        torch.add(statistics[2], eps, out=statistics[1]).rsqrt_()
-    if given is None or saved is not None:
-        library._cpu_tail_moments.default(x, eps, channels_last, saved, statistics if given is None else None)
-    if together is not None:
-        together()
-    library._cpu_tail_forward.default(
-        x, weight, bias, statistics, w1, b1, w2, b2, residual, factor,
-        *codes_of(act, gate_fn, "avg", post_act), channels_last, *outputs,
+        call.x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes_of(call), channels_last,
+        y, gate, saved, mask,
     )  # fmt: skip
 
 
-def tail_backward(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    factor: Tensor | None,
-    gate: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    count: float,
-    together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """(T4) to (T7) of a block tail: fills dx, dweight, dbias, dw1, db1, dw2, db2, dresidual; None is not wanted.
+def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """Fills the gradients by the C++ kernels; None where one is not wanted."""
+    if call.norm:
+        _tail_backward(call, gradients, channels_last)
+        return
+    dx, _, _, dw1, db1, dw2, db2, dresidual = gradients
+    torch.ops.senet_fused._cpu_backward.default(
+        call.dy, call.dgate, call.x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes_of(call),
+        channels_last, dx, dw1, db1, dw2, db2, dresidual,
+    )  # fmt: skip
 
-    count: m, 0 where the statistics were given. together: called with dweight and dbias, gives what (T7) takes in place
-    of dweight / m and dbias / m; or None.
-    """
+
+def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """(T1) to (T3)."""
+    library, (y, statistics, gate, saved, mask) = torch.ops.senet_fused, outputs
+    batch = call.norm == "batch"
+    if not batch:
+        statistics[0].copy_(call.mean)
+        statistics[2].copy_(call.var)
+        torch.add(statistics[2], call.eps, out=statistics[1]).rsqrt_()
+    if batch or saved is not None:
+        library._cpu_tail_moments.default(call.x, call.eps, channels_last, saved, statistics if batch else None)
+    if batch and call.group:
+        merge_statistics(statistics, call)
+    library._cpu_tail_forward.default(
+        call.x, call.weight, call.bias, statistics, call.w1, call.b1, call.w2, call.b2, call.residual, call.factor,
+        *codes_of(call), channels_last, y, gate, saved, mask,
+    )  # fmt: skip
+
+
+def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """(T4) to (T7)."""
     library = torch.ops.senet_fused
-    dx, dweight, dbias, *dweights, dresidual = outputs
+    dx, dweight, dbias, *dweights, dresidual = gradients
     # (T7) needs them in any case.
-    dweight, dbias = (torch.empty_like(statistics[0]) if t is None else t for t in (dweight, dbias))
-    dpooled = None if gate is None else torch.empty_like(gate)
+    dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))
+    dpooled = None if call.gate is None else torch.empty_like(call.gate)
     library._cpu_tail_sums.default(
-        dy, x, mask, weight, bias, statistics, w1, w2, factor, gate, saved,
-        *codes_of(act, gate_fn, "avg", post_act), channels_last, dweight, dbias, dpooled, *dweights,
+        call.dy, call.x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
+        call.saved, *codes_of(call), channels_last, dweight, dbias, dpooled, *dweights,
     )  # fmt: skip
     if dx is None and dresidual is None:
         return
-    if together is not None:
-        count, (dweight, dbias) = 1.0, together(dweight, dbias)
+    count = float(values_per_channel(call.x)) if call.norm == "batch" else 0.0
+    if count and call.group:
+        count, (dweight, dbias) = 1.0, share_sums(dweight, dbias, call)
     library._cpu_tail_gradient.default(
-        dy, x, mask, weight, statistics, factor, gate, dweight, dbias, dpooled, count, channels_last,
-        torch.empty_like(x) if dx is None else dx, dresidual,
+        call.dy, call.x, call.mask, call.weight, call.statistics, call.factor, call.gate, dweight, dbias, dpooled,
+        count, channels_last, torch.empty_like(call.x) if dx is None else dx, dresidual,
     )  # fmt: skip

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import torch_private
 from ..activations import Activation
-from ..functional import excitation, serve, squeeze_excite
+from ..call import Call
+from ..functional import excitation, run, squeeze_excite
 
 __all__ = [
     "FORMS", "Part", "Recipe", "Weights", "is_patched", "parts_of", "plain_weights", "quantising", "settings_of",
@@ -135,10 +136,15 @@ class Recipe:
         residual = planes if self.form == "residual" else None
         if isinstance(x, torch.fx.Proxy):
             options: dict[str, Any] = {"act": self.act, "gate": self.gate, "squeeze": self.squeeze, "backend": backend}
-            result = squeeze_excite(planes, *weights, residual=residual, **options)
+            y = squeeze_excite(planes, *weights, residual=residual, **options)
+            gate = None
         else:
-            result = serve(chosen, planes, *weights, self.act, self.gate, self.squeeze, residual, None, with_gate)
-        y, gate = result if with_gate else (result, None)
+            w1, w2, b1, b2 = weights
+            call = Call(
+                planes, None, None, None, None, w1, b1, w2, b2, residual, None, "", 0.0, self.act.spec, self.gate.spec,
+                self.squeeze, "", "",
+            )  # fmt: skip
+            y, _, gate, *_ = run(call, chosen, with_gate)
         return (y.movedim(1, -1) if self.channels_last else y), gate
 
 

@@ -1,7 +1,5 @@
-"""Block tails: BatchNorm -> SE -> + residual -> ReLU as one operator, and modules that run as one."""
+"""Modules that run as one block tail: BatchNorm -> SE -> + residual -> ReLU."""
 
-from .functional import block_tail
 from .module import FusedSETail, Reading, Tail, fits, has_hooks, norm_problem
-from .ops import OPERATORS
 
-__all__ = ["OPERATORS", "FusedSETail", "Reading", "Tail", "block_tail", "fits", "has_hooks", "norm_problem"]
+__all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]

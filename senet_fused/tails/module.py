@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import select, torch_private
+from ..functional import block_tail, tail_route
 from ..modules import FusedSE, RecordsGates
 from ..recognition import Recipe, Unsuited, Weights, examine, is_patched, parts_of
-from .functional import block_tail, route
 
 __all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]
 
@@ -195,7 +195,7 @@ class Tail(NamedTuple):
         asked = select.requested(self.backend)[0]
         if asked == "auto" and torch_private.is_exporting():
             return True
-        return asked != "reference" and route(x, self.backend) == "reference"
+        return asked != "reference" and tail_route(x, self.backend) == "reference"
 
     def _fused(
         self, x: Tensor, residual: Tensor | None, factor: Tensor | None, weights: tuple[Tensor | None, ...]

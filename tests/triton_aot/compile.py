@@ -34,8 +34,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (2, 1)
 import aot_record  # noqa: E402
 
 from senet_fused import ops  # noqa: E402
-from senet_fused.backends import triton as triton_backend  # noqa: E402
-from senet_fused.backends.triton import launch, plan  # noqa: E402
+from senet_fused.backends.triton import launch, plan, tail_launch  # noqa: E402
+from senet_fused.call import Call  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "resources.json"
@@ -154,50 +154,18 @@ def compiling_for(name: str) -> Iterator[dict[str, Any]]:
     launch.forget_recipes()
 
 
-Weights = torch.Tensor | None
-
-
-def run_layer(
-    layer: Layer, x: torch.Tensor, w1: Weights, b1: Weights, w2: Weights, b2: Weights, residual: Weights, post_act: str,
-    wanted: tuple[bool, bool, bool],
-) -> None:  # fmt: skip
-    """Forward and backward of an SE layer."""
-    operator, options = ops.OPERATORS["triton"], (layer.act, layer.gate, layer.squeeze, post_act)
+def run_call(layer: Layer, call: Call, wanted: tuple[bool, bool, bool]) -> None:
+    """Forward and backward of a call. "infer": the forward alone. "together": as with other processes."""
+    operator = ops.OPERATORS["triton"]
     if layer.variant == "infer":
-        operator.infer(x, w1, b1, w2, b2, residual, *options, False)
+        operator.infer(call, False)
         return
-    _, gate, saved, mask = operator.registered(x, w1, b1, w2, b2, residual, *options, True)
-    backward = torch.ops.senet_fused.squeeze_excite_triton_backward.default
-    backward(torch.empty_like(x), None, x, w1, b1, w2, b2, gate, saved, mask, *options, *wanted)
-
-
-def run_tail(
-    layer: Layer, x: torch.Tensor, w1: Weights, b1: Weights, w2: Weights, b2: Weights, residual: Weights, post_act: str,
-    wanted: tuple[bool, bool, bool],
-) -> None:  # fmt: skip
-    """Forward and backward of a block tail, with a factor but for "no biases"; "together": as with other processes."""
-    n, c = x.shape[:2]
-    mean, var, weight, bias = torch.empty(4, c)
-    if layer.variant == "no biases":
-        weight = bias = None
-    factor = None if layer.variant == "no biases" else torch.empty(n)
-    gated, channels_last = w1 is not None, layer.layout == "channels_last"
-    given, statistics = (mean, var) if layer.norm == "given" else None, torch.empty(3, c)
-    y, mask = torch.empty_like(x), ops.mask_of(x, channels_last, layer.tail)
-    gate, saved = (torch.empty(n, c), torch.empty(n, c + w1.shape[0])) if gated else (None, None)
-    functions = (layer.act, layer.gate, post_act, channels_last)
-    triton_backend.tail_forward(
-        x, weight, bias, statistics, given, (lambda: None) if layer.variant == "together" else None, w1, b1, w2, b2,
-        residual, factor, 1e-5, *functions, (y, gate, saved, mask if layer.tail else None),
-    )  # fmt: skip
-    need_x, need_weights, need_residual = wanted
-    dweights = [torch.empty_like(t) if need_weights and t is not None else None for t in (weight, bias, w1, b1, w2, b2)]
-    count = float(x.numel() // c) if given is None else 0.0
-    triton_backend.tail_backward(
-        torch.empty_like(x), x, mask if layer.tail else None, weight, bias, statistics, w1, w2, factor, gate, saved,
-        *functions, count, (lambda *own: own) if layer.variant == "together" else None,
-        (torch.empty_like(x) if need_x else None, *dweights, torch.empty_like(x) if need_residual else None),
-    )  # fmt: skip
+    with (
+        mock.patch.object(tail_launch, "merge_statistics", lambda statistics, _: None),
+        mock.patch.object(tail_launch, "share_sums", lambda dweight, dbias, _: (dweight, dbias)),
+    ):
+        outputs = operator.registered(call, True)
+        operator.registered_backward(call.gradient(outputs, torch.empty_like(call.x), None, wanted))
 
 
 def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
@@ -212,11 +180,17 @@ def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
         b1 = b2 = None
     residual, post_act = (torch.empty_like(x), "relu") if layer.tail else (None, "")
     wanted = (layer.variant != "no dx", layer.variant != "no dw", layer.tail)
+    mean = var = scale = shift = factor = None
+    if layer.norm == "given":
+        mean, var = torch.empty(2, c)
+    if layer.norm and layer.variant != "no biases":
+        (scale, shift), factor = torch.empty(2, c), torch.empty(batch)
+    call = Call(
+        x, scale, shift, mean, var, w1, b1, w2, b2, residual, factor, layer.norm, 1e-5, layer.act, layer.gate,
+        layer.squeeze, post_act, "others" if layer.variant == "together" else "",
+    )  # fmt: skip
     with torch.no_grad():
-        if layer.norm:
-            run_tail(layer, x, w1, b1, w2, b2, residual, post_act, wanted)
-        else:
-            run_layer(layer, x, w1, b1, w2, b2, residual, post_act, wanted)
+        run_call(layer, call, wanted)
     problem = plan.Problem(
         c, r, layer.size**2, dtype.itemsize, weight.itemsize, layer.layout == "channels_last", layer.squeeze,
         layer.tail, layer.tail, norm=layer.norm,

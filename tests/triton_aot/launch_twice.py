@@ -30,7 +30,6 @@ import compile as aot  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from senet_fused import tails  # noqa: E402
 from senet_fused.backends.triton import launch  # noqa: E402
 
 LAYERS = {
@@ -75,19 +74,20 @@ def host_times(tail: bool) -> list[float]:
     dy = torch.randn_like(x)
     if tail:
         norm = [torch.randn(64).requires_grad_() for _ in range(2)]
-        leaves, operator = [x, *norm, *weights], tails.OPERATORS["triton"]
-        arguments = (x, *norm, None, None, *weights, None, None, 1e-5, "relu", "sigmoid", "", "")
+        leaves = [x, *norm, *weights]
     else:
-        leaves, operator = [x, *weights], aot.ops.OPERATORS["triton"]
-        arguments = (*leaves, None, "relu", "sigmoid", "avg", "")
+        leaves, norm = [x, *weights], (None, None)
+    operator = aot.ops.OPERATORS["triton"]
+    options = ("batch" if tail else "", 1e-5, "relu", "sigmoid", "avg", "", "")
+    call = aot.Call(x, *norm, None, None, *weights, None, None, *options)
 
     def forward() -> None:
         with torch.no_grad():
-            operator.infer(*arguments, False)
+            operator.infer(call, False)
         recorded.clear()
 
     def step() -> None:
-        torch.autograd.grad(operator.eager(*arguments, True)[0], leaves, dy)
+        torch.autograd.grad(operator.eager(call)[0], leaves, dy)
         recorded.clear()
 
     for call in (forward, step):

@@ -1,4 +1,4 @@
-// Block tails, senet_fused/tails/reference.py: first sweeps (T1), (T4), second sweeps (T3), (T7).
+// Block tails, senet_fused/reference.py: first sweeps (T1), (T4), second sweeps (T3), (T7).
 //
 // Sums run in a fixed order that depends on the sizes of one sample alone: blocks of kBlock elements along a plane, of
 // pixels_of_block pixels in channels_last; within a block in A, over blocks in double.

@@ -1,5 +1,5 @@
 // What the kernels of block tails know of BatchNorm; equation numbers (T1) to (T7) are those of
-// senet_fused/tails/reference.py.
+// senet_fused/reference.py.
 #pragma once
 #include <cstdint>
 

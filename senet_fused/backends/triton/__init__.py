@@ -9,13 +9,13 @@ import importlib.util
 import os
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
 
 import torch
 
+from ...call import Call, GradientCall, Gradients, Outputs
 from ...torch_private import constant_under_compile
 
-__all__ = ["DTYPES", "VECTOR_DTYPES", "backward", "forward", "problem", "tail_backward", "tail_forward"]
+__all__ = ["DTYPES", "VECTOR_DTYPES", "backward", "forward", "problem"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Biases and other vectors are read, and their gradients written, in whatever dtype they have.
@@ -70,29 +70,15 @@ def _gpu_problem() -> str | None:
     return None
 
 
-def forward(*arguments: Any) -> None:
-    """Fills y, gate, saved, mask; see launch.py."""
-    from . import launch
+def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """Fills the outputs by the Triton kernels; None is not kept, y must be there."""
+    from . import launch, tail_launch
 
-    launch.forward(*arguments)
-
-
-def backward(*arguments: Any) -> None:
-    """Fills dx, dw1, db1, dw2, db2, dresidual; see launch.py."""
-    from . import launch
-
-    launch.backward(*arguments)
+    (tail_launch if call.norm else launch).forward(call, outputs, channels_last)
 
 
-def tail_forward(*arguments: Any) -> None:
-    """Fills y, gate, saved, mask and statistics of a block tail; see tail_launch.py."""
-    from . import tail_launch
+def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """Fills the gradients by the Triton kernels; None where one is not wanted."""
+    from . import launch, tail_launch
 
-    tail_launch.tail_forward(*arguments)
-
-
-def tail_backward(*arguments: Any) -> None:
-    """Fills dx, the gradients of all weights, and dresidual of a block tail; see tail_launch.py."""
-    from . import tail_launch
-
-    tail_launch.tail_backward(*arguments)
+    (tail_launch if call.norm else launch).backward(call, gradients, channels_last)

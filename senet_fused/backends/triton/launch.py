@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from ...activations import Activation
+from ...call import Call, GradientCall, Gradients, Outputs
 from ..tickets import tickets_for
 from . import kernels, tail_kernels, tuned
 from .plan import (
@@ -38,8 +39,8 @@ from .plan import (
 )
 
 __all__ = [
-    "INTERPRETED", "Call", "Kernel", "backward", "constants_of", "device_facts", "floats", "forget_recipes", "forward",
-    "launches", "on_device", "plan_of", "precision", "recipes", "reduced_beside", "sample_stride", "using",
+    "INTERPRETED", "Fixed", "Kernel", "backward", "clear", "constants_of", "device_facts", "floats", "forget_recipes",
+    "forward", "launches", "on_device", "plan_of", "precision", "recipes", "reduced_beside", "sample_stride", "using",
 ]  # fmt: skip
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -150,8 +151,8 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """What is fixed about a call."""
+class Fixed:
+    """What is fixed about the calls that share a recipe."""
 
     problem: Problem
     facts: DeviceFacts
@@ -164,11 +165,11 @@ class Call:
     save: bool = True  # forward: is anything kept for a backward
 
 
-def constants_of(call: Call, tile: Tile) -> dict[str, Any]:
+def constants_of(fixed: Fixed, tile: Tile) -> dict[str, Any]:
     """A sweep's constants: the tile, and how it lies in memory."""
-    p = call.problem
+    p = fixed.problem
     return {
-        "ALIGN": call.align, "M_ALIGN": call.m_align, "CHANNELS_LAST": p.channels_last,
+        "ALIGN": fixed.align, "M_ALIGN": fixed.m_align, "CHANNELS_LAST": p.channels_last,
         "WIDE": p.channels * p.positions >= 2**31, "SAMPLES": tile.samples, "CHANNELS": tile.channels,
         "POSITIONS": tile.positions,
     }  # fmt: skip
@@ -182,9 +183,9 @@ def reduced_beside(tile: Tile) -> int:
 class Recipe:
     """The plan of a call and its kernels."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        p, facts = call.problem, call.facts
+    def __init__(self, fixed: Fixed) -> None:
+        self.fixed = fixed
+        p, facts = fixed.problem, fixed.facts
         self.plan = plan_of(p, facts)
         tile = self.plan.tile
         if p.channels_last != (tile.form == "channels_last"):
@@ -194,7 +195,7 @@ class Recipe:
         self.parts = -(-p.channels // EXCITE_SPLIT)
         self.gate_blocks = -(-p.channels // EXCITE_CHANNELS)
         self.weight_tiles = -(-p.channels // WEIGHT_CHANNELS) * -(-p.reduced // WEIGHT_REDUCED)
-        a, g = Activation.parse(call.act), Activation.parse(call.gate_fn)
+        a, g = Activation.parse(fixed.act), Activation.parse(fixed.gate_fn)
         act = {"ACT": a.kernel_name, "ACT_A": (a.args or (0.0,))[0]}
         slope, offset = g.args or (0.0, 0.0)
         gate = {"GATE": g.kernel_name, "GATE_A": slope}
@@ -207,19 +208,19 @@ class Recipe:
         def kernel(name: str, warps: int = tile.warps, waits: bool = True, **constants: Any) -> Kernel:
             return Kernel(name, facts, warps, waits, **constants)
 
-        excite = dict(sizes, SAMPLES=EXCITE_SAMPLES, REDUCED=EXCITE_REDUCED, PRECISION=call.precision)
+        excite = dict(sizes, SAMPLES=EXCITE_SAMPLES, REDUCED=EXCITE_REDUCED, PRECISION=fixed.precision)
         weights = {"WEIGHT_CHANNELS": WEIGHT_CHANNELS, "WEIGHT_REDUCED": WEIGHT_REDUCED}
         warps = 4 * 32 // facts.warp_size
         # One split of an average is pooled itself, and goes where it is kept.
-        self.direct = call.save and p.squeeze == "avg" and tile.splits == 1
+        self.direct = fixed.save and p.squeeze == "avg" and tile.splits == 1
         if launched and not p.backward:
             self.push = kernel(
                 "excite_push_kernel", warps, **excite, STEP=EXCITE_STEP, CHANNELS=EXCITE_SPLIT, SQUEEZE=p.squeeze,
-                SAVE=call.save and not self.direct,
+                SAVE=fixed.save and not self.direct,
             )  # fmt: skip
             self.gate = kernel(
                 "excite_gate_kernel", warps, **excite, **act, **gate, GATE_B=offset, CHANNELS=EXCITE_CHANNELS,
-                SAVE=call.save,
+                SAVE=fixed.save,
             )  # fmt: skip
         elif launched:
             self.push = kernel("excite_push_backward_kernel", warps, **excite, STEP=EXCITE_STEP, CHANNELS=EXCITE_SPLIT)
@@ -229,7 +230,7 @@ class Recipe:
 
         if tile.form == "rows":
             rows = {
-                "C": p.channels, "M": p.positions, "ALIGN": call.align, "PLANES": tile.row_channels,
+                "C": p.channels, "M": p.positions, "ALIGN": fixed.align, "PLANES": tile.row_channels,
                 "ROWS": tile.channels // tile.row_channels, "STEP": tile.positions, "WIDE": wide,
             }  # fmt: skip
             self.scale = kernel("rows_scale_kernel", **rows, REVERSED=self.plan.reversed, EVICT=evict)
@@ -241,15 +242,15 @@ class Recipe:
                 self.squeeze = kernel("rows_squeeze_kernel", waits=False, **rows, IN_FLOAT32=INTERPRETED)
             return
 
-        tiles = dict(sizes, **constants_of(call, tile), REDUCED=reduced_beside(tile))
+        tiles = dict(sizes, **constants_of(fixed, tile), REDUCED=reduced_beside(tile))
         walk = {"REVERSED": self.plan.reversed, "EVICT": evict}
         if not p.backward:
             self.squeeze = kernel(
-                "squeeze_kernel", waits=False, **tiles, **kinds, KEEP=launched or call.save, STAGES=self.plan.stages
+                "squeeze_kernel", waits=False, **tiles, **kinds, KEEP=launched or fixed.save, STAGES=self.plan.stages
             )
             self.scale = kernel(
                 "scale_kernel", **tiles, **walk, **act, **gate, GATE_B=offset, STRATEGY=self.plan.strategy,
-                SAVE=call.save, RELU=p.relu,
+                SAVE=fixed.save, RELU=p.relu,
             )  # fmt: skip
             return
         self.squeeze = kernel(
@@ -258,7 +259,7 @@ class Recipe:
         )  # fmt: skip
         self.scale = kernel(
             "scale_backward_kernel", **tiles, **walk, **kinds, **act, RELU=p.relu,
-            WEIGHT_SAMPLES=EXCITE_SAMPLES, **weights, PRECISION=call.precision,
+            WEIGHT_SAMPLES=EXCITE_SAMPLES, **weights, PRECISION=fixed.precision,
         )  # fmt: skip
 
 
@@ -286,7 +287,7 @@ def _recipe(
         channels, reduced, positions, element_size, weight_size, channels_last, squeeze, relu, residual, backward
     )
     return Recipe(
-        Call(
+        Fixed(
             problem=problem,
             facts=device_facts(device),
             device=device,
@@ -312,22 +313,14 @@ def sample_stride(t: Tensor) -> int:
 
 
 def _recipe_of(
-    x: Tensor,
-    w1: Tensor,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    strides: Sequence[int],
-    residual: bool,
-    backward: bool,
-    save: bool,
+    call: Call | GradientCall, channels_last: bool, strides: Sequence[int], residual: bool, save: bool
 ) -> Recipe:
+    x, w1, backward = call.x, call.w1, isinstance(call, GradientCall)
     size = x.element_size()
     return _recipe(
-        x.device, x.shape[1], w1.shape[0], math.prod(x.shape[2:]), size, w1.element_size(), channels_last, squeeze,
-        post_act == "relu", residual, backward, act, gate_fn, math.gcd(16 // size, *strides), precision(), save,
+        x.device, x.shape[1], w1.shape[0], math.prod(x.shape[2:]), size, w1.element_size(), channels_last,
+        call.squeeze, call.post_act == "relu", residual, backward, call.act, call.gate_fn,
+        math.gcd(16 // size, *strides), precision(), save,
     )  # fmt: skip
 
 
@@ -349,38 +342,31 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
+def clear(gradients: Gradients) -> None:
+    """Those of an empty batch."""
+    for t in gradients:
+        if t is not None:
+            t.zero_()
+
+
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills y, gate, saved, mask (see ``senet_fused.ops``); None is not kept, y must be there."""
-    y, gate, saved, mask = outputs
+def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """(E1) to (E4)."""
+    x, w1, b1, w2, b2, residual = call.x, call.w1, call.b1, call.w2, call.b2, call.residual
+    y, _, gate, saved, mask = outputs
     n = x.shape[0]
     if n == 0:
         return
     x_stride, y_stride = sample_stride(x), sample_stride(y)
     r_stride = 0 if residual is None else sample_stride(residual)
-    recipe = _recipe_of(
-        x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, y_stride, r_stride),
-        residual is not None, False, saved is not None,
-    )  # fmt: skip
-    call, plan, tile = recipe.call, recipe.plan, recipe.plan.tile
-    p = call.problem
+    strides = (x_stride, y_stride, r_stride)
+    recipe = _recipe_of(call, channels_last, strides, residual is not None, saved is not None)
+    fixed, plan, tile = recipe.fixed, recipe.plan, recipe.plan.tile
+    p, squeeze = fixed.problem, call.squeeze
     c, r, splits = p.channels, p.reduced, tile.splits
-    x_stride, y_stride, r_stride = (stride // call.align for stride in (x_stride, y_stride, r_stride))
+    x_stride, y_stride, r_stride = (stride // fixed.align for stride in strides)
     launched = plan.strategy == "launches"
 
     saved_stride = pooled = preact = peak = tied = None
@@ -401,8 +387,6 @@ def forward(
         peaks, ties = floats(x, n, splits, c), floats(x, n, splits, c)
     if launched and gate is None:
         gate = floats(x, n, c)
-    if mask is not None and mask.dim() == 1:
-        mask = None
     groups = -(-n // tile.samples)
     inv_m = 1.0 / p.positions
 
@@ -410,7 +394,7 @@ def forward(
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
         shares = floats(x, n, recipe.parts if launched else recipe.tiles, r)
         tickets = tickets_for(x, groups) if plan.strategy == "last_block" else None
-        steps = (p.positions // call.m_align, splits, tile.steps)
+        steps = (p.positions // fixed.m_align, splits, tile.steps)
         if tile.form == "rows":
             recipe.squeeze(n * recipe.blocks, x, x_stride, parts, parts_stride, inv_m)
         else:
@@ -440,46 +424,28 @@ def forward(
 # ---------------------------------------------------------------------------------------------------- backward
 
 
-def backward(
-    dy: Tensor,
-    dgate: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    gate: Tensor,
-    saved: Tensor,
-    mask: Tensor,
-    act: str,
-    gate_fn: str,
-    squeeze: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills dx, dw1, db1, dw2, db2, dresidual; None where a gradient is not wanted."""
-    dx, dw1, db1, dw2, db2, dresidual = outputs
+def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """(B1) to (B7)."""
+    dy, dgate, x, w1, w2 = call.dy, call.dgate, call.x, call.w1, call.w2
+    gate, saved, mask = call.gate, call.saved, call.mask
+    dx, _, _, *dweights, dresidual = gradients
     n = x.shape[0]
     if n == 0:
-        for t in outputs:
-            if t is not None:
-                t.zero_()
+        clear(gradients)
         return
     out = dx if dx is not None else dresidual
     x_stride, dy_stride = sample_stride(x), sample_stride(dy)
     out_stride = 0 if out is None else sample_stride(out)
-    recipe = _recipe_of(
-        x, w1, act, gate_fn, squeeze, post_act, channels_last, (x_stride, dy_stride, out_stride),
-        dresidual is not None, True, True,
-    )  # fmt: skip
-    call, plan, tile = recipe.call, recipe.plan, recipe.plan.tile
-    p = call.problem
+    strides = (x_stride, dy_stride, out_stride)
+    recipe = _recipe_of(call, channels_last, strides, dresidual is not None, True)
+    fixed, plan, tile = recipe.fixed, recipe.plan, recipe.plan.tile
+    p = fixed.problem
     c, r, splits = p.channels, p.reduced, tile.splits
-    x_stride, dy_stride, out_stride = (stride // call.align for stride in (x_stride, dy_stride, out_stride))
+    x_stride, dy_stride, out_stride = (stride // fixed.align for stride in strides)
     launched = plan.strategy == "launches"
     saved_stride, pooled, preact = saved.stride(0), saved, saved[:, c:]
-    peak, tied = (None, None) if squeeze == "avg" else (saved[:, c + r :], saved[:, 2 * c + r :])
-    weight_tiles = recipe.weight_tiles if dw1 is not None else 0
-    gradients = (dw1, db1, dw2, db2)
+    peak, tied = (None, None) if call.squeeze == "avg" else (saved[:, c + r :], saved[:, 2 * c + r :])
+    weight_tiles = 0 if dweights[0] is None else recipe.weight_tiles
     groups = -(-n // tile.samples)
     inv_m = 1.0 / p.positions
     mask = mask if p.relu else None
@@ -494,7 +460,7 @@ def backward(
             shares = floats(x, n, recipe.tiles, r)
             if plan.strategy == "last_block":
                 dpreact, tickets = floats(x, n, r), tickets_for(x, groups)
-        steps = (p.positions // call.m_align, splits, tile.steps)
+        steps = (p.positions // fixed.m_align, splits, tile.steps)
         if tile.form == "rows":
             recipe.squeeze(n * recipe.blocks, x, x_stride, dy, dy_stride, dgate, gate, parts)
         else:
@@ -508,10 +474,10 @@ def backward(
             if programs:
                 recipe.push(samples * recipe.parts, parts, w2, shares, n, splits)
                 recipe.excite(
-                    programs, parts, shares, pooled, preact, saved_stride, w1, dpooled, *gradients,
+                    programs, parts, shares, pooled, preact, saved_stride, w1, dpooled, *dweights,
                     n, splits, recipe.parts, weight_tiles,
                 )  # fmt: skip
-            weight_tiles, gradients, shares = 0, (None,) * 4, None
+            weight_tiles, dweights, shares = 0, (None,) * 4, None
         if tile.form == "rows":
             if dx is not None:
                 recipe.scale(n * recipe.blocks, dy, dy_stride, None, 0, dx, out_stride, gate, dpooled, inv_m)
@@ -520,5 +486,5 @@ def backward(
         if programs:
             recipe.scale(
                 programs, x, x_stride, dy, dy_stride, dx, dresidual, out_stride, mask, gate, parts, shares, dpreact,
-                dpooled, pooled, preact, peak, tied, saved_stride, w1, *gradients, n, *steps, weight_tiles, inv_m,
+                dpooled, pooled, preact, peak, tied, saved_stride, w1, *dweights, n, *steps, weight_tiles, inv_m,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernels of a block tail; equation numbers are those of senet_fused.tails.reference.
+"""The Triton kernels of a block tail; equation numbers are those of senet_fused.reference.
 
 Conventions, stages and strategies as in ``kernels.py``. Importing this module imports triton. What the kernels keep
 between the launches, all float32, with S splits of the positions: shifts, means, squares [N, S, C], the moments of a

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...activations import Activation
+from ...call import Call, GradientCall, Gradients, Outputs
+from ..synchronised import merge_statistics, share_sums, values_per_channel
 from . import launch
-from .launch import Call, Kernel, floats, sample_stride
+from .launch import Fixed, Kernel, floats, sample_stride
 from .plan import (
     EXCITE_CHANNELS,
     EXCITE_REDUCED,
@@ -25,7 +26,7 @@ from .plan import (
     Problem,
 )
 
-__all__ = ["tail_backward", "tail_forward"]
+__all__ = ["backward", "forward"]
 
 # Samples and splits that the merge of the moments reads as one block, in eight warps: the whole of an early layer's is
 # 200 KB for each program.
@@ -35,9 +36,9 @@ _ENTRIES, _MERGE_WARPS = 32, 8
 class Recipe:
     """The plan of a call and its kernels."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        p, facts = call.problem, call.facts
+    def __init__(self, fixed: Fixed) -> None:
+        self.fixed = fixed
+        p, facts = fixed.problem, fixed.facts
         self.plan = launch.plan_of(p, facts)
         tile, strategy = self.plan.tile, self.plan.strategy
         if p.channels_last != (tile.form == "channels_last") or tile.form == "rows":
@@ -51,7 +52,7 @@ class Recipe:
         self.parts = -(-c // EXCITE_SPLIT)
         self.weight_tiles = -(-c // WEIGHT_CHANNELS) * -(-r // WEIGHT_REDUCED)
         self.launched, self.last_block = strategy == "launches", strategy == "last_block"
-        a, g = Activation.parse(call.act), Activation.parse(call.gate_fn)
+        a, g = Activation.parse(fixed.act), Activation.parse(fixed.gate_fn)
         slope, offset = g.args or (0.0, 0.0)
         act = {"ACT": a.kernel_name, "ACT_A": (a.args or (0.0,))[0]}
         gate = {"GATE": g.kernel_name, "GATE_A": slope}
@@ -61,9 +62,9 @@ class Recipe:
 
         warps = 4 * 32 // facts.warp_size
         excite = {
-            "C": c, "R": r, "SAMPLES": EXCITE_SAMPLES, "REDUCED": EXCITE_REDUCED, "PRECISION": call.precision
+            "C": c, "R": r, "SAMPLES": EXCITE_SAMPLES, "REDUCED": EXCITE_REDUCED, "PRECISION": fixed.precision
         }  # fmt: skip
-        tiles = {"C": c, **launch.constants_of(call, tile)}
+        tiles = {"C": c, **launch.constants_of(fixed, tile)}
         beside = {"R": r, "STRATEGY": strategy, "RELU": p.relu, "REDUCED": launch.reduced_beside(tile), **act, **gate}
         walk = {"REVERSED": self.plan.reversed, "EVICT": "evict_first" if self.plan.streaming else ""}
         if not p.backward:
@@ -115,29 +116,22 @@ def _recipe(
         channels, reduced, positions, element_size, weight_size, channels_last, "avg", relu, residual, backward, norm
     )
     m_align = 1 if channels_last else math.gcd(problem.vector, positions)
-    return Recipe(Call(problem, launch.device_facts(device), device, act, gate_fn, align, m_align, precision))
+    return Recipe(Fixed(problem, launch.device_facts(device), device, act, gate_fn, align, m_align, precision))
 
 
 launch.recipes.append(_recipe)
 
 
 def _recipe_of(
-    x: Tensor,
-    w1: Tensor | None,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    strides: Sequence[int],
-    residual: bool,
-    backward: bool,
-    norm: str,
+    call: Call | GradientCall, channels_last: bool, strides: Sequence[int], residual: bool
 ) -> Recipe:
+    x, w1, backward = call.x, call.w1, isinstance(call, GradientCall)
     size = x.element_size()
     reduced, weight_size = (0, size) if w1 is None else (w1.shape[0], w1.element_size())
     return _recipe(
-        x.device, x.shape[1], reduced, math.prod(x.shape[2:]), size, weight_size, channels_last, post_act == "relu",
-        residual, backward, norm, act, gate_fn, math.gcd(16 // size, *strides), launch.precision(),
+        x.device, x.shape[1], reduced, math.prod(x.shape[2:]), size, weight_size, channels_last,
+        call.post_act == "relu", residual, backward, call.norm, call.act, call.gate_fn, math.gcd(16 // size, *strides),
+        launch.precision(),
     )  # fmt: skip
 
 
@@ -145,71 +139,50 @@ def _groups(n: int, samples: int) -> int:
     return -(-n // samples)
 
 
-def tail_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    given: tuple[Tensor, Tensor] | None,
-    together: Callable[[], None] | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    factor: Tensor | None,
-    eps: float,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills statistics, y, gate, saved, mask; see ``backends.native.tail_forward``."""
-    y, gate, saved, mask = outputs
-    n = x.shape[0]
+def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
+    """(T1) to (T3)."""
+    x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, norm, eps, *_ = call
+    y, statistics, gate, saved, mask = outputs
+    n, batch = x.shape[0], norm == "batch"
     if n == 0:
         statistics.zero_()
-        if together is not None:
-            together()
+        if batch and call.group:  # the other processes have samples, and wait for this one
+            merge_statistics(statistics, call)
         return
     x_stride, y_stride = sample_stride(x), sample_stride(y)
     r_stride = 0 if residual is None else sample_stride(residual)
-    recipe = _recipe_of(
-        x, w1, act, gate_fn, post_act, channels_last, (x_stride, y_stride, r_stride), residual is not None, False,
-        "batch" if given is None else "given",
-    )  # fmt: skip
-    call, tile = recipe.call, recipe.plan.tile
-    p = call.problem
+    strides = (x_stride, y_stride, r_stride)
+    recipe = _recipe_of(call, channels_last, strides, residual is not None)
+    fixed, tile = recipe.fixed, recipe.plan.tile
+    p = fixed.problem
     c, r, splits = p.channels, p.reduced, tile.splits
-    x_stride, y_stride, r_stride = (stride // call.align for stride in (x_stride, y_stride, r_stride))
+    x_stride, y_stride, r_stride = (stride // fixed.align for stride in strides)
     groups, excite = _groups(n, tile.samples), _groups(n, EXCITE_SAMPLES)
     inv_m, count = 1.0 / p.positions, float(n * p.positions)
     saved_stride = None if saved is None else saved.stride(0)
     preact = None if saved is None else saved[:, c:]
-    mean, var = given or (None, None)
 
     with launch.on_device(x):
         # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
         shifts = means = squares = shares = tickets = None
-        if given is None:
+        if batch:
             shifts, squares = floats(x, n, splits, c), floats(x, n, splits, c)
-        if given is None or p.gated:
+        if batch or p.gated:
             means = floats(x, n, splits, c)
         if p.gated:
             shares = floats(x, n, recipe.tail_blocks, r)
             if recipe.last_block:
                 tickets = launch.tickets_for(x, excite)
-        steps = (p.positions // call.m_align, splits, tile.steps)
+        steps = (p.positions // fixed.m_align, splits, tile.steps)
         if means is not None:
             recipe.moments(groups * recipe.tiles, x, x_stride, mean, shifts, means, squares, n, *steps, inv_m)
             arguments = (
                 shifts, means, squares, statistics, mean, var, weight, bias, w1, b1, shares, saved, preact,
                 saved_stride, tickets, n, p.positions, splits, recipe.length, count, inv_m, eps,
             )  # fmt: skip
-            if together is not None:
+            if batch and call.group:
                 recipe.merge(recipe.tail_blocks, *arguments)
-                together()
+                merge_statistics(statistics, call)
                 if p.gated:
                     recipe.push(excite * recipe.tail_blocks, *arguments)
             else:
@@ -225,56 +198,36 @@ def tail_forward(
         )  # fmt: skip
 
 
-def tail_backward(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    factor: Tensor | None,
-    gate: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    gate_fn: str,
-    post_act: str,
-    channels_last: bool,
-    count: float,
-    together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    outputs: Sequence[Tensor | None],
-) -> None:
-    """Fills dx, dweight, dbias, dw1, db1, dw2, db2, dresidual; see ``backends.native.tail_backward``."""
-    dx, dweight, dbias, *gradients, dresidual = outputs
-    n, sweeps = x.shape[0], dx is not None or dresidual is not None
+def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+    """(T4) to (T7)."""
+    dy, x, weight, bias, w1, w2, factor = call.dy, call.x, call.weight, call.bias, call.w1, call.w2, call.factor
+    statistics, gate, saved, mask = call.statistics, call.gate, call.saved, call.mask
+    dx, dweight, dbias, *dweights, dresidual = gradients
+    n, batch, sweeps = x.shape[0], call.norm == "batch", dx is not None or dresidual is not None
+    synchronised = batch and call.group and sweeps
     if n == 0:
-        for t in outputs:
-            if t is not None:
-                t.zero_()
-        if together is not None and sweeps:
-            together(*torch.zeros_like(statistics[:2]))
+        launch.clear(gradients)
+        if synchronised:
+            share_sums(*torch.zeros_like(statistics[:2]), call)
         return
-    batch, out = count > 0, dx if dx is not None else dresidual
+    out = dx if dx is not None else dresidual
     x_stride, dy_stride = sample_stride(x), sample_stride(dy)
     out_stride = 0 if out is None else sample_stride(out)
-    recipe = _recipe_of(
-        x, w1, act, gate_fn, post_act, channels_last, (x_stride, dy_stride, out_stride), dresidual is not None, True,
-        "batch" if batch else "given",
-    )  # fmt: skip
-    call, tile = recipe.call, recipe.plan.tile
-    p = call.problem
+    strides = (x_stride, dy_stride, out_stride)
+    recipe = _recipe_of(call, channels_last, strides, dresidual is not None)
+    fixed, tile = recipe.fixed, recipe.plan.tile
+    p = fixed.problem
     c, r, splits = p.channels, p.reduced, tile.splits
-    x_stride, dy_stride, out_stride = (stride // call.align for stride in (x_stride, dy_stride, out_stride))
+    x_stride, dy_stride, out_stride = (stride // fixed.align for stride in strides)
     groups, excite = _groups(n, tile.samples), _groups(n, EXCITE_SAMPLES)
-    weight_tiles = 0 if gradients[0] is None else recipe.weight_tiles
-    summed = any(t is not None for t in (dweight, dbias, gradients[0])) or (dx is not None and (batch or p.gated))
+    weight_tiles = 0 if dweights[0] is None else recipe.weight_tiles
+    summed = any(t is not None for t in (dweight, dbias, dweights[0])) or (dx is not None and (batch or p.gated))
     saved_stride = None if saved is None else saved.stride(0)
     preact = None if saved is None else saved[:, c:]
 
     with launch.on_device(x):
         sums = dpooled = None
-        steps = (p.positions // call.m_align, splits, tile.steps)
+        steps = (p.positions // fixed.m_align, splits, tile.steps)
         if summed:
             # All memory is taken before the first launch: nothing stands between the launches that wait for each other.
             g0, g1, sums = floats(x, n, splits, c), floats(x, n, splits, c), floats(x, excite, 2, c)
@@ -292,17 +245,17 @@ def tail_backward(
                 recipe.push(excite * recipe.parts, parts, w2, shares, n, splits)
             recipe.excite(
                 weight_tiles + excite * recipe.gate_blocks, g0, g1, parts, shares, dpreact, gate, saved, preact,
-                saved_stride, weight, bias, w1, dpooled, sums, *gradients, n, splits, shared, weight_tiles,
+                saved_stride, weight, bias, w1, dpooled, sums, *dweights, n, splits, shared, weight_tiles,
             )  # fmt: skip
-        inv_count = 1.0 / count if batch else 0.0
-        if summed and (together is not None or not sweeps):
+        inv_count = 1.0 / values_per_channel(x) if batch else 0.0
+        if summed and (synchronised or not sweeps):
             own = sums.sum(0)
             for t, value in zip((dweight, dbias), own, strict=True):
                 if t is not None:
                     t.copy_(value)
             dweight = dbias = None
-            if together is not None and sweeps:
-                sums, excite, inv_count = torch.stack(together(*own)), 1, 1.0
+            if synchronised:
+                sums, excite, inv_count = torch.stack(share_sums(*own, call)), 1, 1.0
         if sweeps:
             recipe.scale(
                 groups * recipe.tiles, x, x_stride, dy, dy_stride, dx, dresidual, out_stride, mask, statistics, weight,

@@ -1,0 +1,155 @@
+"""squeeze_excite and excitation: check the call, choose the backend, run its operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import ops, reference
+from ..activations import Activation
+from ..call import Call, Outputs
+from ..flops import in_dispatch_modes
+from .checks import check_input, check_layer, check_options
+from .serve import PLAIN_TYPES, route, serve
+
+__all__ = ["Function", "excitation", "run", "squeeze_excite"]
+
+Function = str | Activation | nn.Module | type[nn.Module]
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    backend: str | None = None,
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Squeeze-and-Excitation, fused, with a fused backward (Hu et al. 2018; equations in senet_fused.reference).
+
+    Equivalent to::
+
+        pooled = x.mean(spatial_dims)                                  # squeeze="avg"
+        g = sigmoid(linear(relu(linear(pooled, w1, b1)), w2, b2))      # act="relu", gate="sigmoid"
+        y = x * g[:, :, None, None]                                    # + residual, then relu with post_act="relu"
+
+    Args:
+        x: [N, C, *spatial] with one to three spatial dimensions; float64, float32, bfloat16 or float16. Contiguous and
+            channels_last memory (and slices of a batch in either) is read in place; other strides are copied once.
+        w1, w2: [R, C] and [C, R], or 1x1 convolution weights [R, C, 1, 1] and [C, R, 1, 1]; any floating dtype.
+        b1, b2: [R] and [C], or None.
+        act: function between the two layers: identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, tanh or
+            sigmoid; a name, a torch.nn module (class or instance) or a :class:`senet_fused.Activation`.
+        gate: function behind the second layer, likewise: sigmoid, hardsigmoid, tanh, relu or identity.
+        squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
+        residual: a tensor of x's shape, added to the scaled x; None adds nothing.
+        post_act: "relu" or None, applied last.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None takes the innermost ``use_backend``, then the
+            environment variable SENET_FUSED_BACKEND, then "auto". A backend asked for by name never falls back. Under
+            torch.func's transforms, forward-mode differentiation, ONNX export and torch.jit.trace the reference runs,
+            whatever is named.
+        return_gate: also return the gate.
+
+    Returns:
+        y with x's shape, eager PyTorch's memory layout for ``x * gate``, and dtype ``torch.result_type(x, residual)``
+        (the same under autocast); with ``return_gate=True`` the pair (y, gate), gate being [N, C] in float32 (float64
+        for float64 x). Both are differentiable. Sums and the excitation are float32, float64 for float64 x.
+
+    Raises:
+        ValueError: a shape, name or memory layout that does not fit; the message says what was expected.
+        TypeError: an argument that is no tensor, or not floating point.
+        BackendUnavailableError: the named backend cannot serve this call.
+    """
+    act, gate = Activation.of(act), Activation.of(gate)
+    tensors = (x, w1, w2, b1, b2, residual)
+    if has_torch_function(tensors):
+        # Text for act and gate: an FX graph holds nothing else of that kind.
+        return handle_torch_function(
+            squeeze_excite, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze,
+            residual=residual, post_act=post_act, backend=backend, return_gate=return_gate,
+        )  # fmt: skip
+    check_options(act, gate, squeeze, post_act)
+    call = Call(
+        x, None, None, None, None, w1, b1, w2, b2, residual, None, "", 0.0, act.spec, gate.spec, squeeze,
+        post_act or "", "",
+    )  # fmt: skip
+    y, _, g, *_ = run(call, route(x, backend) if isinstance(x, Tensor) else "reference", return_gate)
+    return (y, g) if return_gate else y
+
+
+def run(call: Call, chosen: str, want_gate: bool) -> Outputs:
+    """:func:`squeeze_excite` of a call by the backend that :func:`route` has chosen."""
+    if chosen == "cpu" and not torch.is_grad_enabled():
+        outputs = _serve_at_once(call, want_gate)
+        if outputs is not None:
+            return outputs
+    check_layer(call)
+    return serve(call, chosen, want_gate)
+
+
+def _serve_at_once(call: Call, want_gate: bool) -> Outputs | None:
+    """A float32 call on the CPU in eager mode, without gradients, or None if it has to go the long way.
+
+    A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
+    large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
+    they refuse goes the long way, to be converted or to get its message.
+    """
+    x = call.x
+    for t in (x, call.w1, call.w2, call.b1, call.b2):
+        if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
+            return None
+    if call.residual is not None or call.post_act or x.layout is not torch.strided:
+        return None
+    if torch.compiler.is_compiling() or in_dispatch_modes():
+        return None
+    return ops.infer_at_once(call, want_gate)
+
+
+def excitation(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    backend: str | None = None,
+) -> Tensor:
+    """The gate of :func:`squeeze_excite` alone, for layers that leave the multiplication to their caller.
+
+    Equivalent to ``sigmoid(linear(relu(linear(x.mean(spatial_dims), w1, b1)), w2, b2))``, (E1) to (E3). x is read once,
+    by PyTorch's own mean or maximum; the rest, forward and backward, is the operator's. A caller who only multiplies x
+    by the gate is better served by squeeze_excite, whose backward reads x once for both.
+
+    Args:
+        As in :func:`squeeze_excite`.
+
+    Returns:
+        [N, C] in float32 (float64 for float64 x), differentiable.
+
+    Raises:
+        As :func:`squeeze_excite`.
+    """
+    act, gate = Activation.of(act), Activation.of(gate)
+    tensors = (x, w1, w2, b1, b2)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
+        )
+    check_options(act, gate, squeeze, None)
+    check_input(x)
+    pooled = reference.pool(x, squeeze)[..., None]
+    call = Call(
+        pooled, None, None, None, None, w1, b1, w2, b2, None, None, "", 0.0, act.spec, gate.spec, "avg", "", ""
+    )
+    return run(call, route(x, backend), True).gate

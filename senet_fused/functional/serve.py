@@ -1,0 +1,101 @@
+"""From a checked call to its outputs: which backend serves it, and which way into that backend's operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, reference, select, torch_private
+from ..call import Call, Outputs
+from ..flops import in_dispatch_modes
+
+__all__ = ["PLAIN_TYPES", "explain", "needs_plain_operators", "route", "serve", "tail_route"]
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def route(x: Tensor, backend: str | None) -> str:
+    """The backend that serves an SE layer's call with x now.
+
+    It is "reference", whatever is named, where the call is seen by something that wants PyTorch's own operators: ONNX
+    export, TorchScript's tracer, torch.func's transforms and forward-mode differentiation. Raises as :func:`explain`.
+    """
+    compiling = torch.compiler.is_compiling()
+    chosen = select.choose(backend, x.device.type, x.dtype, compiling).backend
+    return "reference" if needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()) else chosen
+
+
+def tail_route(x: Tensor, backend: str | None) -> str:
+    """As :func:`route`, of a block tail.
+
+    Unlike an SE layer's, a tail's operator stays in a graph that torch.compile makes: on a CPU it is the faster one,
+    and on a GPU it makes 10 passes a step where the compiler's own kernels make 15.
+    """
+    chosen = select.choose(backend, x.device.type, x.dtype).backend
+    compiling = torch.compiler.is_compiling()
+    return "reference" if needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()) else chosen
+
+
+# torch.compile enters transforms while it traces, so the answer is right, and guards on those that are outside.
+@torch_private.constant_under_compile
+def needs_plain_operators() -> bool:
+    """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
+
+    TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
+    forward-mode differentiation (dual tensors would lose their tangents in a kernel).
+    """
+    return (
+        torch_private.is_tracing()
+        or torch_private.func_transform() is not None
+        or torch_private.in_dual_level()
+    )
+
+
+def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
+    """Which backend would serve ``squeeze_excite(x, ..., backend=backend)``, and why (``.backend``, ``.reason``).
+
+    Whether a layer calls the function, or its children in place of it, :func:`senet_fused.fuse_report` says.
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendUnavailableError: the named backend cannot serve x.
+    """
+    return select.choose(backend, x.device.type, x.dtype)
+
+
+def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
+    """The outputs of a checked call by the backend that :func:`route` has chosen.
+
+    y has eager PyTorch's dtype and memory layout. The gate is there if it is wanted.
+    """
+    compiling = torch.compiler.is_compiling()
+    if chosen == "reference":
+        outputs = reference.forward(call)
+        if not compiling:
+            ops.count_call("reference.tail_forward" if call.norm else "reference.forward")
+        return outputs
+    x, residual, narrow = call.x, call.residual, None
+    if residual is not None and residual.dtype != x.dtype:
+        # Kernels are written for one dtype; widening both is exact, and what the sum would do anyway.
+        narrow = reference.accumulate_dtype(x)
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        call = call._replace(x=x.to(wider), residual=residual.to(wider))
+    operator = ops.OPERATORS[chosen]
+    plain, save = not (compiling or in_dispatch_modes()), False
+    for t in call[: ops.TENSORS]:
+        if t is not None:
+            save = save or t.requires_grad
+            plain = plain and type(t) in PLAIN_TYPES
+    save = save and torch.is_grad_enabled()
+    if not plain:
+        outputs = operator.registered(call, save)
+    elif save:
+        outputs = operator.eager(call)
+    else:
+        outputs = operator.infer(call, want_gate)
+    if narrow is not None and want_gate:
+        outputs = outputs._replace(gate=outputs.gate.to(narrow))
+    if not x.is_contiguous() and ops.layout_of(x) is None:
+        # empty_like keeps the order of x's strides, as x * gate does.
+        outputs = outputs._replace(y=torch.empty_like(call.x).copy_(outputs.y))
+    return outputs
