@@ -4,7 +4,8 @@ core: five minutes on two cores, and yet every backend, strategy and direction, 
     A test belongs to it unless a marker says that the test needs more than moments (:data:`EXPENSIVE`); of a test with
     many combinations of parameters, as few as meet each value of each parameter. The marker `core` overrules
     the others.
-ci: core, and a quarter of the rest, which the commit's hash chooses: so every test runs on one commit in four.
+ci: core, and a quarter of the rest, which the commit's hash chooses: so every test runs on one commit in four. But for
+    what reads nvcc's machine code: `.ci/run` compiles the CUDA library once, for the wheel, and looks at that.
 all: everything.
 
 `make test` is core, `make test-all` is all, `.ci/run` runs ci. With explicit node ids or `-k`, the tier still applies:
@@ -69,7 +70,12 @@ def chosen(items: list[pytest.Item], tier: str, share: int | None = None) -> lis
     if tier == "all":
         return items
     core = core_of(items)
-    return [item for item in items if item in core or (tier == "ci" and share_of(item.nodeid) == share)]
+    if tier == "core":
+        return [item for item in items if item in core]
+    return [
+        item for item in items
+        if item in core or (share_of(item.nodeid) == share and not item.get_closest_marker("nvcc"))
+    ]  # fmt: skip
 
 
 def share_of(text: str) -> int:

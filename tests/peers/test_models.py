@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 import senet_fused
 from senet_fused import fuse_report, unfuse
 
+pytestmark = pytest.mark.networks
 every_peer = pytest.mark.parametrize("peer", PEERS, ids=str)
 # Every fourth network and one of each library; -m "slow or not slow" runs all, in twice the time.
 _RUN = [peer for peer in PEERS if peer.shape and peer.fused]

@@ -27,6 +27,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
+pytestmark = pytest.mark.networks
 PEERS = {
     "se_bn_inception": lambda: pretrainedmodels.bninception(pretrained=None),
     "se_mobilenet": lambda: timm.create_model("mobilenetv1_100", act_layer=nn.ReLU),

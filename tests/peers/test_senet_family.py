@@ -11,6 +11,7 @@ from torch import nn
 import senet_fused
 from senet_fused.models import create_model
 
+pytestmark = pytest.mark.networks
 TIMM = {
     "legacy_seresnet18": "se_resnet18",
     "legacy_seresnet34": "se_resnet34",

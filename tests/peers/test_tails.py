@@ -14,6 +14,7 @@ from test_models import assert_close, assert_same_training, evaluate, noise_of, 
 import senet_fused
 from senet_fused import fuse_report, unfuse
 
+pytestmark = pytest.mark.networks
 BACKEND = senet_fused.explain(torch.empty(0)).backend
 assert BACKEND != "reference", "without compiled code the modules run, and nothing would be tested"
 fuse = functools.partial(senet_fused.fuse, tails=True)
