@@ -5,7 +5,8 @@ One family of operators serves SE layers and block tails (numbered equations in 
     y = post_act(factor * gate * norm(x) + residual)
 
 norm is BatchNorm by the batch's statistics ("batch"), by given ones ("given"), or nothing (""); gate is the SE layer's,
-or one where there are no weights. The fields of a call are the arguments of the registered operator, in its order.
+or one where there are no weights. The first fields of a call are the tensors that a registered operator takes, in its
+order; options but eps come as one text, because each argument of a registered operator costs microseconds.
 
 NamedTuples, because one is made at every call of a layer: 0.3 us, a frozen dataclass of as many fields takes six times
 as long.
@@ -13,11 +14,13 @@ as long.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Call", "GradientCall", "Gradients", "Outputs"]
+__all__ = ["OPTIONS", "TENSORS", "Call", "GradientCall", "Gradients", "Outputs", "options_of", "text_of"]
 
 
 class Call(NamedTuple):
@@ -40,8 +43,8 @@ class Call(NamedTuple):
     b2: Tensor | None
     residual: Tensor | None
     factor: Tensor | None
-    norm: str
     eps: float
+    norm: str
     act: str
     gate_fn: str
     squeeze: str
@@ -93,8 +96,8 @@ class GradientCall(NamedTuple):
     gate: Tensor | None
     saved: Tensor | None
     mask: Tensor | None
-    norm: str
     eps: float
+    norm: str
     act: str
     gate_fn: str
     squeeze: str
@@ -116,3 +119,29 @@ class Gradients(NamedTuple):
     dw2: Tensor | None
     db2: Tensor | None
     dresidual: Tensor | None
+
+
+TENSORS = Call._fields.index("eps")  # of a Call, which begins with them
+OPTIONS = Call._fields[TENSORS + 1 :]
+_SEPARATOR = "; "
+
+
+def text_of(options: tuple[Any, ...]) -> str:
+    """A call's options as a registered operator takes them: "norm=batch; act=relu; ..."."""
+    return _write(options) if torch.compiler.is_compiling() else _text_of(options)  # which warns of cached functions
+
+
+@lru_cache(maxsize=256)
+def options_of(text: str) -> tuple[Any, ...]:
+    """:func:`text_of` read back. Raises ValueError if it is no such text."""
+    pairs = [part.partition("=") for part in text.split(_SEPARATOR, len(OPTIONS) - 1)]
+    if tuple(name for name, _, _ in pairs) != OPTIONS:
+        raise ValueError(f"expected options {_SEPARATOR.join(f'{name}=...' for name in OPTIONS)}; got {text!r}")
+    return tuple(value for _, _, value in pairs)
+
+
+def _write(options: tuple[Any, ...]) -> str:
+    return _SEPARATOR.join([f"{name}={value}" for name, value in zip(OPTIONS, options, strict=True)])
+
+
+_text_of = lru_cache(maxsize=256)(_write)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import torch_private
-from .call import GradientCall
+from .call import options_of
 
 __all__ = ["in_dispatch_modes"]
 
@@ -55,13 +55,11 @@ def _forward(x: Any, _weight: Any, _bias: Any, _mean: Any, _var: Any, w1: Any, *
 def _backward(
     _dy: Any, _dgate: Any, x: Any, _weight: Any, _bias: Any, w1: Any, *others: Any, out_shape: Any = None
 ) -> int:
-    need_x, need_weights = others[-3:-1]
+    text, need_x, need_weights, _need_residual = others[-4:]
     if w1 is None or not (need_x or need_weights):
         return 0
-    norm = others[_NORM]
     # A norm's gradients need dpooled, too.
-    return (1 + bool(need_x or norm) + 2 * bool(need_weights)) * _product(x, w1)
+    return (1 + bool(need_x or options_of(text)[0]) + 2 * bool(need_weights)) * _product(x, w1)
 
 
-_NORM = GradientCall._fields.index("norm") - GradientCall._fields.index("w1") - 1  # behind w1
 _FORMULAS = {"fused_se_{}": _forward, "fused_se_{}_backward": _backward}

@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from . import conversion, select
 from .activations import ACT_NAMES, GATE_NAMES, Activation
-from .functional import Function, check_input, check_residual, squeeze_excite
+from .call import Call
+from .functional import Function, check_input, check_residual, route, serve, squeeze_excite
 from .recognition import Part, Weights, parts_of, plain_weights, quantising
 from .reference import SQUEEZES, accumulate_dtype
 
@@ -117,21 +119,24 @@ class FusedSE(RecordsGates, nn.Module):
         weights = self._weights()
         if not isinstance(weights, tuple) or (type(x) is not Tensor and quantising(x)):
             return self._by_children(x, residual, post_act)
-        result = squeeze_excite(
-            x,
-            *weights,
-            act=self.act,
-            gate=self.gate,
-            squeeze=self.squeeze,
-            residual=residual,
-            post_act=post_act,
-            backend=self.backend,
-            return_gate=self._senet_captured is not None,
-        )
-        if self._senet_captured is None:
-            return result
-        y, gate = result
-        self._senet_record(gate)
+        recording = self._senet_captured is not None
+        w1, w2, b1, b2 = weights
+        if not isinstance(x, Tensor) or has_torch_function((x, w1, w2, b1, b2, residual)):
+            # Whoever overrides functions, as FX does, is to see this one.
+            result = squeeze_excite(
+                x, w1, w2, b1, b2, act=self.act, gate=self.gate, squeeze=self.squeeze, residual=residual,
+                post_act=post_act, backend=self.backend, return_gate=recording,
+            )  # fmt: skip
+            y, gate = result if recording else (result, None)
+        else:
+            call = Call(
+                x, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", self.act.spec, self.gate.spec,
+                self.squeeze, post_act or "", "",
+            )  # fmt: skip
+            outputs = serve(call, route(x, self.backend), recording)
+            y, gate = outputs.y, outputs.gate
+        if recording:
+            self._senet_record(gate)
         return y
 
     def _weights(self) -> Weights | str:

@@ -223,7 +223,7 @@ def block_tail_backward(
 
 def _layer(x, w1, w2, b1, b2, act, gate) -> Call:
     act, gate = Activation.of(act).spec, Activation.of(gate).spec
-    return Call(x, None, None, None, None, w1, b1, w2, b2, None, None, "", 0.0, act, gate, "avg", "", "")
+    return Call(x, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act, gate, "avg", "", "")
 
 
 # ---------------------------------------------------------------------------------------------------- the family

@@ -34,6 +34,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+_ON_A_CPU = Choice("cpu", "cpu: serves cpu tensors")
+
+
 def check_name(name: str | None, where: str) -> None:
     """Raises ValueError unless name is None or one of :data:`BACKEND_CHOICES`."""
     if name is not None and name not in BACKEND_CHOICES:
@@ -91,6 +94,8 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
     """
     name, who = requested(backend)
     if name == "auto":
+        if device_type == "cpu" and not compiling and backends.refusal("cpu", device_type, dtype) is None:
+            return _ON_A_CPU  # the usual case, which costs a small layer no texts
         reasons = []
         for candidate in backends.NAMES:
             refusal = backends.refusal(candidate, device_type, dtype)

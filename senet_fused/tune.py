@@ -222,7 +222,7 @@ class _Layer:
         if dtype is not None:
             tensors = tuple(None if t is None else t.detach().to(dtype) for t in tensors)
         act, gate = Activation.of(case.act).spec, Activation.of(case.gate).spec
-        return Call(*tensors, norm, self._EPS, act, gate, "avg", case.post_act or "", "")
+        return Call(*tensors, self._EPS, norm, act, gate, "avg", case.post_act or "", "")
 
     def forward(self, inputs: InputSet) -> Outputs:
         """All that training keeps."""

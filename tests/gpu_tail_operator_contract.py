@@ -19,6 +19,7 @@ from tail_oracle import (
     EVERYTHING,
     Tail,
     backward_arguments,
+    call_of,
     draw,
     forward_arguments,
     fused,
@@ -28,7 +29,6 @@ from torch import nn
 
 import senet_fused
 from senet_fused import FusedSE, FusedSETail, block_tail, fuse, fuse_report
-from senet_fused.call import Call
 from senet_fused.ops import OPERATORS
 
 CASES = {
@@ -69,7 +69,7 @@ def test_eager_and_registered_agree_bitwise(backend_name, name):
     for path in (operator.eager, lambda call: operator.registered(call, True)):
         t = tensors_of(case, requires_grad=True)
         senet_fused.reset_call_counts()
-        y, statistics, *_ = path(Call(*forward_arguments(case, t)[:-1]))
+        y, statistics, *_ = path(call_of(case, t))
         leaves = [v for v in t.values() if v.requires_grad]
         results.append([y, statistics, *torch.autograd.grad(y, leaves, t["dy"])])
         assert senet_fused.call_counts() == counts(backend_name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from senet_fused.call import Call, GradientCall
+from senet_fused.call import TENSORS, Call, text_of
 
 __all__ = ["Backward", "Forward", "call_of"]
 
@@ -25,7 +25,7 @@ def call_of(
     post_act: str,
 ) -> Call:
     return Call(
-        x, None, None, None, None, w1, b1, w2, b2, residual, None, "", 0.0, act, gate_fn, squeeze, post_act, ""
+        x, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", act, gate_fn, squeeze, post_act, ""
     )
 
 
@@ -38,7 +38,8 @@ class Forward:
     def arguments(self, *layer: Any) -> tuple[Any, ...]:
         """The operator's own."""
         *fields, save = layer
-        return *call_of(*fields), save
+        call = call_of(*fields)
+        return *call[: TENSORS + 1], text_of(call[TENSORS + 1 :]), save
 
     def __call__(self, *layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, _, gate, saved, mask = self.operator(*self.arguments(*layer))
@@ -55,12 +56,8 @@ class Backward:
     def arguments(self, *layer: Any) -> tuple[Any, ...]:
         """The operator's own."""
         dy, dgate, x, w1, b1, w2, b2, gate, saved, mask, act, gate_fn, squeeze, post_act, *needs = layer
-        return tuple(
-            GradientCall(
-                dy, dgate, x, None, None, w1, b1, w2, b2, None, None, gate, saved, mask, "", 0.0, act, gate_fn,
-                squeeze, post_act, "", *needs,
-            )
-        )  # fmt: skip
+        tensors = (dy, dgate, x, None, None, w1, b1, w2, b2, None, None, gate, saved, mask)
+        return *tensors, 0.0, text_of(("", act, gate_fn, squeeze, post_act, "")), *needs
 
     def __call__(self, *layer: Any) -> tuple[Tensor, ...]:
         dx, _, _, *gradients = self.operator(*self.arguments(*layer))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import block_tail, reference
-from senet_fused.call import Gradients
+from senet_fused.call import Call, Gradients, text_of
 from senet_fused.ops import define
 
 if TYPE_CHECKING:
@@ -287,12 +287,16 @@ def operators(backend: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverloa
 def forward_arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object, ...]:
     left_out = ("running_mean", "running_var") if case.training else ()
     tensors = (None if name in left_out else t.get(name) for name in INPUTS)
-    return *tensors, *_options(case), save
+    return *tensors, case.eps, text_of(options_of(case)), save
 
 
-def _options(case: Tail) -> tuple[object, ...]:
+def options_of(case: Tail) -> tuple[object, ...]:
     norm = "batch" if case.training else "given"
-    return norm, case.eps, case.act, case.gate, "avg", case.post_act or "", ""
+    return norm, case.act, case.gate, "avg", case.post_act or "", ""
+
+
+def call_of(case: Tail, t: Tensors) -> Call:
+    return Call(*forward_arguments(case, t)[:-2], *options_of(case))
 
 
 def backward_arguments(
@@ -301,7 +305,7 @@ def backward_arguments(
     """outputs: the forward's. needs: gradients of x, of parameters, of the residual; None for what there are."""
     given = (t.get(k) for k in ("x", "weight", "bias", "w1", "b1", "w2", "b2", "factor"))
     needs = needs or (True, True, case.residual and case.post_act is not None)
-    return t["dy"], None, *given, *outputs[1:], *_options(case), *needs
+    return t["dy"], None, *given, *outputs[1:], case.eps, text_of(options_of(case)), *needs
 
 
 def operator_outputs(backend: str, case: Tail, t: Tensors) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ from test_cuda_kernels import ON_HOST, TILES, form_of
 
 from senet_fused.backends import cuda
 from senet_fused.backends.codes import codes_of
-from senet_fused.call import Call, Gradients, Outputs
+from senet_fused.call import Call, Gradients, Outputs, text_of
 from senet_fused.ops import empty_mask
 
 pytestmark = [
@@ -290,7 +290,7 @@ def test_given_statistics_are_kept(kind, strategy):
     with cuda.using(planning(strategy)):
         _, statistics, *_ = torch.ops.senet_fused.fused_se_cuda(
             t["x"], t["weight"], t["bias"], mean, var, *(t.get(k) for k in ("w1", "b1", "w2", "b2")), None, None,
-            "given", case.eps, case.act, case.gate, "avg", "", "", True,
+            case.eps, text_of(("given", case.act, case.gate, "avg", "", "")), True,
         )  # fmt: skip
     assert torch.equal(statistics[0], mean) and torch.equal(statistics[2], var)
     torch.testing.assert_close(statistics[1], (var + case.eps).rsqrt(), rtol=3e-7, atol=0.0)
@@ -303,7 +303,7 @@ def call_of(case: Tail, t: Tensors, group: str) -> Call:
     own = {k: on_device(t[k]) for k in ("x", "w1", "w2", "residual")}
     own |= {k: on_device(t[k]).float() for k in ("weight", "bias", "b1", "b2", "factor")}
     tensors = {name: own.get(name) for name in Call._fields[:11]}
-    return Call(*tensors.values(), "batch", case.eps, case.act, case.gate, "avg", "relu", group)
+    return Call(*tensors.values(), case.eps, "batch", case.act, case.gate, "avg", "relu", group)
 
 
 def call_forward(case: Tail, t: Tensors, together) -> Outputs:
@@ -529,4 +529,4 @@ def test_without_kernels_for_a_device(monkeypatch):
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
     operator = torch.ops.senet_fused.fused_se_cuda.default
     with pytest.raises(RuntimeError, match="the cuda backend cannot serve this call: "):
-        operator(x, *(None,) * 10, "batch", 1e-5, "relu", "sigmoid", "avg", "", "", True)
+        operator(x, *(None,) * 10, 1e-5, text_of(("batch", "relu", "sigmoid", "avg", "", "")), True)

@@ -67,13 +67,13 @@ def functions_in(folded):
 @pytest.fixture
 def asked(monkeypatch):
     """(whether there is a residual, post_act) of every call of a FusedSE."""
-    calls, real = [], modules.squeeze_excite
+    calls, real = [], modules.serve
 
-    def squeeze_excite(*args, **options):
-        calls.append((options["residual"] is not None, options["post_act"]))
-        return real(*args, **options)
+    def serve(call, *others):
+        calls.append((call.residual is not None, call.post_act))
+        return real(call, *others)
 
-    monkeypatch.setattr(modules, "squeeze_excite", squeeze_excite)
+    monkeypatch.setattr(modules, "serve", serve)
     return calls
 
 

@@ -35,7 +35,7 @@ PYTHON = {
     "functional": {"activations", "call", "flops", "ops", "reference", "select", "torch_private"},
     "recognition": {"activations", "call", "functional", "ops", "reference", "torch_private"},
     "conversion": {"recognition"},
-    "modules": {"activations", "conversion", "functional", "recognition", "reference", "select"},
+    "modules": {"activations", "call", "conversion", "functional", "recognition", "reference", "select"},
     "tails": {"functional", "modules", "recognition", "select", "torch_private"},
     "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
     "folding": {"fusion", "modules", "select", "tails", "torch_private"},

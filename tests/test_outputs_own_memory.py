@@ -82,7 +82,7 @@ def test_a_result_may_be_changed_in_place(backend, function, dimensions, layout)
 def call_of(norm, x, residual, weights):
     w1, w2, b1, b2 = weights.values()
     scale, shift = (torch.ones(C), torch.zeros(C)) if norm else (None, None)
-    options = (norm, 1e-5, "relu", "sigmoid", "avg", "relu", "")
+    options = (1e-5, norm, "relu", "sigmoid", "avg", "relu", "")
     return Call(x, scale, shift, None, None, w1, b1, w2, b2, residual, None, *options)
 
 

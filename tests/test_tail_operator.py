@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_fused
 from senet_fused import block_tail
-from senet_fused.call import Call
+from senet_fused.call import Call, options_of
 from senet_fused.functional import tail
 from senet_fused.ops import OPERATORS, unpack_mask
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FORWARD, BACKWARD = tail_oracle.operators("cpu")
-PATHS = {"eager": lambda *a: OPERATORS["cpu"].eager(Call(*a[:-1])), "registered": FORWARD}
+PATHS = {"eager": lambda *a: OPERATORS["cpu"].eager(Call(*a[:-2], *options_of(a[-2]))), "registered": FORWARD}
 SMALL = (2, 6, 3, 4)
 
 CASES = {
@@ -193,7 +193,8 @@ def test_eager_and_registered_agree_bitwise(name, second_order):
 def test_only_y_is_differentiable(path):
     t = draw(CASES["everything"], 0)
     outputs = PATHS[path](*arguments(CASES["everything"], {**t, **leaves_of(t)}))
-    assert [t.requires_grad for t in outputs if t is not None] == [True, False, False, False, False][: 5 if path == "registered" else 2]
+    count = 5 if path == "registered" else 2
+    assert [t.requires_grad for t in outputs if t is not None] == [True, *(False,) * (count - 1)]
 
 
 def test_autograd_guards_what_is_saved():
@@ -379,7 +380,9 @@ BAD = {
         {**EVALUATION, "running_mean": None, "running_var": None}, ValueError, "training=False normalises by",
         "not there",
     ),
-    "group in evaluation": ({**EVALUATION, "group": SimpleNamespace(group_name="others")}, ValueError, "group is for training", "running"),
+    "group in evaluation": (
+        {**EVALUATION, "group": SimpleNamespace(group_name="others")}, ValueError, "group is for training", "running"
+    ),
     "one value": (
         {"x": ones(1, C, 1, 1), "residual": None, "factor": None}, ValueError,
         "Expected more than 1 value per channel when training, got input size [1, 8, 1, 1]", "a single value",

@@ -21,6 +21,7 @@ from tail_oracle import EVERYTHING, PLAIN, Tail, check, draw
 
 from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
+from senet_fused.call import text_of
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -30,7 +31,7 @@ pytestmark = [
 if backend.problem(DEVICE) is None:
     from test_triton_operator import counted_accesses
 
-    from senet_fused.backends.triton import launch
+    from senet_fused.backends.triton import launch, tail_launch
 
 FORWARD = ("tail_moments_kernel", "tail_excite_kernel", "tail_scale_kernel")
 BACKWARD = ("tail_sums_kernel", "tail_excite_backward_kernel", "tail_scale_backward_kernel")
@@ -179,7 +180,7 @@ def test_counted_bytes_are_those_of_the_plan(layout, reduced, training):
     names = ("weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2")
     weight, bias, mean, var, *weights = (inputs.get(name) for name in names)
     given = (None, None) if training else (mean, var)
-    options = ("batch" if training else "given", 1e-5, "relu", "sigmoid", "avg", "relu", "")
+    options = text_of(("batch" if training else "given", "relu", "sigmoid", "avg", "relu", ""))
     operators = torch.ops.senet_fused.fused_se_triton, torch.ops.senet_fused.fused_se_triton_backward
     with launch.using(plans):
         for problem, plan in plans.items():
@@ -187,12 +188,12 @@ def test_counted_bytes_are_those_of_the_plan(layout, reduced, training):
                 if problem.backward:
                     results = operators[1](
                         inputs["dy"], None, inputs["x"], weight, bias, *weights, None, *kept[1:],  # noqa: F405
-                        *options, True, True, True,
+                        1e-5, options, True, True, True,
                     )  # fmt: skip
                     large = [inputs["x"], inputs["dy"], results[0], results[-1]]
                 else:
                     kept = operators[0](
-                        inputs["x"], weight, bias, *given, *weights, inputs["residual"], None, *options, True
+                        inputs["x"], weight, bias, *given, *weights, inputs["residual"], None, 1e-5, options, True
                     )
                     large = [inputs["x"], inputs["residual"], kept[0]]
 
@@ -221,12 +222,11 @@ def test_the_passes_are_those_of_the_design():
 
 # What is passed on to the kernels, changed: the rule has to see it.
 PLANTED = {
-    "another eps": ("tail_forward", 12, lambda eps: 2 * eps + 1e-3, "y"),
-    "another m": ("tail_backward", 15, lambda count: 1.05 * count, "dx"),
-    "no bias": ("tail_forward", 2, lambda bias: None, "y"),
-    "no bias, backward": ("tail_backward", 4, lambda bias: None, "dw1"),
-    "no factor, backward": ("tail_backward", 8, lambda factor: None, "dweight"),
-    "statistics taken as given": ("tail_backward", 15, lambda count: 0.0, "dx"),
+    "another eps": ("forward", {"eps": 1.02e-3}, "y"),
+    "no bias": ("forward", {"bias": None}, "y"),
+    "no bias, backward": ("backward", {"bias": None}, "dw1"),
+    "no factor, backward": ("backward", {"factor": None}, "dweight"),
+    "statistics taken as given": ("backward", {"norm": "given"}, "dx"),
 }
 
 
@@ -240,13 +240,12 @@ def test_nothing_is_wrong_where_nothing_is_planted():
 @pytest.mark.core
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_rule_catches_what_is_planted(monkeypatch, name):
-    function, place, change, tensor = PLANTED[name]
+    function, changed, tensor = PLANTED[name]
     fill = getattr(backend, function)
-
-    def planted(*arguments):
-        changed = list(arguments)
-        changed[place] = change(changed[place])
-        fill(*changed)
-
-    monkeypatch.setattr(backend, function, planted)
+    monkeypatch.setattr(backend, function, lambda call, *others: fill(call._replace(**changed), *others))
     assert tensor in tail_oracle.wrong_tensors(PLANTED_IN, 1, run)
+
+
+def test_the_rule_catches_another_m(monkeypatch):
+    monkeypatch.setattr(tail_launch, "values_per_channel", lambda x: 1.05 * x.numel() / x.shape[1])
+    assert "dx" in tail_oracle.wrong_tensors(PLANTED_IN, 1, run)

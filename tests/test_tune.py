@@ -330,14 +330,14 @@ def test_tails_are_tuned(path, capsys):
     ("direction", "number", "name"), [("forward", 0, "y"), ("forward", 1, "statistics"), ("backward", 1, "dweight")]
 )
 def test_a_wrong_default_plan_of_a_tail_is_an_error(path, monkeypatch, capsys, direction, number, name):
-    real = tune._Tail.call
+    real = tune._Layer.call
 
     def wrong(self, inputs, kept):
         outputs = real(self, inputs, kept)
         outputs[number].mul_(1.02)
         return outputs
 
-    monkeypatch.setattr(tune._Tail, "call", wrong)
+    monkeypatch.setattr(tune._Layer, "call", wrong)
     argv = ("--op", "tail", "--dtype", "float32", "--candidates", "1", "--direction", direction)
     assert tuning(path, *argv) == 1
     assert f"ERROR RuntimeError: the default plan is wrong: {name} is off by" in capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
     shapes = ("2,8,2,3,3", "2,8,3,7,7")
     for case in cases([], shapes, op="tail", dtypes=DTYPES[:2], layouts=("contiguous", "channels_last")):
         asked.clear()
-        tail = tune._Tail(case, True, torch.device(DEVICE))
+        tail = tune._Layer(case, True, torch.device(DEVICE))
         inputs = tune._Tuner(torch.device(DEVICE), H200, 1)._check_inputs(tail)
         with torch.no_grad(), launch.using({}):
             tail.call(inputs, tail.forward(inputs))
@@ -405,7 +405,8 @@ def test_wrong_and_failing_plans_are_left_out(path, monkeypatch, capsys, directi
             return
         real(*arguments)
         if strategy == "launches":
-            arguments[-1][1].mul_(1.01)
+            _, results, _ = arguments
+            (results.dw1 if backward else results.gate).mul_(1.01)
 
     monkeypatch.setattr(launch, direction, launched)
     wanted = ("partials", "last_block", "launches", "warps")
@@ -438,9 +439,9 @@ def test_wrong_and_failing_plans_are_left_out(path, monkeypatch, capsys, directi
 def test_a_wrong_default_plan_is_an_error_and_not_kept(path, monkeypatch, capsys):
     real = launch.backward
 
-    def wrong(*arguments):
-        real(*arguments)
-        arguments[-1][0].mul_(1.02)
+    def wrong(call, gradients, channels_last):
+        real(call, gradients, channels_last)
+        gradients.dx.mul_(1.02)
 
     monkeypatch.setattr(launch, "backward", wrong)
     assert tuning(path, "--candidates", "1") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..activations import Activation
-from ..call import Call, GradientCall
 from ..reference import SQUEEZES
 
 __all__ = ["codes_of"]
@@ -14,17 +13,13 @@ __all__ = ["codes_of"]
 Codes = tuple[int, float, int, float, float, int, int]
 
 
-def codes_of(call: Call | GradientCall) -> Codes:
+@lru_cache(maxsize=256)
+def codes_of(act: str, gate: str, squeeze: str, post_act: str) -> Codes:
     """(act, its parameter, gate, its two parameters, squeeze, is there a ReLU), as csrc/plan/plan.h numbers them.
 
     Raises:
         ValueError: an unknown function, squeeze or post_act.
     """
-    return _codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
-
-
-@lru_cache(maxsize=256)
-def _codes_of(act: str, gate: str, squeeze: str, post_act: str) -> Codes:
     if squeeze not in SQUEEZES or post_act not in ("", "relu"):
         known = f"squeeze one of {', '.join(SQUEEZES)}, post_act '' or 'relu'"
         raise ValueError(f"expected {known}; got {squeeze!r} and {post_act!r}")

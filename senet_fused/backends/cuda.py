@@ -303,11 +303,12 @@ def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
     operator = _operator(x, 0)
     if x.shape[0] == 0:
         return
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     y, _, gate, saved, mask = outputs
     sizes, kept = _sizes(call, channels_last), (saved is not None, gate is not None)
     recipe = _recipe(*sizes, call.squeeze, call.post_act == "relu", call.residual is not None, False, *kept)
     operator(
-        x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes_of(call), channels_last,
+        x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes, channels_last,
         y, gate, saved, mask, *_memory_of(x, recipe),
     )  # fmt: skip
 
@@ -322,11 +323,12 @@ def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> N
     if x.shape[0] == 0:
         _clear(gradients)
         return
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     dx, _, _, dw1, db1, dw2, db2, dresidual = gradients
     sizes, kept = _sizes(call, channels_last), (True, dx is not None)
     recipe = _recipe(*sizes, call.squeeze, call.post_act == "relu", dresidual is not None, True, *kept)
     operator(
-        call.dy, call.dgate, x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes_of(call),
+        call.dy, call.dgate, x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes,
         channels_last, dx, dw1, db1, dw2, db2, dresidual, *_memory_of(x, recipe),
     )  # fmt: skip
 
@@ -347,9 +349,10 @@ def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
         return
     sizes = _sizes(call, channels_last)
     recipe = _tail_recipe(*sizes, call.post_act == "relu", call.residual is not None, False, call.norm)
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     arguments = (
         x, call.weight, call.bias, statistics, call.mean, call.var, call.w1, call.b1, call.w2, call.b2, call.residual,
-        call.factor, call.eps, *codes_of(call), channels_last, y, gate, saved, mask,
+        call.factor, call.eps, *codes, channels_last, y, gate, saved, mask,
     )  # fmt: skip
     memory = _memory_of(x, recipe)
     if not shared:
@@ -377,9 +380,10 @@ def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool
         return
     sizes = _sizes(call, channels_last)
     recipe = _tail_recipe(*sizes, call.post_act == "relu", dresidual is not None, True, call.norm)
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     arguments = (
         call.dy, x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
-        call.saved, *codes_of(call), channels_last,
+        call.saved, *codes, channels_last,
         float(values_per_channel(x)) if call.norm == "batch" else 0.0,
     )  # fmt: skip
     memory = _memory_of(x, recipe)

@@ -57,9 +57,10 @@ def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
     if call.norm:
         _tail_forward(call, outputs, channels_last)
         return
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     y, _, gate, saved, mask = outputs
     torch.ops.senet_fused._cpu_forward.default(
-        call.x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes_of(call), channels_last,
+        call.x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes, channels_last,
         y, gate, saved, mask,
     )  # fmt: skip
 
@@ -69,15 +70,17 @@ def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> N
     if call.norm:
         _tail_backward(call, gradients, channels_last)
         return
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     dx, _, _, dw1, db1, dw2, db2, dresidual = gradients
     torch.ops.senet_fused._cpu_backward.default(
-        call.dy, call.dgate, call.x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes_of(call),
+        call.dy, call.dgate, call.x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes,
         channels_last, dx, dw1, db1, dw2, db2, dresidual,
     )  # fmt: skip
 
 
 def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
     """(T1) to (T3)."""
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     library, (y, statistics, gate, saved, mask) = torch.ops.senet_fused, outputs
     batch = call.norm == "batch"
     if not batch:
@@ -90,12 +93,13 @@ def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
         merge_statistics(statistics, call)
     library._cpu_tail_forward.default(
         call.x, call.weight, call.bias, statistics, call.w1, call.b1, call.w2, call.b2, call.residual, call.factor,
-        *codes_of(call), channels_last, y, gate, saved, mask,
+        *codes, channels_last, y, gate, saved, mask,
     )  # fmt: skip
 
 
 def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
     """(T4) to (T7)."""
+    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     library = torch.ops.senet_fused
     dx, dweight, dbias, *dweights, dresidual = gradients
     # (T7) needs them in any case.
@@ -103,12 +107,13 @@ def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool
     dpooled = None if call.gate is None else torch.empty_like(call.gate)
     library._cpu_tail_sums.default(
         call.dy, call.x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
-        call.saved, *codes_of(call), channels_last, dweight, dbias, dpooled, *dweights,
+        call.saved, *codes, channels_last, dweight, dbias, dpooled, *dweights,
     )  # fmt: skip
     if dx is None and dresidual is None:
         return
-    count = float(values_per_channel(call.x)) if call.norm == "batch" else 0.0
-    if count and call.group:
+    batch = call.norm == "batch"
+    count = float(values_per_channel(call.x)) if batch else 0.0
+    if batch and call.group:  # a process without samples takes part
         count, (dweight, dbias) = 1.0, share_sums(dweight, dbias, call)
     library._cpu_tail_gradient.default(
         call.dy, call.x, call.mask, call.weight, call.statistics, call.factor, call.gate, dweight, dbias, dpooled,

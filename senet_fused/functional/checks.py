@@ -15,52 +15,46 @@ from ..activations import ACT_NAMES, GATE_NAMES, Activation
 from ..call import Call
 from ..reference import SQUEEZES
 
-__all__ = ["check_input", "check_layer", "check_options", "check_residual", "check_tail"]
+__all__ = ["check_functions", "check_input", "check_layer", "check_residual", "check_tail", "checked"]
 
 
-def check_layer(call: Call) -> None:
-    """Raises TypeError or ValueError unless this is a call of an SE layer; the message says what was expected."""
-    if not torch.compiler.is_compiling() and torch_private.is_tracing():
-        _without_warnings(_check_layer, call)
-    else:
-        _check_layer(call)
-
-
-def check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """As :func:`check_layer`, of a block tail and its running statistics, which a call has in evaluation only."""
-    if not torch.compiler.is_compiling() and torch_private.is_tracing():
-        _without_warnings(_check_tail, call, running_mean, running_var)
-    else:
-        _check_tail(call, running_mean, running_var)
-
-
-def check_options(act: Activation, gate: Activation, squeeze: str, post_act: str | None) -> None:
-    """Raises ValueError unless these are functions for their places, and known names."""
-    if act.name not in ACT_NAMES:
-        raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
-    if gate.name not in GATE_NAMES:
-        raise ValueError(f"gate must be one of {', '.join(GATE_NAMES)}, got {gate.name}")
-    if squeeze not in SQUEEZES:
-        raise ValueError(f"squeeze must be one of {', '.join(SQUEEZES)}, got {squeeze!r}")
-    if post_act is not None and post_act != "relu":
-        raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
-
-
-def _without_warnings(check: Callable[..., None], *arguments: Any) -> None:
-    """TorchScript's tracer warns of every size that Python compares; these comparisons are no part of the result."""
+def checked(check: Callable[..., None], *arguments: Any) -> None:
+    """Runs a check, without TorchScript's tracer warning of sizes that Python compares, for these comparisons
+    are no part of the result."""
+    if torch.compiler.is_compiling() or not torch_private.is_tracing():
+        check(*arguments)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         check(*arguments)
 
 
-def _check_layer(call: Call) -> None:
+def check_layer(call: Call) -> None:
+    """Raises TypeError or ValueError unless this is a call of an SE layer; the message says what was expected."""
     check_input(call.x)
     _check_weights(call)
     if call.residual is not None:
         check_residual(call.x, call.residual)
+    if call.squeeze not in SQUEEZES:
+        raise ValueError(f"squeeze must be one of {', '.join(SQUEEZES)}, got {call.squeeze!r}")
+    _check_post_act(call.post_act)
 
 
-def _check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check_functions(act: Activation, gate: Activation) -> None:
+    """Raises ValueError unless these are functions for their places."""
+    if act.name not in ACT_NAMES:
+        raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
+    if gate.name not in GATE_NAMES:
+        raise ValueError(f"gate must be one of {', '.join(GATE_NAMES)}, got {gate.name}")
+
+
+def _check_post_act(post_act: str) -> None:
+    if post_act not in ("", "relu"):
+        raise ValueError(f"post_act must be 'relu' or None, got {post_act!r}")
+
+
+def check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """As :func:`check_layer`, of a block tail and its running statistics, which a call has in evaluation only."""
     x, w1, w2, factor = call.x, call.w1, call.w2, call.factor
     check_input(x)
     samples, channels = x.shape[:2]
@@ -100,6 +94,7 @@ def _check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | N
         )
     if call.residual is not None:
         check_residual(x, call.residual)
+    _check_post_act(call.post_act)
 
 
 # In eager mode these lines cost as much as a small layer's arithmetic: each attribute of a tensor is read once.

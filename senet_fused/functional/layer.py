@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import ops, reference
+from .. import reference
 from ..activations import Activation
-from ..call import Call, Outputs
-from ..flops import in_dispatch_modes
-from .checks import check_input, check_layer, check_options
-from .serve import PLAIN_TYPES, route, serve
+from ..call import Call
+from .checks import check_functions, check_input, checked
+from .serve import route, serve
 
-__all__ = ["Function", "excitation", "run", "squeeze_excite"]
+__all__ = ["Function", "excitation", "squeeze_excite"]
 
 Function = str | Activation | nn.Module | type[nn.Module]
 
@@ -76,41 +74,13 @@ def squeeze_excite(
             squeeze_excite, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze,
             residual=residual, post_act=post_act, backend=backend, return_gate=return_gate,
         )  # fmt: skip
-    check_options(act, gate, squeeze, post_act)
+    check_functions(act, gate)
     call = Call(
-        x, None, None, None, None, w1, b1, w2, b2, residual, None, "", 0.0, act.spec, gate.spec, squeeze,
+        x, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", act.spec, gate.spec, squeeze,
         post_act or "", "",
     )  # fmt: skip
-    y, _, g, *_ = run(call, route(x, backend) if isinstance(x, Tensor) else "reference", return_gate)
-    return (y, g) if return_gate else y
-
-
-def run(call: Call, chosen: str, want_gate: bool) -> Outputs:
-    """:func:`squeeze_excite` of a call by the backend that :func:`route` has chosen."""
-    if chosen == "cpu" and not torch.is_grad_enabled():
-        outputs = _serve_at_once(call, want_gate)
-        if outputs is not None:
-            return outputs
-    check_layer(call)
-    return serve(call, chosen, want_gate)
-
-
-def _serve_at_once(call: Call, want_gate: bool) -> Outputs | None:
-    """A float32 call on the CPU in eager mode, without gradients, or None if it has to go the long way.
-
-    A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
-    large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
-    they refuse goes the long way, to be converted or to get its message.
-    """
-    x = call.x
-    for t in (x, call.w1, call.w2, call.b1, call.b2):
-        if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
-            return None
-    if call.residual is not None or call.post_act or x.layout is not torch.strided:
-        return None
-    if torch.compiler.is_compiling() or in_dispatch_modes():
-        return None
-    return ops.infer_at_once(call, want_gate)
+    outputs = serve(call, route(x, backend) if isinstance(x, Tensor) else "reference", return_gate)
+    return (outputs.y, outputs.gate) if return_gate else outputs.y
 
 
 def excitation(
@@ -146,10 +116,10 @@ def excitation(
         return handle_torch_function(
             excitation, tensors, x, w1, w2, b1, b2, act=act.spec, gate=gate.spec, squeeze=squeeze, backend=backend
         )
-    check_options(act, gate, squeeze, None)
-    check_input(x)
+    check_functions(act, gate)
+    checked(check_input, x)
     pooled = reference.pool(x, squeeze)[..., None]
     call = Call(
-        pooled, None, None, None, None, w1, b1, w2, b2, None, None, "", 0.0, act.spec, gate.spec, "avg", "", ""
+        pooled, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act.spec, gate.spec, "avg", "", ""
     )
-    return run(call, route(x, backend), True).gate
+    return serve(call, route(x, backend), True).gate

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference, select, torch_private
-from ..call import Call, Outputs
+from ..call import TENSORS, Call, Outputs
 from ..flops import in_dispatch_modes
+from .checks import check_layer, checked
 
 __all__ = ["PLAIN_TYPES", "explain", "needs_plain_operators", "route", "serve", "tail_route"]
 
@@ -64,10 +65,16 @@ def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
 
 
 def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
-    """The outputs of a checked call by the backend that :func:`route` has chosen.
+    """The outputs of a call by the backend that :func:`route` has chosen; an SE layer's call is checked here.
 
     y has eager PyTorch's dtype and memory layout. The gate is there if it is wanted.
     """
+    if not call.norm:
+        if chosen == "cpu" and not torch.is_grad_enabled():
+            outputs = _serve_at_once(call, want_gate)
+            if outputs is not None:
+                return outputs
+        checked(check_layer, call)
     compiling = torch.compiler.is_compiling()
     if chosen == "reference":
         outputs = reference.forward(call)
@@ -80,13 +87,13 @@ def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
         narrow = reference.accumulate_dtype(x)
         wider = torch.promote_types(x.dtype, residual.dtype)
         call = call._replace(x=x.to(wider), residual=residual.to(wider))
-    operator = ops.OPERATORS[chosen]
     plain, save = not (compiling or in_dispatch_modes()), False
-    for t in call[: ops.TENSORS]:
+    for t in call[:TENSORS] if call.norm else (x, call.w1, call.b1, call.w2, call.b2, residual):
         if t is not None:
             save = save or t.requires_grad
             plain = plain and type(t) in PLAIN_TYPES
     save = save and torch.is_grad_enabled()
+    operator = ops.OPERATORS[chosen]
     if not plain:
         outputs = operator.registered(call, save)
     elif save:
@@ -99,3 +106,21 @@ def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
         # empty_like keeps the order of x's strides, as x * gate does.
         outputs = outputs._replace(y=torch.empty_like(call.x).copy_(outputs.y))
     return outputs
+
+
+def _serve_at_once(call: Call, want_gate: bool) -> Outputs | None:
+    """A float32 call of an SE layer on the CPU in eager mode, without gradients, or None if it has to go the long way.
+
+    A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
+    large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
+    they refuse goes the long way, to be converted or to get its message.
+    """
+    x = call.x
+    for t in (x, call.w1, call.w2, call.b1, call.b2):
+        if t is not None and (type(t) not in PLAIN_TYPES or t.dtype is not torch.float32):
+            return None
+    if call.residual is not None or call.post_act or x.layout is not torch.strided:
+        return None
+    if torch.compiler.is_compiling() or in_dispatch_modes():
+        return None
+    return ops.infer_at_once(call, want_gate)

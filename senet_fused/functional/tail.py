@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import torch_private
 from ..activations import Activation
 from ..call import Call
-from .checks import check_options, check_tail
+from .checks import check_functions, check_tail, checked
 from .layer import Function
 from .serve import serve, tail_route
 
@@ -90,13 +90,13 @@ def block_tail(
             training=training, momentum=momentum, eps=eps, act=act.spec, gate=gate.spec, residual=residual,
             post_act=post_act, factor=factor, group=group, backend=backend,
         )  # fmt: skip
-    check_options(act, gate, "avg", post_act)
+    check_functions(act, gate)
     mean, var = (None, None) if training else (running_mean, running_var)
     call = Call(
-        x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, "batch" if training else "given", eps, act.spec,
-        gate.spec, "avg", post_act or "", "" if group is None else group.group_name,
+        x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, "batch" if training else "given",
+        act.spec, gate.spec, "avg", post_act or "", "" if group is None else group.group_name,
     )  # fmt: skip
-    check_tail(call, running_mean, running_var)
+    checked(check_tail, call, running_mean, running_var)
     y, statistics, *_ = serve(call, tail_route(x, backend))
     if training and running_mean is not None:
         at_once = x.is_cuda and not torch.compiler.is_compiling()

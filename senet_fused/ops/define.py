@@ -13,6 +13,7 @@ of the backward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .. import reference, torch_private
 from ..backends import cuda, native, triton
-from ..call import Call, GradientCall, Gradients, Outputs
+from ..call import TENSORS, Call, GradientCall, Gradients, Outputs, options_of, text_of
 from ..flops import in_dispatch_modes
 from ..reference import accumulate_dtype
 from .counts import count_call
@@ -36,24 +37,24 @@ from .layout import (
     unpack_mask,
 )
 
-__all__ = ["OPERATORS", "TENSORS", "Operator", "infer_at_once"]
+__all__ = ["OPERATORS", "Operator", "infer_at_once"]
 
-# The fields of Call, and of GradientCall.
+# The fields of Call, and of GradientCall; options are those from norm to group, as text.
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? w1, Tensor? b1, Tensor? w2, "
-    "Tensor? b2, Tensor? residual, Tensor? factor, str norm, float eps, str act, str gate_fn, str squeeze, "
-    "str post_act, str group, bool save) "
+    "Tensor? b2, Tensor? residual, Tensor? factor, float eps, str options, bool save) "
     "-> (Tensor y, Tensor statistics, Tensor gate, Tensor saved, Tensor mask)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor dy, Tensor? dgate, Tensor x, Tensor? weight, Tensor? bias, Tensor? w1, Tensor? b1, Tensor? w2, "
-    "Tensor? b2, Tensor? factor, Tensor? statistics, Tensor? gate, Tensor? saved, Tensor? mask, str norm, float eps, "
-    "str act, str gate_fn, str squeeze, str post_act, str group, bool need_x, bool need_weights, bool need_residual) "
+    "Tensor? b2, Tensor? factor, Tensor? statistics, Tensor? gate, Tensor? saved, Tensor? mask, float eps, "
+    "str options, bool need_x, bool need_weights, bool need_residual) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dresidual)"
 )
-TENSORS = Call._fields.index("norm")  # of a Call, which begins with them
 _PARAMETERS = tuple(Call._fields.index(name) for name in ("weight", "bias", "w1", "b1", "w2", "b2"))
 _RESIDUAL = Call._fields.index("residual")
+# The tensors of a GradientCall, and its options.
+_FIRST, _LAST = GradientCall._fields.index("eps"), GradientCall._fields.index("group") + 1
 
 
 # ---------------------------------------------------------------------------------------------------- allocation
@@ -61,15 +62,12 @@ _RESIDUAL = Call._fields.index("residual")
 
 def _allocate(call: Call, channels_last: bool, gate: bool, saved: bool, mask: bool) -> Outputs:
     """The outputs that are to be kept; with a norm the kernels need gate and saved in any case."""
-    x, w1 = call.x, call.w1
-    n, c = x.shape[:2]
-    wide = accumulate_dtype(x)
-    statistics = None
+    x, w1, statistics = call.x, call.w1, None
+    shape, wide = x.shape, accumulate_dtype(x)
+    n, c = shape[0], shape[1]
     if call.norm:
         statistics = x.new_empty((3, c), dtype=wide)
-        gate = saved = True
-    if w1 is None:
-        gate = saved = False
+        gate = saved = w1 is not None
     return Outputs(
         empty_like(x, channels_last),
         statistics,
@@ -80,19 +78,15 @@ def _allocate(call: Call, channels_last: bool, gate: bool, saved: bool, mask: bo
 
 
 def _allocate_gradients(call: GradientCall, channels_last: bool) -> Gradients:
-    x, wanted = call.x, call.need_weights
-
-    def like(t: Tensor | None) -> Tensor | None:
-        return None if t is None or not wanted else torch.empty_like(t, memory_format=torch.contiguous_format)
-
+    x, parameters = call.x, (call.weight, call.bias, call.w1, call.b1, call.w2, call.b2)
+    if call.need_weights:
+        contiguous = torch.contiguous_format
+        parameters = [None if t is None else torch.empty_like(t, memory_format=contiguous) for t in parameters]
+    else:
+        parameters = (None,) * 6
     return Gradients(
         empty_like(x, channels_last) if call.need_x else None,
-        like(call.weight),
-        like(call.bias),
-        like(call.w1),
-        like(call.b1),
-        like(call.w2),
-        like(call.b2),
+        *parameters,
         empty_like(x, channels_last) if call.need_residual else None,
     )
 
@@ -104,7 +98,8 @@ def _as_tensors(kept: Outputs | Gradients, x: Tensor) -> tuple[Tensor, ...]:
 
 def _gradient_call(arguments: tuple[Any, ...]) -> GradientCall:
     """From the arguments of a registered backward, among which may be what :func:`_as_tensors` has put in."""
-    call = GradientCall(*arguments)
+    *fields, text, need_x, need_weights, need_residual = arguments
+    call = GradientCall(*fields, *options_of(text), need_x, need_weights, need_residual)
     absent = [] if call.norm else ["statistics"]
     absent += ["gate", "saved"] if call.w1 is None else []
     absent += [] if call.post_act else ["mask"]
@@ -116,30 +111,63 @@ def _gradient_call(arguments: tuple[Any, ...]) -> GradientCall:
 
 def _readable(call: Call, channels_last: bool, vector_dtypes: tuple[torch.dtype, ...]) -> Call:
     """The call with every tensor in a form that the backend's kernels read; the same object where all are."""
-    changed: dict[str, Tensor] = {}
-
-    def read(name: str, before: Tensor, after: Tensor) -> None:
-        if after is not before:
-            changed[name] = after
-
-    x, w1, w2, residual = call.x, call.w1, call.w2, call.residual
-    if channels_last or not x.is_contiguous():
-        read("x", x, in_layout(x, channels_last))
-    if residual is not None:
-        read("residual", residual, in_layout(residual, channels_last))
-    if w1 is not None:
-        read1, read2 = as_weights(x, w1, w2)
-        read("w1", w1, read1)
-        read("w2", w2, read2)
+    x, w1, w2, b1, b2, residual = call.x, call.w1, call.w2, call.b1, call.b2, call.residual
     wide = accumulate_dtype(x)
-    for name, t in (("b1", call.b1), ("b2", call.b2)):
-        if t is not None:
-            read(name, t, as_vector(t, wide, vector_dtypes))
+    if channels_last or not x.is_contiguous():
+        x = in_layout(x, channels_last)
+    if residual is not None:
+        residual = in_layout(residual, channels_last)
+    if w1 is not None:
+        w1, w2 = as_weights(w1, w2, wide)
+    if b1 is not None:
+        b1 = as_vector(b1, wide, vector_dtypes)
+    if b2 is not None:
+        b2 = as_vector(b2, wide, vector_dtypes)
+    vectors = given = (call.weight, call.bias, call.mean, call.var, call.factor)
     if call.norm:
-        for name in ("weight", "bias", "mean", "var", "factor"):
-            if (t := getattr(call, name)) is not None:
-                read(name, t, as_vector(t, wide, vector_dtypes))
-    return call._replace(**changed) if changed else call
+        vectors = [None if t is None else as_vector(t, wide, vector_dtypes) for t in given]
+    if (x is call.x and residual is call.residual and w1 is call.w1 and w2 is call.w2 and b1 is call.b1
+            and b2 is call.b2 and (not call.norm or all(map(operator.is_, vectors, given)))):  # fmt: skip
+        return call
+    weight, bias, mean, var, factor = vectors
+    return Call(x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, *call[TENSORS:])
+
+
+def _readable_gradient(
+    call: GradientCall, channels_last: bool, vector_dtypes: tuple[torch.dtype, ...]
+) -> GradientCall:
+    """As :func:`_readable`, of a backward, whose kernels do not read b1 and b2."""
+    dy, dgate, x, weight, bias, w1, _, w2, _, factor, *_ = call
+    wide = accumulate_dtype(x)
+    dy, x = in_layout(dy, channels_last), in_layout(x, channels_last)
+    if dgate is not None:
+        dgate = dgate.to(wide).contiguous()
+    if w1 is not None:
+        w1, w2 = as_weights(w1, w2, wide)
+    if call.norm:
+        weight, bias, factor = (
+            None if t is None else as_vector(t, wide, vector_dtypes) for t in (weight, bias, factor)
+        )
+    if (dy is call.dy and dgate is call.dgate and x is call.x and w1 is call.w1 and w2 is call.w2
+            and weight is call.weight and bias is call.bias and factor is call.factor):  # fmt: skip
+        return call
+    return GradientCall(dy, dgate, x, weight, bias, w1, call.b1, w2, call.b2, factor, *call[10:])
+
+
+def _targets(gradients: Gradients, call: GradientCall, vector_dtypes: tuple[torch.dtype, ...]) -> Gradients:
+    """Where the kernels write: weights' gradients in the dtype in which weights are read, vectors' in that of one."""
+    dx, dweight, dbias, dw1, db1, dw2, db2, dresidual = gradients
+    wide = accumulate_dtype(call.x)
+    dweight, dbias, db1, db2 = (
+        None if d is None else gradient_target(d, d.dtype if d.dtype in vector_dtypes else wide)
+        for d in (dweight, dbias, db1, db2)
+    )
+    if dw1 is not None:
+        dw1, dw2 = gradient_target(dw1, call.w1.dtype), gradient_target(dw2, call.w2.dtype)
+    if (dweight is gradients.dweight and dbias is gradients.dbias and dw1 is gradients.dw1 and db1 is gradients.db1
+            and dw2 is gradients.dw2 and db2 is gradients.db2):  # fmt: skip
+        return gradients
+    return Gradients(dx, dweight, dbias, dw1, db1, dw2, db2, dresidual)
 
 
 # ---------------------------------------------------------------------------------------------------- operators
@@ -181,53 +209,38 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         (f"{backend}.{direction}", f"{backend}.tail_{direction}") for direction in ("forward", "backward")
     )
 
-    def forward(call: Call, gate: bool, saved: bool, mask: bool) -> Outputs:
+    def compute(call: Call, gate: bool, saved: bool, mask: bool) -> Outputs:
         channels_last = is_channels_last(call.x)
         outputs = _allocate(call, channels_last, gate, saved, mask)
         kernels.forward(_readable(call, channels_last, vector_dtypes), outputs, channels_last)
         count_call(forwards[call.norm != ""])
         return outputs
 
-    def backward(call: GradientCall) -> Gradients:
-        x, w1, w2 = call.x, call.w1, call.w2
-        channels_last = is_channels_last(x)
+    def compute_gradients(call: GradientCall) -> Gradients:
+        channels_last = is_channels_last(call.x)
         gradients = _allocate_gradients(call, channels_last)
-        wide = accumulate_dtype(x)
-        if w1 is not None:
-            w1, w2 = as_weights(x, w1, w2)
-        dgate = call.dgate
-        vectors = [None if t is None else as_vector(t, wide, vector_dtypes) for t in (call.weight, call.bias)]
-        # Weights' gradients are written in the dtype in which the weights are read, vectors' in that of a vector.
-        targets = list(gradients)
-        for i in range(1, 7):
-            if targets[i] is not None:
-                targets[i] = gradient_target(targets[i], w1.dtype if i in (3, 5) else None, wide, vector_dtypes)
-        kernels.backward(
-            GradientCall(
-                in_layout(call.dy, channels_last), None if dgate is None else dgate.to(wide).contiguous(),
-                in_layout(x, channels_last), *vectors, w1, call.b1, w2, call.b2,
-                None if call.factor is None else as_vector(call.factor, wide, vector_dtypes), *call[10:],
-            ),
-            Gradients(*targets),
-            channels_last,
-        )  # fmt: skip
-        for gradient, target in zip(gradients, targets, strict=True):
-            if target is not gradient:
-                gradient.copy_(target)
+        read = _readable_gradient(call, channels_last, vector_dtypes)
+        targets = _targets(gradients, read, vector_dtypes)
+        kernels.backward(read, targets, channels_last)
+        if targets is not gradients:
+            for gradient, target in zip(gradients, targets, strict=True):
+                if target is not gradient:
+                    gradient.copy_(target)
         count_call(backwards[call.norm != ""])
         return gradients
 
     def registered_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *fields, save = arguments
-        return _as_tensors(forward(Call(*fields), True, True, save), arguments[0])
+        *fields, text, save = arguments
+        return _as_tensors(compute(Call(*fields, *options_of(text)), True, True, save), fields[0])
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *fields, save = arguments
-        return _as_tensors(_allocate(Call(*fields), is_channels_last(fields[0]), True, True, save), fields[0])
+        *fields, text, save = arguments
+        call = Call(*fields, *options_of(text))
+        return _as_tensors(_allocate(call, is_channels_last(call.x), True, True, save), call.x)
 
     def registered_backward(*arguments: Any) -> tuple[Tensor, ...]:
         call = _gradient_call(arguments)
-        return _as_tensors(backward(call), call.x)
+        return _as_tensors(compute_gradients(call), call.x)
 
     def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
         call = _gradient_call(arguments)
@@ -240,7 +253,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         torch.library.impl(f"{name}_backward", key, registered_backward)
     torch.library.register_fake(name, fake_forward)
     torch.library.register_fake(f"{name}_backward", fake_backward)
-    operator = getattr(torch.ops.senet_fused, f"fused_se_{backend}").default
+    registered_operator = getattr(torch.ops.senet_fused, f"fused_se_{backend}").default
     operator_backward = getattr(torch.ops.senet_fused, f"fused_se_{backend}_backward").default
 
     def keep(ctx: Any, call: Call, outputs: Outputs) -> None:
@@ -286,29 +299,30 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         return found
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, (_, statistics, gate, saved, mask) = Call(*inputs[:-1]), output
+        *fields, text, _save = inputs
+        call, (_, statistics, gate, saved, mask) = Call(*fields, *options_of(text)), output
         keep(ctx, call, Outputs(*output))
         ctx.mark_non_differentiable(statistics, saved, mask, *((gate,) if call.norm else ()))
 
     def run_registered(call: GradientCall) -> Gradients:
-        return Gradients(*operator_backward(*call))
+        return Gradients(*operator_backward(*call[: _FIRST + 1], text_of(call[_FIRST + 1 : _LAST]), *call[_LAST:]))
 
     def registered_rule(
         ctx: Any, dy: Tensor | None, _dstatistics: Any, dgate: Tensor | None, *_others: Any
     ) -> tuple[Tensor | None, ...]:
         in_dispatch_modes()
         found = rule(ctx, run_registered, ctx.needs_input_grad, dy, dgate)
-        return (*found, *(None,) * (len(ctx.options) + 1))
+        return *found, None, None, None
 
     torch.library.register_autograd(name, registered_rule, setup_context=setup_context)
     torch.library.register_autograd(f"{name}_backward", _second_order, setup_context=_second_order_setup)
-    torch.library.register_vmap(name, _loop_vmap(operator))
+    torch.library.register_vmap(name, _loop_vmap(registered_operator))
     torch.library.register_vmap(f"{name}_backward", _loop_vmap(operator_backward))
 
     class FusedSE(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-            outputs = forward(call, True, True, True)
+            outputs = compute(call, True, True, True)
             keep(ctx, call, outputs)
             y, statistics, gate, _, _ = outputs
             if not call.norm:
@@ -321,18 +335,26 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             ctx: Any, dy: Tensor | None, _dstatistics: Any, dgate: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(dy, dgate)
-            return None, *rule(ctx, run_registered if seen else backward, ctx.needs_input_grad[1:], dy, dgate)
+            return None, *rule(ctx, run_registered if seen else compute_gradients, ctx.needs_input_grad[1:], dy, dgate)
 
     apply = FusedSE.apply
 
     def registered(call: Call, save: bool) -> Outputs:
-        return Outputs(*operator(*call, save))
+        return Outputs(*registered_operator(*call[: TENSORS + 1], text_of(call[TENSORS + 1 :]), save))
 
     def eager(call: Call) -> Outputs:
         return Outputs(*apply(call, *call[:TENSORS]), None, None)
 
     def infer(call: Call, want_gate: bool) -> Outputs:
-        return forward(call, want_gate, False, False)
+        if call.norm:
+            return compute(call, False, False, False)
+        x = call.x
+        channels_last = is_channels_last(x)
+        gate = x.new_empty(x.shape[:2], dtype=accumulate_dtype(x)) if want_gate else None
+        outputs = Outputs(empty_like(x, channels_last), None, gate, None, None)
+        kernels.forward(_readable(call, channels_last, vector_dtypes), outputs, channels_last)
+        count_call(forwards[0])
+        return outputs
 
     return Operator(registered, run_registered, eager, infer)
 
@@ -362,15 +384,15 @@ def infer_at_once(call: Call, want_gate: bool) -> Outputs | None:
 
 
 def _second_order_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, dgate, x, weight, bias, w1, b1, w2, b2, factor, statistics, _gate, _saved, mask, *options = inputs
-    ctx.save_for_backward(dy, dgate, x, weight, bias, w1, b1, w2, b2, factor, statistics, mask)
-    ctx.options = options
+    *tensors, factor, statistics, _gate, _saved, mask, eps, text, need_x, need_weights, need_residual = inputs
+    ctx.save_for_backward(*tensors, factor, statistics, mask)
+    ctx.options = eps, *options_of(text), need_x, need_weights, need_residual
 
 
 def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """The backward of the backward operator: reference.backward differentiated in plain PyTorch."""
     *inputs, factor, statistics, mask = ctx.saved_tensors
-    norm, eps, act, gate_fn, squeeze, post_act, group, need_x, need_weights, need_residual = ctx.options
+    eps, norm, act, gate_fn, squeeze, post_act, group, need_x, need_weights, need_residual = ctx.options
     if group and norm == "batch":
         raise NotImplementedError("block_tail: second derivatives across processes are not implemented")
     present = [t is not None for t in inputs]
@@ -382,7 +404,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         it = iter(tensors)
         dy, dgate, x, weight, bias, w1, b1, w2, b2 = (next(it) if here else None for here in present)
         call = Call(
-            x, weight, bias, mean, var, w1, b1, w2, b2, dy, factor, norm, eps, act, gate_fn, squeeze, post_act, "",
+            x, weight, bias, mean, var, w1, b1, w2, b2, dy, factor, eps, norm, act, gate_fn, squeeze, post_act, "",
         )  # fmt: skip
         gradients = reference.backward(call, dy, dgate, bits)
         needed = (need_x, *(need_weights,) * 6, need_residual)
@@ -392,7 +414,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     wanted = (need_x, *(need_weights and t is not None for t in inputs[3:]), need_residual)
     grads = iter(vjp(tuple(c for c, w in zip(cotangents, wanted, strict=True) if w)))
     first = [next(grads) if here else None for here in present]
-    return (*first, *(None,) * (len(GradientCall._fields) - len(first)))
+    return (*first, *(None,) * (_FIRST + 5 - len(first)))
 
 
 # ---------------------------------------------------------------------------------------------------- vmap

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import accumulate_dtype
-
 __all__ = [
     "as_weights", "as_vector", "empty_like", "empty_mask", "gradient_target", "in_layout", "is_channels_last",
     "layout_of", "unpack_mask",
@@ -90,9 +88,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     return bits[:, :, : math.prod(spatial)].reshape(n, c, *spatial).bool()
 
 
-def as_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def as_weights(w1: Tensor, w2: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights as kernels read them: contiguous, in their own dtype where kernels have it and both agree."""
-    wide = accumulate_dtype(x)
     dtype = w1.dtype
     known = dtype == wide or (wide == torch.float32 and dtype in WEIGHT_DTYPES)
     if dtype != w2.dtype or not known:
@@ -100,23 +97,15 @@ def as_weights(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return w1.contiguous(), w2.contiguous()
 
 
-def as_vector(
-    bias: Tensor | None, wide: torch.dtype, others: tuple[torch.dtype, ...] = ()
-) -> Tensor | None:
+def as_vector(vector: Tensor, wide: torch.dtype, others: tuple[torch.dtype, ...]) -> Tensor:
     """A bias, or another small vector, as kernels read it: contiguous, in the accumulation dtype or one of the others
     that the backend reads (its VECTOR_DTYPES), because on a GPU each conversion is a launch."""
-    if bias is None:
-        return None
-    dtype = bias.dtype
+    dtype = vector.dtype
     if dtype != wide and dtype not in others:
-        bias = bias.to(wide)
-    return bias.contiguous()
+        vector = vector.to(wide)
+    return vector.contiguous()
 
 
-def gradient_target(
-    gradient: Tensor, dtype: torch.dtype | None, wide: torch.dtype, others: tuple[torch.dtype, ...]
-) -> Tensor:
-    """Where kernels write a gradient: itself, or a tensor of the dtype in which they write it (None: as vectors)."""
-    if dtype is None:
-        dtype = gradient.dtype if gradient.dtype in others else wide
+def gradient_target(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where kernels write a gradient: itself, or a tensor of the dtype in which they write it."""
     return gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)

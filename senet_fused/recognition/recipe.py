@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import torch_private
 from ..activations import Activation
 from ..call import Call
-from ..functional import excitation, run, squeeze_excite
+from ..functional import excitation, serve, squeeze_excite
 
 __all__ = [
     "FORMS", "Part", "Recipe", "Weights", "is_patched", "parts_of", "plain_weights", "quantising", "settings_of",
@@ -141,10 +141,10 @@ class Recipe:
         else:
             w1, w2, b1, b2 = weights
             call = Call(
-                planes, None, None, None, None, w1, b1, w2, b2, residual, None, "", 0.0, self.act.spec, self.gate.spec,
+                planes, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", self.act.spec, self.gate.spec,
                 self.squeeze, "", "",
             )  # fmt: skip
-            y, _, gate, *_ = run(call, chosen, with_gate)
+            y, _, gate, *_ = serve(call, chosen, with_gate)
         return (y.movedim(1, -1) if self.channels_last else y), gate
 
 

@@ -186,7 +186,7 @@ def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
     if layer.norm and layer.variant != "no biases":
         (scale, shift), factor = torch.empty(2, c), torch.empty(batch)
     call = Call(
-        x, scale, shift, mean, var, w1, b1, w2, b2, residual, factor, layer.norm, 1e-5, layer.act, layer.gate,
+        x, scale, shift, mean, var, w1, b1, w2, b2, residual, factor, 1e-5, layer.norm, layer.act, layer.gate,
         layer.squeeze, post_act, "others" if layer.variant == "together" else "",
     )  # fmt: skip
     with torch.no_grad():

@@ -78,7 +78,7 @@ def host_times(tail: bool) -> list[float]:
     else:
         leaves, norm = [x, *weights], (None, None)
     operator = aot.ops.OPERATORS["triton"]
-    options = ("batch" if tail else "", 1e-5, "relu", "sigmoid", "avg", "", "")
+    options = (1e-5, "batch" if tail else "", "relu", "sigmoid", "avg", "", "")
     call = aot.Call(x, *norm, None, None, *weights, None, None, *options)
 
     def forward() -> None:

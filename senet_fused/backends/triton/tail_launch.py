@@ -141,7 +141,7 @@ def _groups(n: int, samples: int) -> int:
 
 def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
     """(T1) to (T3)."""
-    x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, norm, eps, *_ = call
+    x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, norm, *_ = call
     y, statistics, gate, saved, mask = outputs
     n, batch = x.shape[0], norm == "batch"
     if n == 0:
