@@ -581,14 +581,14 @@ def test_compiled_code_is_forgotten_once_a_case(monkeypatch, quick_compile):
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 def test_the_fused_layer_compiled_as_plain_pytorch_is_inductors(monkeypatch, quick_compile, direction):
     """As on a GPU, where "auto" leaves a compiled graph to torch.compile: another rule, and no claim to our backend."""
-    from senet_fused import functional, select
+    from senet_fused import select
 
     real = select.choose
 
     def choose(backend, device_type, dtype, compiling=False):
         return select.Choice("reference", "compiling") if compiling else real(backend, device_type, dtype)
 
-    monkeypatch.setattr(functional.select, "choose", choose)
+    monkeypatch.setattr(select, "choose", choose)
     judged_as_ours, real_judge = [], runner.judge
 
     def judge(*arguments, ours):

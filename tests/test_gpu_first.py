@@ -282,9 +282,9 @@ from senet_fused.backends import cuda
 
 real = cuda.forward
 
-def off(*arguments):
-    real(*arguments)
-    arguments[-1][0][1, 2, 3, 4] += 0.5
+def off(call, outputs, channels_last):
+    real(call, outputs, channels_last)
+    outputs.y[1, 2, 3, 4] += 0.5
 
 @contextlib.contextmanager
 def planted(using):

@@ -260,7 +260,7 @@ print(*sorted(set(sys.modules) - before))
         *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
         *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
         *(f"senet_fused.functional.{name}" for name in ("checks", "layer", "serve", "tail")),
-        *(f"senet_fused.ops.{name}" for name in ("counts", "define", "layout")),
+        *(f"senet_fused.ops.{name}" for name in ("counts", "define", "earlier", "layout")),
         "senet_fused.tails.module",
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core

@@ -353,3 +353,13 @@ def test_negated_views_are_read_with_their_sign():
     assert torch.equal(layer(view), layer(-x))
     with torch.no_grad():
         assert torch.equal(layer(view), layer(-x))
+
+
+@pytest.mark.parametrize("name", ["no_bias", "avgmax_relu", "channels_last"])
+def test_the_names_of_0_1_0_call_the_same(name):
+    """Programs that torch.export has saved hold operators by name."""
+    case = Case(**CASES[name])
+    tensors = [None if t is None else t.detach() for t in case.tensors]
+    found = torch.ops.senet_fused.squeeze_excite_cpu(*tensors, *case.options, True)
+    for a, b in zip(found, FORWARD(*tensors, *case.options, True), strict=True):
+        assert torch.equal(a, b)

@@ -116,6 +116,16 @@ def test_the_mask_has_a_bit_for_each_element():
         assert torch.equal(unpack_mask(mask, t["x"]), y > 0)
 
 
+@pytest.mark.parametrize("name", ["plain", "evaluation", "everything"])
+def test_the_names_of_0_1_0_call_the_same(name):
+    """Programs that torch.export has saved hold operators by name."""
+    case, t = CASES[name], draw(CASES[name], 0)
+    *tensors, eps, _, save = arguments(case, t)
+    earlier = torch.ops.senet_fused.block_tail_cpu(*tensors, eps, case.act, case.gate, case.post_act or "", "", save)
+    for a, b in zip(earlier, FORWARD(*arguments(case, t)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_backward_needs_the_mask_that_save_keeps():
     case = CASES["everything"]
     t = draw(case, 0)

@@ -1,5 +1,6 @@
 """The operators of the family: how they are defined, what they allocate, and how often they have run."""
 
+from . import earlier  # noqa: F401  registers names
 from .counts import call_counts, count_call, reset_call_counts, uncounted
 from .define import OPERATORS, Operator, infer_at_once
 from .layout import empty_mask, layout_of, unpack_mask
