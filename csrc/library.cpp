@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
       "int gate_fn, float gate_p0, float gate_p1, int squeeze, int relu, bool channels_last, Tensor(a!) y, "
       "Tensor(b!)? gate, Tensor(c!)? saved, Tensor(d!)? mask) -> ()");
   m.def(
-      "_cpu_backward(Tensor dy, Tensor? dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate, Tensor saved, Tensor? mask, "
+      "_cpu_backward(Tensor dy, Tensor? dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate, Tensor saved, Tensor? "
+      "mask, "
       "int act, float act_p0, int gate_fn, float gate_p0, float gate_p1, int squeeze, int relu, bool channels_last, "
       "Tensor(a!)? dx, Tensor(b!)? dw1, Tensor(c!)? db1, Tensor(d!)? dw2, Tensor(e!)? db2, Tensor(f!)? dresidual) -> "
       "()");
