@@ -180,10 +180,8 @@ def block_tail(
         y: x's shape, dtype ``torch.result_type(x, residual)``; statistics [3, C] in the accumulation dtype, without a
         gradient: mean, (var + eps)^-1/2, and the variance as running statistics keep it (m - 1 for m in (T1)).
     """
-    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(
-        weight=weight, bias=bias, mean=mean, var=var, norm="batch" if mean is None else "given", eps=eps,
-        residual=residual, post_act=post_act or "", factor=factor,
-    )  # fmt: skip
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
+    call = _with_norm(call, weight, bias, mean, var, eps)
     y, statistics, *_ = forward(call)
     return y, statistics
 
@@ -214,16 +212,29 @@ def block_tail_backward(
         dy: gradient of y, y's shape and dtype. mask: where post_act let the forward through (bool, x's shape); None
             works it out from ``residual``. Others as :func:`block_tail`.
     """
-    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(
-        weight=weight, bias=bias, mean=mean, var=var, norm="batch" if mean is None else "given", eps=eps,
-        residual=residual, post_act=post_act or "", factor=factor,
-    )  # fmt: skip
+    call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
+    call = _with_norm(call, weight, bias, mean, var, eps)
     return backward(call, dy, None, mask)
 
 
-def _layer(x, w1, w2, b1, b2, act, gate) -> Call:
+def _layer(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    act: Activation | str,
+    gate: Activation | str,
+) -> Call:
     act, gate = Activation.of(act).spec, Activation.of(gate).spec
     return Call(x, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act, gate, "avg", "", "")
+
+
+def _with_norm(
+    call: Call, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Call:
+    norm = "batch" if mean is None else "given"
+    return call._replace(weight=weight, bias=bias, mean=mean, var=var, eps=eps, norm=norm)
 
 
 # ---------------------------------------------------------------------------------------------------- the family

@@ -178,9 +178,9 @@ class Operator(NamedTuple):
 
     ``registered(call, save)`` is the dispatcher's operator, for torch.compile, torch.export, dispatch modes and tensor
     subclasses; save: whether there may be a backward, ``registered_backward(call)``. What they do not keep is a tensor
-    without any element. The others are for plain tensors in eager mode and run the same
-    kernels with less host time: ``eager(call)`` has the same backward rule and gives y, statistics and gate;
-    ``infer(call, want_gate)`` has no backward.
+    without any element. The others are for plain tensors in eager mode and run the same kernels with less host time:
+    ``eager(call)`` has the same backward rule and gives y, statistics and gate; ``infer(call, want_gate)`` has no
+    backward.
     """
 
     registered: Callable[[Call, bool], Outputs]
@@ -300,9 +300,10 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *fields, text, _save = inputs
-        call, (_, statistics, gate, saved, mask) = Call(*fields, *options_of(text)), output
-        keep(ctx, call, Outputs(*output))
-        ctx.mark_non_differentiable(statistics, saved, mask, *((gate,) if call.norm else ()))
+        call, outputs = Call(*fields, *options_of(text)), Outputs(*output)
+        keep(ctx, call, outputs)
+        gate = (outputs.gate,) if call.norm else ()
+        ctx.mark_non_differentiable(outputs.statistics, outputs.saved, outputs.mask, *gate)
 
     def run_registered(call: GradientCall) -> Gradients:
         return Gradients(*operator_backward(*call[: _FIRST + 1], text_of(call[_FIRST + 1 : _LAST]), *call[_LAST:]))
