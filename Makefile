@@ -90,6 +90,7 @@ bench: build ## the microbenchmark (BENCH="..." says which)
 
 lint: $(installed) ## ruff, clang-format, shell syntax
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	bash -n .ci/run benchmarks/gpu_check.sh tests/sanitize/run.sh
 

@@ -22,9 +22,7 @@ def positive(kind: type) -> Any:
         except ValueError:
             value = -1
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no positive {'integer' if kind is int else 'number'}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is no positive {'integer' if kind is int else 'number'}")
         return value
 
     return read
@@ -51,11 +49,7 @@ def check_device(args: argparse.Namespace) -> None:
     from . import backends
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        why = (
-            "this PyTorch is built without CUDA"
-            if torch.version.cuda is None
-            else "PyTorch finds no CUDA GPU"
-        )
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA GPU"
         raise RequestError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu")
     if args.backend not in (None, "auto"):
         try:

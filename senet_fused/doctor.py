@@ -78,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --plan: the SE layer (default), or a tail: BatchNorm -> SE -> + residual -> ReLU",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=_PLAN_DTYPES, help="of --plan (default bfloat16)")
-    parser.add_argument(
-        "--layout", default="channels_last", choices=LAYOUTS, help="of --plan (default channels_last)"
-    )
+    parser.add_argument("--layout", default="channels_last", choices=LAYOUTS, help="of --plan (default channels_last)")
 
 
 class _Report:
@@ -138,9 +136,7 @@ def _installation(report: _Report) -> None:
     try:
         from . import _plan
     except ImportError as error:
-        files = [
-            path.name for path in Path(__file__).parent.glob("_plan.*") if path.suffix in (".so", ".pyd")
-        ]
+        files = [path.name for path in Path(__file__).parent.glob("_plan.*") if path.suffix in (".so", ".pyd")]
         report.fact("built with", "no compiled parts" if not files else f"cannot tell: {error}")
         if files:
             report.problem(
@@ -216,14 +212,10 @@ def _statuses() -> list[BackendStatus]:
 def _require(report: _Report, name: str, who: str, available: dict[str, str | None]) -> None:
     """Records a problem if a backend that was asked for is unknown or cannot run."""
     if name not in available:
-        report.problem(
-            f"{who} names an unknown backend {name!r}", f"known: {', '.join(['auto', *available])}"
-        )
+        report.problem(f"{who} names an unknown backend {name!r}", f"known: {', '.join(['auto', *available])}")
     elif available[name] is not None:
         remedy = _REINSTALL if name == "cpu" else f"ask for another one: {', '.join(['auto', *available])}"
-        report.problem(
-            f"{who} asks for the backend {name!r}, which cannot run here: {available[name]}", remedy
-        )
+        report.problem(f"{who} asks for the backend {name!r}, which cannot run here: {available[name]}", remedy)
 
 
 def _self_test(name: str) -> tuple[int, list[str]]:
@@ -328,8 +320,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
             report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
     if automatic == "reference" and "cpu" in available:
         report.note(
-            "nothing is fused on this installation, all calls run in plain PyTorch; "
-            f"to change that: {_REINSTALL}"
+            f"nothing is fused on this installation, all calls run in plain PyTorch; to change that: {_REINSTALL}"
         )
     return available, isa
 

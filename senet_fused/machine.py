@@ -33,18 +33,14 @@ def _cpuinfo(*keys: str) -> str:
 
 def _sysctl(name: str) -> str:
     try:
-        return subprocess.run(
-            ["sysctl", "-n", name], capture_output=True, text=True, timeout=5
-        ).stdout.strip()
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def cpu_name() -> str:
     """The processor's name as the system gives it, else its architecture."""
-    name = (
-        _sysctl("machdep.cpu.brand_string") if sys.platform == "darwin" else _cpuinfo("model name", "Model")
-    )
+    name = _sysctl("machdep.cpu.brand_string") if sys.platform == "darwin" else _cpuinfo("model name", "Model")
     return name or platform.processor() or platform.machine()
 
 

@@ -25,6 +25,7 @@ DENSE = ("contiguous", "channels_last")
 VENUES = list(itertools.product(DTYPES, DENSE))
 STRATEGIES = ("partials", "last_block", "launches")
 
+
 def name_of(value: object) -> str | None:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")

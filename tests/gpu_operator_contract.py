@@ -256,5 +256,3 @@ def test_a_device_that_is_not_the_current_one(backend_name):
     layer, x = layer_and_input("partials")
     expected = layer(x)
     assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), expected.cpu())
-
-

@@ -363,9 +363,7 @@ def gradients_of(names: str, backend: str, case: Tail, inputs: Tensors) -> Tenso
 
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_only_wanted_gradients_are_computed_with_the_same_bits(
-    run, backend_name, using_strategy, strategy, training
-):
+def test_only_wanted_gradients_are_computed_with_the_same_bits(run, backend_name, using_strategy, strategy, training):
     turn = STRATEGIES.index(strategy) + training
     case = Tail((3, 20, 5, 7), 6, layout=DENSE[turn % 2], training=training, residual=True, factor=True)
     case = case.replace(post_act="relu" if training else None)

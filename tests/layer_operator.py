@@ -24,9 +24,7 @@ def call_of(
     squeeze: str,
     post_act: str,
 ) -> Call:
-    return Call(
-        x, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", act, gate_fn, squeeze, post_act, ""
-    )
+    return Call(x, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", act, gate_fn, squeeze, post_act, "")
 
 
 class Forward:

@@ -59,9 +59,7 @@ class OwnSwish(nn.Module):
 
 
 class TimmSEModule(nn.Module):
-    def __init__(
-        self, channels, reduced, add_maxpool=False, bias=True, act=nn.ReLU, norm=nn.Identity, gate=OwnSigmoid
-    ):
+    def __init__(self, channels, reduced, add_maxpool=False, bias=True, act=nn.ReLU, norm=nn.Identity, gate=OwnSigmoid):
         super().__init__()
         self.add_maxpool = add_maxpool
         self.fc1 = nn.Conv2d(channels, reduced, 1, bias=bias)
@@ -119,9 +117,7 @@ class MonaiSE(nn.Module):
     def __init__(self, spatial_dims, channels, r=2, acts=(nn.ReLU, nn.Sigmoid), add_residual=False):
         super().__init__()
         self.add_residual = add_residual
-        self.avg_pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[spatial_dims - 1](
-            1
-        )
+        self.avg_pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[spatial_dims - 1](1)
         self.fc = nn.Sequential(
             nn.Linear(channels, channels // r), acts[0](), nn.Linear(channels // r, channels), acts[1]()
         )

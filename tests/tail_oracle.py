@@ -220,7 +220,6 @@ def assert_same_bits(found: Tensors, expected: Tensors, what: object) -> None:
         assert torch.equal(found[name], t), f"{name}: {what}"
 
 
-
 # ---------------------------------------------------------------------------------------------------- cases
 
 f32, bf16, f16, f64 = DTYPES

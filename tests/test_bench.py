@@ -118,9 +118,7 @@ def test_cases_are_every_combination_and_share_oracles_in_a_row():
 
 def test_a_problem_brings_its_functions_unless_others_are_given():
     assert {(c.act, c.gate) for c in problems.cases(["mobilenet_v3_large"])} == {("relu", "hardsigmoid")}
-    assert {(c.act, c.gate) for c in problems.cases(["mobilenet_v3_large"], act="mish")} == {
-        ("mish", "hardsigmoid")
-    }
+    assert {(c.act, c.gate) for c in problems.cases(["mobilenet_v3_large"], act="mish")} == {("mish", "hardsigmoid")}
 
 
 @pytest.mark.parametrize(
@@ -289,9 +287,7 @@ def test_forward_judges_the_output_only():
     assert judged(small_case(direction="forward")).wrong is None
     weights = buffers.make_weights(small_case(), CPU)
     case = small_case(direction="forward")
-    results = providers.results(
-        providers.eager(case, weights, "conv"), case, buffers.check_inputs(case, weights, CPU)
-    )
+    results = providers.results(providers.eager(case, weights, "conv"), case, buffers.check_inputs(case, weights, CPU))
     assert set(results) == {"y"} and not results["y"].requires_grad
 
 
@@ -312,9 +308,7 @@ def test_both_stock_forms_are_the_same_layer(spatial, bias):
     for form in providers.STOCK_FORMS:
         results = providers.results(providers.eager(case, weights, form), case, inputs)
         assert (
-            set(results)
-            == set(exact)
-            == {"y", "dx", "dresidual", "dw1", "dw2"} | ({"db1", "db2"} if bias else set())
+            set(results) == set(exact) == {"y", "dx", "dresidual", "dw1", "dw2"} | ({"db1", "db2"} if bias else set())
         )
         assert all(relative_error(results[name], exact[name]) < 1e-14 for name in exact)
 
@@ -381,9 +375,7 @@ def test_an_error_in_the_middle_of_the_samples_drops_the_contender():
 def test_rounds_end_with_the_budget_or_their_number():
     settings = timing.Settings(budget_s=1e9, min_rounds=1, max_rounds=6, sample_s=1e-9)
     ticks = []
-    outcomes = timing.interleave(
-        {"a": lambda n: None}, timing.Rotation(1), settings, tick=lambda: ticks.append(1)
-    )
+    outcomes = timing.interleave({"a": lambda n: None}, timing.Rotation(1), settings, tick=lambda: ticks.append(1))
     assert outcomes["a"].statistics.samples == len(ticks) == 6
 
 
@@ -734,9 +726,7 @@ def test_a_case_that_cannot_be_set_up_does_not_end_the_run(monkeypatch):
 
 def test_stock_pytorch_that_is_broken_is_no_yardstick(monkeypatch):
     real = providers.StockSE.forward
-    monkeypatch.setattr(
-        providers.StockSE, "forward", lambda self, x, residual=None: real(self, x, residual) * 2
-    )
+    monkeypatch.setattr(providers.StockSE, "forward", lambda self, x, residual=None: real(self, x, residual) * 2)
     rows = measure([small_case()])
     assert all("no yardstick" in row["error"] and row["median_s"] is None for row in rows)
 
@@ -748,9 +738,7 @@ def test_the_stock_form_can_be_chosen(form):
 
 def test_the_faster_form_is_the_one_with_the_smaller_median(monkeypatch):
     def interleave(calls, rotation, settings, **options):
-        return {
-            name: timing.Outcome(timing.Statistics(1.0 if name == "conv" else 2.0, 0, 1, 1)) for name in calls
-        }
+        return {name: timing.Outcome(timing.Statistics(1.0 if name == "conv" else 2.0, 0, 1, 1)) for name in calls}
 
     monkeypatch.setattr(runner, "interleave", interleave)
     assert by_provider(measure([small_case()]))["eager"]["form"] == "conv"
@@ -947,9 +935,7 @@ def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda, monkeypatch
     # A kept graph's forwards, the capture of its backwards, and their wall time: in one stream, not the default one.
     monkeypatch.setattr(runner, "bind", in_stream(real_bind))
     monkeypatch.setattr(runner, "interleave", in_stream(real_interleave))
-    options = runner.Options(
-        providers=("eager", "fused"), caches=("cold", "warm"), cache_bytes=2**12, settings=FAST
-    )
+    options = runner.Options(providers=("eager", "fused"), caches=("cold", "warm"), cache_bytes=2**12, settings=FAST)
     machine = runner._Runner(options, Quiet())
     machine.cuda, machine.synchronize = True, torch.cuda.synchronize
     rows = machine.case(small_case(direction=direction))

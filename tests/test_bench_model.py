@@ -32,7 +32,7 @@ from senet_fused.bench import (
 FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
 SIZE = (3, 12, 10)
 
-NETWORKS = '''
+NETWORKS = """
 import torch
 from torch import nn
 
@@ -151,7 +151,7 @@ def broken():
 
 
 needs_no_brackets = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -1060,9 +1060,7 @@ def test_options_reach_the_cases_and_the_run(file, monkeypatch):
     assert cli.main(["bench", "model", *argv]) == 0
     (network, cases), (_, others) = seen["todo"]
     assert len(cases) == len(others) == 8 and same_weights(network, zoo.load(f"{file}:small", seed=5))
-    assert cases[0] == variants.ModelCase(
-        f"{file}:small", (3, 9, 9), 1, "bfloat16", True, "channels_last", "training"
-    )
+    assert cases[0] == variants.ModelCase(f"{file}:small", (3, 9, 9), 1, "bfloat16", True, "channels_last", "training")
     options = seen["options"]
     assert (options.variants, options.backend, options.seed) == (("stock", "no-se"), "reference", 5)
     assert (options.settings.budget_s, options.device, seen["threads"]) == (4, "cpu", 1)

@@ -66,9 +66,7 @@ def test_without_a_command_it_prints_help_and_fails(capsys):
     assert all(name in text for name in ("bench", "train", "tune", "doctor", "demo"))
 
 
-@pytest.mark.parametrize(
-    "argv", [["train"], ["--wrong"], ["bench", "--dtype", "int8"], ["bench", "--budget", "0"]]
-)
+@pytest.mark.parametrize("argv", [["train"], ["--wrong"], ["bench", "--dtype", "int8"], ["bench", "--budget", "0"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
@@ -100,9 +98,7 @@ def test_demo_is_the_training_demo(monkeypatch):
         (["--plot", "/no/such/folder/out.png"], "cannot write /no/such/folder/out.png"),
     ],
 )
-def test_a_request_that_cannot_be_met_exits_with_2_before_measuring(
-    argv, message, capsys, nothing_is_measured
-):
+def test_a_request_that_cannot_be_met_exits_with_2_before_measuring(argv, message, capsys, nothing_is_measured):
     if "--plot" in argv:
         pytest.importorskip("matplotlib")
     assert cli.main(["bench", *argv]) == 2
@@ -196,9 +192,7 @@ def test_a_wrong_output_makes_an_error_row_and_exit_status_1(monkeypatch, tmp_pa
     monkeypatch.setitem(providers.BUILDERS, "fused", wrong_fused)
     assert cli.main(["bench", *TINY, *NO_COMPILE, "--json", str(tmp_path / "out.json")]) == 1
     rows = {row["provider"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert (
-        rows["fused"]["error"].startswith("wrong output: y is off by") and rows["fused"]["median_s"] is None
-    )
+    assert rows["fused"]["error"].startswith("wrong output: y is off by") and rows["fused"]["median_s"] is None
     assert rows["eager"]["error"] is None and rows["eager"]["median_s"] > 0
     assert re.search(r"fused +ERROR wrong output: y is off", capsys.readouterr().out)
 
@@ -263,9 +257,7 @@ def test_without_a_shape_the_problem_is_senet154(monkeypatch):
     seen = []
     monkeypatch.setattr(runner, "run", lambda cases, options, progress, rows: seen.extend(cases))
     assert cli.main(["bench"]) == 0
-    assert {(case.problem, case.batch, case.bias) for case in seen} == {("senet154", 8, True)} and len(
-        seen
-    ) == 4
+    assert {(case.problem, case.batch, case.bias) for case in seen} == {("senet154", 8, True)} and len(seen) == 4
 
 
 def test_an_interrupted_run_keeps_what_is_done(monkeypatch, tmp_path, capsys):

@@ -116,9 +116,7 @@ def test_one_graph_for_all_sizes(shapes, layout):
     weights = [torch.randn(2, 6, requires_grad=True), torch.randn(6, 2, requires_grad=True)]
 
     def layer(x):
-        return squeeze_excite(
-            x, *weights, act="gelu", squeeze="avgmax", residual=x, post_act="relu", return_gate=True
-        )
+        return squeeze_excite(x, *weights, act="gelu", squeeze="avgmax", residual=x, post_act="relu", return_gate=True)
 
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for shape in shapes:
@@ -236,9 +234,7 @@ def test_capture_gates_within_a_compiled_step():
 )  # fmt: skip
 def test_every_way_to_name_an_activation(act):
     weights, x = (torch.randn(2, 8), torch.randn(8, 2)), torch.randn(2, 8, 3, 3)
-    compiled = torch.compile(
-        lambda x: squeeze_excite(x, *weights, act=act), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: squeeze_excite(x, *weights, act=act), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), squeeze_excite(x, *weights, act=act))
 
 
@@ -262,9 +258,7 @@ def test_activation_checkpointing_in_a_compiled_function():
     block, x, dy = Block(), torch.randn(2, 3, 5, 6), torch.randn(2, 8, 5, 6)
     expected = gradients(block, block(x), dy)
     senet_fused.reset_call_counts()
-    run = torch.compile(
-        lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
-    )
+    run = torch.compile(lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients(block, run(x), dy), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert senet_fused.call_counts() == {"cpu.forward": 2, "cpu.backward": 1}

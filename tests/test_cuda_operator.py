@@ -45,9 +45,7 @@ def test_bits_do_not_depend_on_the_run_or_the_batch(kind, strategy):
         batch, again = run(case, inputs), run(case, inputs)
         assert all(torch.equal(batch[name], again[name]) for name in batch)
         for chosen in ([3], [1, 4]):
-            alone = run(
-                case, {k: t[chosen] if k in ("x", "dy", "dgate", "residual") else t for k, t in inputs.items()}
-            )
+            alone = run(case, {k: t[chosen] if k in ("x", "dy", "dgate", "residual") else t for k, t in inputs.items()})
             for name in ("y", "gate", "dx"):
                 assert torch.equal(alone[name], batch[name][chosen]), name
 

@@ -313,9 +313,7 @@ def call_forward(case: Tail, t: Tensors, together) -> Outputs:
     n, c = x.shape[:2]
     last = case.layout == "channels_last"
     make = functools.partial(x.new_empty, dtype=torch.float32)
-    outputs = Outputs(
-        torch.empty_like(x), make(3, c), make(n, c), make(n, c + case.reduced), empty_mask(x, last)
-    )
+    outputs = Outputs(torch.empty_like(x), make(3, c), make(n, c), make(n, c + case.reduced), empty_mask(x, last))
     with mock.patch.object(cuda, "merge_statistics", lambda statistics, _: together(statistics)):
         cuda.forward(call, outputs, last)
     return outputs

@@ -21,9 +21,7 @@ from senet_fused.demo.network import SeparateTail, SEResNet, TutorialSE
 from senet_fused.demo.side_by_side import Contender, accuracy, time_layers, train
 
 SERVING = [
-    pytest.param(
-        status.name, marks=pytest.mark.skipif(not status.available, reason=f"{status.name}: {status.reason}")
-    )
+    pytest.param(status.name, marks=pytest.mark.skipif(not status.available, reason=f"{status.name}: {status.reason}"))
     for status in backends.status()
 ]
 QUICK = ["--epochs", "1", "--batch-size", "128", "--image-size", "8"]

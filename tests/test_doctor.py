@@ -68,9 +68,7 @@ def test_a_missing_backend_is_in_order_unless_it_is_asked_for(monkeypatch, exami
 
     status, text = examine("--backend", "reference", "cpu")
     assert status == 1
-    assert (
-        "PROBLEM: --backend asks for the backend 'cpu', which cannot run here: the compiled library" in text
-    )
+    assert "PROBLEM: --backend asks for the backend 'cpu', which cannot run here: the compiled library" in text
     assert "to do: install a C++ compiler" in text
 
     monkeypatch.setenv("SENET_FUSED_BACKEND", "cpu")
@@ -83,9 +81,7 @@ def test_an_unknown_backend_in_the_environment_is_a_problem(monkeypatch, examine
     monkeypatch.setenv("SENET_FUSED_BACKEND", "gpu")
     status, text = examine()
     assert status == 1
-    assert (
-        "PROBLEM: SENET_FUSED_BACKEND names an unknown backend 'gpu'\n  to do: known: auto, reference" in text
-    )
+    assert "PROBLEM: SENET_FUSED_BACKEND names an unknown backend 'gpu'\n  to do: known: auto, reference" in text
 
 
 def test_an_unknown_backend_on_the_command_line_is_wrong_usage(capsys):

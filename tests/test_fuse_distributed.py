@@ -120,9 +120,7 @@ WAYS = {way.__name__: way for way in (ddp, ddp_before, sharded, sharded_itself, 
 def worker(rank, folder):
     """All ways in one pair of processes, which take longer to start than to train."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     saved = torch.load(f"{folder}/inputs.pt")
     x, target = saved["x"].chunk(RANKS)[rank], saved["target"].chunk(RANKS)[rank]
     for name, way in WAYS.items():

@@ -343,7 +343,7 @@ def test_what_is_measured_on_a_gpu_is_what_the_programs_take(first, monkeypatch,
 
     facts = {"device": "NVIDIA H200", "capability": "9.0", "torch": "2", "timm": "1"}
     monkeypatch.setattr(first.module, "_FACTS", f"print({json.dumps(facts)!r})")
-    monkeypatch.setattr(first.module, "_REFUSALS", "print('{\"cuda\": \"no nvcc\", \"triton\": null}')")
+    monkeypatch.setattr(first.module, "_REFUSALS", 'print(\'{"cuda": "no nvcc", "triton": null}\')')
     monkeypatch.setattr(first.module.Processes, "run", run)
     code, known, _, text = first("build", "doctor", "layers", "networks", device="cuda")
     assert code == 1 and known["failures"] == [

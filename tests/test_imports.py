@@ -40,13 +40,30 @@ PYTHON = {
     "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
     "folding": {"fusion", "modules", "select", "tails", "torch_private"},
     "senet_fused": {
-        "_version", "activations", "folding", "functional", "fusion", "modules", "ops", "reference", "select", "tails",
+        "_version",
+        "activations",
+        "folding",
+        "functional",
+        "fusion",
+        "modules",
+        "ops",
+        "reference",
+        "select",
+        "tails",
     },  # fmt: skip
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
     "doctor": {
-        "senet_fused", "_plan", "accuracy", "arguments", "backends", "bench", "machine", "select", "torch_private",
+        "senet_fused",
+        "_plan",
+        "accuracy",
+        "arguments",
+        "backends",
+        "bench",
+        "machine",
+        "select",
+        "torch_private",
         "tune",
     },  # fmt: skip
     "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
@@ -164,9 +181,7 @@ def python_graph(package):
 
 def python_violations(package):
     graph = python_graph(package)
-    wrong = [
-        f"{name} imports {other}" for name in graph for other in sorted(graph[name] - PYTHON.get(name, set()))
-    ]
+    wrong = [f"{name} imports {other}" for name in graph for other in sorted(graph[name] - PYTHON.get(name, set()))]
     return wrong + [f"{name} has no rule here" for name in graph if name not in PYTHON]
 
 
@@ -267,10 +282,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_public_names():
-    assert (
-        set(senet_fused.__all__) <= set(vars(senet_fused))
-        and sorted(senet_fused.__all__) == senet_fused.__all__
-    )
+    assert set(senet_fused.__all__) <= set(vars(senet_fused)) and sorted(senet_fused.__all__) == senet_fused.__all__
     assert re.fullmatch(r"\d+\.\d+\.\d+", senet_fused.__version__)
 
 
@@ -279,9 +291,7 @@ def test_public_names():
 
 def includes(path):
     """(header, is it in quotes) for each #include."""
-    for match in re.finditer(
-        r'^\s*#\s*include\s*(["<])([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE
-    ):
+    for match in re.finditer(r'^\s*#\s*include\s*(["<])([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE):
         yield match[2], match[1] == '"'
 
 

@@ -87,9 +87,7 @@ def run_python(code, **environment):
 class StockSE(nn.Module):
     def __init__(self, dtype=None):
         super().__init__()
-        self.fc = nn.Sequential(
-            nn.Linear(8, 2, dtype=dtype), nn.ReLU(), nn.Linear(2, 8, dtype=dtype), nn.Sigmoid()
-        )
+        self.fc = nn.Sequential(nn.Linear(8, 2, dtype=dtype), nn.ReLU(), nn.Linear(2, 8, dtype=dtype), nn.Sigmoid())
 
     def forward(self, x):
         return x * self.fc(x.mean((2, 3)))[:, :, None, None]
@@ -166,9 +164,7 @@ def test_functional_call():
     parameters = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
     y = torch.func.functional_call(model, parameters, (x,))
     assert torch.equal(y, other(x))
-    for a, b in zip(
-        torch.autograd.grad(y, list(parameters.values()), dy), gradients(other, x, dy), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(y, list(parameters.values()), dy), gradients(other, x, dy), strict=True):
         assert torch.equal(a, b)
     assert all(p.grad is None for p in model.parameters())
 
@@ -331,9 +327,7 @@ def test_forward_mode_differentiation():
     """A dual tensor keeps its tangent, whether or not it also requires a gradient."""
     weights, x = _weights(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     step = 1e-6
-    numeric = (
-        squeeze_excite(x + step * x.cos(), *weights) - squeeze_excite(x - step * x.cos(), *weights)
-    ) / (2 * step)
+    numeric = (squeeze_excite(x + step * x.cos(), *weights) - squeeze_excite(x - step * x.cos(), *weights)) / (2 * step)
     for requires_grad in (False, True):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), x.cos())
@@ -466,11 +460,7 @@ def test_make_fx_records_the_operators(mode):
     x, weights = torch.randn(2, 8, 3, 4), (torch.randn(2, 8), torch.randn(8, 2))
     traced = make_fx(gradient, tracing_mode=mode)(x, *weights)
     targets = [n.target for n in traced.graph.nodes]
-    assert (
-        targets.count(OPERATOR)
-        == targets.count(torch.ops.senet_fused.fused_se_cpu_backward.default)
-        == 1
-    )
+    assert targets.count(OPERATOR) == targets.count(torch.ops.senet_fused.fused_se_cpu_backward.default) == 1
     torch.testing.assert_close(traced(x, *weights), gradient(x, *weights))
 
 
@@ -536,9 +526,7 @@ def test_the_environment_names_a_backend():
         print(senet_fused.call_counts())
     """
     choice, counts = run_python(code, SENET_FUSED_BACKEND="reference").splitlines()
-    assert choice == (
-        "Choice(backend='reference', reason='asked for by the environment variable SENET_FUSED_BACKEND')"
-    )
+    assert choice == ("Choice(backend='reference', reason='asked for by the environment variable SENET_FUSED_BACKEND')")
     assert counts == "{'reference.forward': 1, 'cpu.forward': 2}"
 
 
@@ -590,11 +578,7 @@ def test_fake_tensors_have_shapes_and_strides_and_run_nothing(layout):
     assert senet_fused.call_counts() == {}
     expected = layer(real, real)
     for fake in (y, x.grad, outside):
-        assert (
-            isinstance(fake, FakeTensor)
-            and fake.stride() == expected.stride()
-            and fake.dtype == expected.dtype
-        )
+        assert isinstance(fake, FakeTensor) and fake.stride() == expected.stride() and fake.dtype == expected.dtype
 
 
 def test_dispatch_modes_see_the_operators():

@@ -43,9 +43,7 @@ def test_one_seed_gives_the_tutorial_layers_weights(channels, reduction):
     torch.manual_seed(7)
     ours = FusedSE(channels, reduction)
     assert torch.equal(torch.get_rng_state(), after)
-    assert torch.equal(ours.fc1.weight, stock.fc[0].weight) and torch.equal(
-        ours.fc2.weight, stock.fc[2].weight
-    )
+    assert torch.equal(ours.fc1.weight, stock.fc[0].weight) and torch.equal(ours.fc2.weight, stock.fc[2].weight)
     assert [name for name, _ in ours.named_parameters()] == ["fc1.weight", "fc2.weight"]
     x = torch.randn(2, channels, 5, 3)
     torch.testing.assert_close(ours(x), stock(x))
@@ -151,9 +149,7 @@ def test_device_dtype_and_conversion():
 
 
 def test_options_reach_the_function():
-    layer = FusedSE(
-        6, 2, bias=True, act=nn.LeakyReLU(0.2), gate="hardsigmoid", squeeze="avgmax", post_act="relu"
-    )
+    layer = FusedSE(6, 2, bias=True, act=nn.LeakyReLU(0.2), gate="hardsigmoid", squeeze="avgmax", post_act="relu")
     x, residual = torch.randn(2, 2, 6, 4, 3)
     expected = squeeze_excite(
         x, layer.fc1.weight, layer.fc2.weight, layer.fc1.bias, layer.fc2.bias, act="leaky_relu(0.2)",
@@ -307,9 +303,7 @@ def test_missing_unexpected_and_misshapen_entries_are_reported():
         FusedSE(8, 4).load_state_dict({"fc.0.weight": torch.randn(2, 8)})
     with pytest.raises(RuntimeError, match=r"size mismatch for fc1\.weight"):
         FusedSE(8, 2, bias=True).load_state_dict(entries)
-    with pytest.raises(
-        RuntimeError, match=r"size mismatch for se\.fc1\.weight"
-    ):  # a 3x3 convolution is no matrix
+    with pytest.raises(RuntimeError, match=r"size mismatch for se\.fc1\.weight"):  # a 3x3 convolution is no matrix
         nn.ModuleDict({"se": FusedSE(8, 4)}).load_state_dict(
             foreign_dict("nvidia", bias=False, trailing=(3, 3), prefix="se.")
         )
@@ -578,12 +572,7 @@ def test_capture_gates():
     model(x)  # not recorded
     assert torch.equal(y, plain)
     assert [tuple(g.shape) for g in gates["first"]] == [(2, 6), (2, 6), (1, 6), (1, 6)]
-    assert (
-        "blocks.1" in gates
-        and "blocks" not in gates
-        and len(gates) == 3
-        and repr(gates).startswith("{'first': [")
-    )
+    assert "blocks.1" in gates and "blocks" not in gates and len(gates) == 3 and repr(gates).startswith("{'first': [")
     with pytest.raises(KeyError):
         gates["blocks"]
     weights = model.first.fc1.weight, model.first.fc2.weight

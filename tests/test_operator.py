@@ -50,12 +50,8 @@ class Case:
         tail = (1, 1) if conv_weights else ()
         self.x = leaf(*shape, of=dtype).contiguous(memory_format=layout).requires_grad_()
         self.w1, self.w2 = leaf(reduced, c, *tail).requires_grad_(), leaf(c, reduced, *tail).requires_grad_()
-        self.b1, self.b2 = (
-            (leaf(reduced).requires_grad_(), leaf(c).requires_grad_()) if bias else (None, None)
-        )
-        self.residual = (
-            leaf(*shape, of=dtype).contiguous(memory_format=layout).requires_grad_() if residual else None
-        )
+        self.b1, self.b2 = (leaf(reduced).requires_grad_(), leaf(c).requires_grad_()) if bias else (None, None)
+        self.residual = leaf(*shape, of=dtype).contiguous(memory_format=layout).requires_grad_() if residual else None
         self.dy = leaf(*shape, of=dtype).contiguous(memory_format=layout)
         wide = reference.accumulate_dtype(self.x)
         self.dgate = leaf(*shape[:2], of=wide)
@@ -151,7 +147,8 @@ def test_opcheck_backward_for_some_gradients_only(needs):
         x, w1, b1, w2, b2, _ = (None if t is None else t.detach() for t in case.tensors)
     arguments = (case.dy, case.dgate, x, w1, b1, w2, b2, gate, saved, mask, *case.options)
     torch.library.opcheck(
-        BACKWARD.operator, BACKWARD.arguments(*arguments, *needs), test_utils=("test_schema", "test_faketensor"))
+        BACKWARD.operator, BACKWARD.arguments(*arguments, *needs), test_utils=("test_schema", "test_faketensor")
+    )
     everything = BACKWARD(*arguments, True, True, True)
     for got, all_of_it, needed in zip(
         BACKWARD(*arguments, *needs), everything, (needs[0], *(needs[1],) * 4, needs[2]), strict=True

@@ -70,9 +70,7 @@ def test_precedence_by_what_runs(monkeypatch):
     with use_backend("cpu"):
         assert _ran(lambda: default(X)) == {"cpu.forward": 1}
         assert _ran(lambda: FusedSE(8, 4, backend="reference")(X)) == {"reference.forward": 1}
-        assert _ran(lambda: senet_fused.squeeze_excite(X, *weights, backend="reference")) == {
-            "reference.forward": 1
-        }
+        assert _ran(lambda: senet_fused.squeeze_excite(X, *weights, backend="reference")) == {"reference.forward": 1}
     monkeypatch.setattr(select, "_environment", None)
     assert _ran(lambda: default(X)) == {"cpu.forward": 1}
 
@@ -119,10 +117,7 @@ def test_what_the_cpu_backend_refuses(library, device):
         )
     with pytest.raises(BackendUnavailableError) as error:
         select.choose("cpu", device, torch.float32)
-    assert (
-        str(error.value)
-        == f"backend 'cpu', asked for by the call or the module, cannot serve this call: {refusal}"
-    )
+    assert str(error.value) == f"backend 'cpu', asked for by the call or the module, cannot serve this call: {refusal}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -132,10 +127,7 @@ def test_dtypes_of_the_cpu_backend(library, dtype):
 
 def test_a_dtype_without_kernels(library):
     choice = select.choose(None, "cpu", torch.float8_e4m3fn)
-    assert (
-        choice.backend == "reference"
-        and "not cpu: it has no kernels for torch.float8_e4m3fn" in choice.reason
-    )
+    assert choice.backend == "reference" and "not cpu: it has no kernels for torch.float8_e4m3fn" in choice.reason
     with pytest.raises(BackendUnavailableError, match="no kernels for torch.float8_e4m3fn"):
         select.choose("cpu", "cpu", torch.float8_e4m3fn)
 
@@ -147,9 +139,7 @@ def test_without_the_library(no_library, monkeypatch):
     reasons = f"not cpu: {REASON}; not cuda: .*; not triton: .*; reference: serves cpu tensors"
     assert re.fullmatch(reasons, explain(X).reason)
     assert _ran(lambda: layer(X).sum().backward()) == {"reference.forward": 1}
-    with pytest.raises(
-        BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"
-    ):
+    with pytest.raises(BackendUnavailableError, match=f"'cpu', asked for by the call or the module, .*: {REASON}"):
         explain(X, backend="cpu")
     with pytest.raises(BackendUnavailableError, match=REASON):
         FusedSE(8, 4, backend="cpu")(X)

@@ -83,9 +83,7 @@ def step(module: FusedSETail, call, t: dict[str, torch.Tensor]) -> dict[str, tor
 def worker(rank: int, folder: str) -> None:
     """All cases in one pair of processes, which take longer to start than to run."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     if "cuda" in GPU_BACKENDS and DEVICE == "cpu":
         cuda_runner.host()
     results = {}

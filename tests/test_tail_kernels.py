@@ -152,6 +152,7 @@ def test_outputs_beyond_the_caches():
 
 RANKS = ((4, 20, 30), (4, 20, 5, 6), (3, 20, 2, 3, 4))
 
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     for k, (shape, training) in enumerate(itertools.product(RANKS, (True, False))):
@@ -198,6 +199,7 @@ def test_weights_in_any_form():
 
 # ---------------------------------------------------------------------------------------------------- dtypes
 
+
 @pytest.mark.parametrize(("dtype", "others"), MIXED, ids=[f"{x}-{i}" for i, (x, _) in enumerate(MIXED)])
 def test_mixed_dtypes(dtype, others):
     for layout, training, post_act in itertools.product(DENSE, (True, False), (None, "relu")):
@@ -206,6 +208,7 @@ def test_mixed_dtypes(dtype, others):
 
 
 # ------------------------------------------------------------------------------------------- moments that cancel
+
 
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("change", CHANGES)

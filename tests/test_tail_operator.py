@@ -82,14 +82,10 @@ def test_opcheck_backward(name):
 def test_opcheck_backward_for_some_gradients_only(needs):
     case = CASES["everything"]
     t = draw(case, 0)
-    torch.library.opcheck(
-        BACKWARD, backward_arguments(case, t, needs), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(BACKWARD, backward_arguments(case, t, needs), test_utils=("test_schema", "test_faketensor"))
     everything = BACKWARD(*backward_arguments(case, t, (True,) * 3))
     wanted = (needs[0], *(needs[1],) * 6, needs[2])
-    for got, all_of_it, needed in zip(
-        BACKWARD(*backward_arguments(case, t, needs)), everything, wanted, strict=True
-    ):
+    for got, all_of_it, needed in zip(BACKWARD(*backward_arguments(case, t, needs)), everything, wanted, strict=True):
         assert torch.equal(got, all_of_it) if needed else got.numel() == 0
 
 

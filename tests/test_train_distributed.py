@@ -149,9 +149,7 @@ def worker(rank: int, folder: str) -> None:
     os.chdir(folder)
     session.curves.draw = lambda folder: None
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     told = {}
     for name, (model, options) in EQUAL.items():
         assert train(*model, *options, "--batch-size", "4", "--sync-batchnorm", "--output", name) == 0

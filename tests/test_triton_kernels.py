@@ -72,9 +72,7 @@ def plans_for(
         problem = problem_of(case, backward)
         facts = launch.device_facts(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
         plans = planner.candidates(problem, facts)
-        plan = next(
-            p for wanted in (strategy, default) for p in plans if wanted in (None, p.strategy)
-        )
+        plan = next(p for wanted in (strategy, default) for p in plans if wanted in (None, p.strategy))
         found[problem] = dataclasses.replace(plan, tile=dataclasses.replace(plan.tile, **tile))
     return found
 
@@ -91,6 +89,7 @@ def test_fresh_memory_is_poisoned():
 
 
 # ---------------------------------------------------------------------------------------------------- options
+
 
 @pytest.mark.parametrize("act", ACTS)
 def test_options(act):

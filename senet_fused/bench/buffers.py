@@ -35,9 +35,7 @@ class BufferPool:
         self._seed = seed
         self._block: Tensor | None = None
 
-    def sets(
-        self, case: Case, at_least_bytes: int, at_least: int = 1, at_most: int | None = None
-    ) -> list[InputSet]:
+    def sets(self, case: Case, at_least_bytes: int, at_least: int = 1, at_most: int | None = None) -> list[InputSet]:
         """Input sets for the case: `at_least` of them, more until they exceed `at_least_bytes` together.
 
         `at_most` limits that. With a backward pass x and residual require grad.
@@ -165,8 +163,6 @@ def check_inputs(case: Case, weights: Weights, device: torch.device, draw: int =
         residual = torch.randn(n, c, *spatial, **double)
         if case.post_act == "relu":
             total = oracle_branch(case, x.detach(), in_double(weights)).cpu() + residual
-            residual += torch.where(
-                total.abs() < 0.25, torch.copysign(torch.full_like(total, 0.25), total), 0.0
-            )
+            residual += torch.where(total.abs() < 0.25, torch.copysign(torch.full_like(total, 0.25), total), 0.0)
         residual = finish(residual).requires_grad_()
     return InputSet(x, residual, dy)

@@ -170,9 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in each case (default); torch.compile gets the same",
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    who.add_argument(
-        "--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
-    )
+    who.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)")
 
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
@@ -216,18 +214,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--json", type=Path, metavar="FILE", help="header, rows and summary, written again when a case is done"
     )
-    output.add_argument(
-        "--plot", type=Path, metavar="FILE", help="a picture (.png, .svg or .pdf); needs matplotlib"
-    )
+    output.add_argument("--plot", type=Path, metavar="FILE", help="a picture (.png, .svg or .pdf); needs matplotlib")
     output.add_argument(
         "--roofline",
         type=Path,
         metavar="FILE",
         help="a table, and a picture as above, of the bandwidth reached as a part of the copy's, by the tensor's size",
     )
-    output.add_argument(
-        "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
-    )
+    output.add_argument("--plain", action="store_true", help="no colours and no progress bar even if rich is there")
 
 
 def _list_problems() -> None:

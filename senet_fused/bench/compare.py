@@ -52,9 +52,7 @@ different kinds
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the subcommand. Imports no torch."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG.format(
-        identity=", ".join(_IDENTITY["layers"]), models=", ".join(_IDENTITY["model"])
-    )
+    parser.epilog = _EPILOG.format(identity=", ".join(_IDENTITY["layers"]), models=", ".join(_IDENTITY["model"]))
     parser.add_argument("a", type=Path, metavar="A.json", help="the run that is compared with")
     parser.add_argument("b", type=Path, metavar="B.json", help="the run that the verdicts are on")
     parser.add_argument(

@@ -22,9 +22,7 @@ from .timing import Outcome, Settings, Statistics, describe
 
 __all__ = ["l2_bytes", "own_stream", "replay"]
 
-_WARM_UP_CALLS = (
-    3  # outside the capture: lazy initialisation, autotuning and cuBLAS workspaces are not capturable
-)
+_WARM_UP_CALLS = 3  # outside the capture: lazy initialisation, autotuning and cuBLAS workspaces are not capturable
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -114,8 +112,6 @@ def replay(
         rounds += 1
         tick()
     return {
-        name: Outcome(None, errors[name])
-        if name in errors
-        else Outcome(Statistics.of(samples[name], len(numbers)))
+        name: Outcome(None, errors[name]) if name in errors else Outcome(Statistics.of(samples[name], len(numbers)))
         for name in calls
     }

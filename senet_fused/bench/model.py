@@ -138,9 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: SENET_FUSED_BACKEND, else auto)",
     )
     who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    who.add_argument(
-        "--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)"
-    )
+    who.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)")
 
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
@@ -166,9 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="header, rows and summary, written again when a case is done; `senet-fused bench --from` shows it",
     )
-    output.add_argument(
-        "--plain", action="store_true", help="no colours and no progress bar even if rich is there"
-    )
+    output.add_argument("--plain", action="store_true", help="no colours and no progress bar even if rich is there")
 
 
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> dict:

@@ -129,9 +129,7 @@ def _means(rows: Sequence[Row], value: str, providers: Sequence[str]) -> str:
         provider: geometric_mean(row[value] for row in rows if row["provider"] == provider and row[value])
         for provider in providers
     }
-    return "geometric mean: " + ", ".join(
-        f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None
-    )
+    return "geometric mean: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None)
 
 
 def _ops(rows: Sequence[Row]) -> str:
@@ -157,9 +155,7 @@ def _figure(width: float, panel_height: float, lines: int, columns: int, head: f
     return figure, figure.subplots(lines, columns, squeeze=False), height
 
 
-def _heading(
-    figure: Any, height: float, title: str, header: Row, cache: str, legends: Sequence[Sequence[Any]]
-) -> None:
+def _heading(figure: Any, height: float, title: str, header: Row, cache: str, legends: Sequence[Sequence[Any]]) -> None:
     """Title, what it was measured on, and lines of legend."""
     device, versions = header["device"], header["versions"]
     time = "device time" if device.get("type") == "cuda" else f"{header['threads']} threads"
@@ -221,9 +217,7 @@ def draw(header: Row, rows: Sequence[Row], path: Path) -> None:
 
     handles = [Patch(color=_COLOURS[name], label=_LABELS[name]) for name in providers]
     handles.append(
-        figure.axes[-1].plot(
-            [], [], color="black", lw=1, ls=(0, (4, 3)), label="least traffic at copy's speed"
-        )[0]
+        figure.axes[-1].plot([], [], color="black", lw=1, ls=(0, (4, 3)), label="least traffic at copy's speed")[0]
     )
     problems = ", ".join(dict.fromkeys(row["problem"] for row in rows))
     _heading(figure, height, f"{_ops(rows)}: {problems}", header, cache, [handles])

@@ -207,9 +207,7 @@ def cases(
         layers.append(("shape", batch, shape, act or "relu", gate or "sigmoid"))
     for _, _, shape, _, _ in layers:
         if len(shape.spatial) == 1 and "channels_last" in layouts:
-            raise RequestError(
-                "channels_last needs two or three spatial dimensions; a 1-D shape is contiguous only"
-            )
+            raise RequestError("channels_last needs two or three spatial dimensions; a 1-D shape is contiguous only")
 
     found = [
         Case(name, batch, shape, act_, gate_, dtype, layout, direction, bias, residual, post_act, op)

@@ -311,11 +311,7 @@ def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tenso
     shapes: dict[str, tuple[int, ...]] = {"dx": case.size}
     if inputs.residual is not None:
         shapes["dresidual"] = case.size
-    shapes |= (
-        {"dw1": (r, c), "db1": (r,), "dw2": (c, r), "db2": (c,)}
-        if case.bias
-        else {"dw1": (r, c), "dw2": (c, r)}
-    )
+    shapes |= {"dw1": (r, c), "db1": (r,), "dw2": (c, r), "db2": (c,)} if case.bias else {"dw1": (r, c), "dw2": (c, r)}
     if case.op == "tail":
         shapes |= {"dweight": (c,), "dbias": (c,)}
     named = dict(zip(shapes, gradients, strict=True))

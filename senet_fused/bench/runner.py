@@ -242,9 +242,7 @@ class _Runner:
                 outcomes = cuda_timing.replay(calls, [0] * 5, trial, device=self.device, cold=False)
             else:
                 outcomes = interleave(calls, Rotation(len(sets)), trial)
-        times = {
-            form: outcome.statistics.median_s for form, outcome in outcomes.items() if outcome.statistics
-        }
+        times = {form: outcome.statistics.median_s for form, outcome in outcomes.items() if outcome.statistics}
         return min(times, key=times.__getitem__) if times else forms[0]
 
     def _sets(self, case: Case) -> list[InputSet]:
@@ -359,9 +357,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and value - value == 0
 
 
-def run(
-    cases: Sequence[Case], options: Options, progress: Progress, rows: list[Row] | None = None
-) -> list[Row]:
+def run(cases: Sequence[Case], options: Options, progress: Progress, rows: list[Row] | None = None) -> list[Row]:
     """Measures the cases in turn.
 
     Args:

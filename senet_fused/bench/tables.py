@@ -26,9 +26,7 @@ def time_label(seconds: float | None) -> str:
         return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1 or unit == "us":
-            return (
-                f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
-            )
+            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
     raise AssertionError
 
 
@@ -112,9 +110,7 @@ def _rich(tables: Sequence[Table], out: TextIO) -> None:
         grid = Grid(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
                     pad_edge=False, padding=(0, 1))  # fmt: skip
         for head in heads:
-            grid.add_column(
-                head, justify="left" if head in _TEXT_COLUMNS else "right", no_wrap=head != "slowest cell"
-            )
+            grid.add_column(head, justify="left" if head in _TEXT_COLUMNS else "right", no_wrap=head != "slowest cell")
         errors = []
         for row in table.rows:
             who = row.get("provider") or row.get("variant", "")

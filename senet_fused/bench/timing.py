@@ -79,9 +79,7 @@ class Rotation:
         return numbers
 
 
-def per_call(
-    call: Callable[[int], object], numbers: list[int], synchronize: Callable[[], None] | None
-) -> float:
+def per_call(call: Callable[[int], object], numbers: list[int], synchronize: Callable[[], None] | None) -> float:
     """Seconds per call, over one call for each buffer number."""
     if synchronize is not None:
         synchronize()
@@ -123,9 +121,7 @@ def interleave(
         try:
             per_call(call, rotation.take(2), synchronize)  # allocator, code and caches of the libraries
             once = per_call(call, rotation.take(1), synchronize)
-            if (
-                once < settings.sample_s
-            ):  # a first estimate is mostly clock and cold code: take it again over more
+            if once < settings.sample_s:  # a first estimate is mostly clock and cold code: take it again over more
                 trial = max(1, min(settings.max_inner, int(settings.sample_s / 4 / max(once, 1e-9))))
                 once = per_call(call, rotation.take(trial), synchronize)
             inner[name] = max(1, min(settings.max_inner, round(settings.sample_s / max(once, 1e-9) + 0.5)))
@@ -155,8 +151,6 @@ def interleave(
         if collecting:
             gc.enable()
     return {
-        name: Outcome(None, errors[name])
-        if name in errors
-        else Outcome(Statistics.of(samples[name], inner[name]))
+        name: Outcome(None, errors[name]) if name in errors else Outcome(Statistics.of(samples[name], inner[name]))
         for name in calls
     }

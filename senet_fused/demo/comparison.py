@@ -137,9 +137,7 @@ def compare(options: Options, advance: Callable[[str], None], say: Callable[[str
         "call_counts": counts,
         "accuracy": shares,
         "loss": {key: c.losses for key, c in contenders.items()},
-        "distance": {
-            key: _distance(stock.losses, c.losses) for key, c in contenders.items() if c is not stock
-        },
+        "distance": {key: _distance(stock.losses, c.losses) for key, c in contenders.items() if c is not stock},
         "step_s": _times({key: c.step_s for key, c in compared.items()}),
         **_time_layers(options, {key: c.network for key, c in compared.items()}, some, choice.backend),
         "options": asdict(options),
@@ -189,9 +187,7 @@ def _contenders(options: Options, images: Tensor, backend: str) -> dict[str, Con
     return made
 
 
-def _time_layers(
-    options: Options, networks: dict[str, SEResNet], images: Tensor, backend: str
-) -> dict[str, Any]:
+def _time_layers(options: Options, networks: dict[str, SEResNet], images: Tensor, backend: str) -> dict[str, Any]:
     """What the SE layers and the tails of the blocks take on a batch's activations, in all and by layer.
 
     Gives all networks the stock one's weights, so that they compute the same.

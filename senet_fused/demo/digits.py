@@ -187,9 +187,7 @@ def _text(report: dict[str, Any]) -> str:
         *(f"Distance of the loss curves, {NAMES[key]}: {apart_by(key)}." for key in keys[1:]),
     ]
     if "nudged" in report["distance"]:
-        lines.append(
-            f"For scale, the tutorial network from itself with every pixel one ulp off: {apart_by('nudged')}."
-        )
+        lines.append(f"For scale, the tutorial network from itself with every pixel one ulp off: {apart_by('nudged')}.")
     for title, layers in (("SE layer", report["se_layers"]), ("tail", report["tail_layers"])):
         errors = {key: max(layer["error"][key] for layer in layers) for key in layers[0]["error"]}
         words = ", ".join(f"{NAMES[key]} {error:.1e}" for key, error in errors.items())

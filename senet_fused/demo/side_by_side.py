@@ -65,9 +65,7 @@ def _turn(items: list[T], number: int) -> list[T]:
     return items[first:] + items[:first]
 
 
-def train(
-    contenders: list[Contender], targets: Tensor, epochs: int, batch_size: int, seed: int
-) -> Iterator[int]:
+def train(contenders: list[Contender], targets: Tensor, epochs: int, batch_size: int, seed: int) -> Iterator[int]:
     """Trains all contenders on the same batches; yields the number of steps done whenever all did one more.
 
     SGD with Nesterov momentum on cross-entropy; an epoch drops the images that fill no batch. The contenders take
@@ -156,9 +154,7 @@ def time_layers(
                 results[i] = [outputs[i].detach(), *gradients]
         return spent
 
-    exact = [
-        _in_float64(layer, some, dy) for layer, some, dy in zip(chains[0], leaves, arriving, strict=True)
-    ]
+    exact = [_in_float64(layer, some, dy) for layer, some, dy in zip(chains[0], leaves, arriving, strict=True)]
     ours: dict[int, list[Tensor]] = {}
     errors = []
     for chain in chains:

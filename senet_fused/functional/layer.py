@@ -119,7 +119,5 @@ def excitation(
     check_functions(act, gate)
     checked(check_input, x)
     pooled = reference.pool(x, squeeze)[..., None]
-    call = Call(
-        pooled, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act.spec, gate.spec, "avg", "", ""
-    )
+    call = Call(pooled, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act.spec, gate.spec, "avg", "", "")
     return serve(call, route(x, backend), True).gate

@@ -45,11 +45,7 @@ def needs_plain_operators() -> bool:
     TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
     forward-mode differentiation (dual tensors would lose their tangents in a kernel).
     """
-    return (
-        torch_private.is_tracing()
-        or torch_private.func_transform() is not None
-        or torch_private.in_dual_level()
-    )
+    return torch_private.is_tracing() or torch_private.func_transform() is not None or torch_private.in_dual_level()
 
 
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:

@@ -299,9 +299,7 @@ def examine_block(
         return _examined(block, kind, backend, verify, proven)
 
 
-def _examined(
-    block: nn.Module, kind: str, backend: str | None, verify: bool, proven: dict[Any, Any]
-) -> BlockFusion:
+def _examined(block: nn.Module, kind: str, backend: str | None, verify: bool, proven: dict[Any, Any]) -> BlockFusion:
     form = FORMS[kind]
     if form.refusal is not None:
         raise Unsuited(form.refusal)

@@ -133,9 +133,7 @@ def _readable(call: Call, channels_last: bool, vector_dtypes: tuple[torch.dtype,
     return Call(x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, *call[TENSORS:])
 
 
-def _readable_gradient(
-    call: GradientCall, channels_last: bool, vector_dtypes: tuple[torch.dtype, ...]
-) -> GradientCall:
+def _readable_gradient(call: GradientCall, channels_last: bool, vector_dtypes: tuple[torch.dtype, ...]) -> GradientCall:
     """As :func:`_readable`, of a backward, whose kernels do not read b1 and b2."""
     dy, dgate, x, weight, bias, w1, _, w2, _, factor, *_ = call
     wide = accumulate_dtype(x)
@@ -332,9 +330,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
             return y, statistics, None
 
         @staticmethod
-        def backward(
-            ctx: Any, dy: Tensor | None, _dstatistics: Any, dgate: Tensor | None
-        ) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, dy: Tensor | None, _dstatistics: Any, dgate: Tensor | None) -> tuple[Tensor | None, ...]:
             seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or _watched(dy, dgate)
             return None, *rule(ctx, run_registered if seen else compute_gradients, ctx.needs_input_grad[1:], dy, dgate)
 

@@ -16,7 +16,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def layout_of(x: Tensor) -> str | None:
-    """"contiguous" or "channels_last" if each sample of x is dense in that order, else None.
+    """ "contiguous" or "channels_last" if each sample of x is dense in that order, else None.
 
     The stride between samples is free (a slice of a batch needs no copy). Dimensions of size 1 have no say.
     """

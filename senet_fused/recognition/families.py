@@ -289,4 +289,3 @@ def _find(layer: nn.Module, path: str) -> nn.Module | None:
         if layer is None:
             return None
     return layer
-

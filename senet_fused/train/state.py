@@ -1,12 +1,12 @@
 """What a checkpoint holds of a run, and putting a run back to where it was.
 
-    description, settings        which network it is, and how it is trained; both have to agree on resuming
-    model, optimizer, schedule, scaler, ema
-    processes                    by rank: its random generators, and its place among the training images
-    epoch, position, step        epochs that are over; steps done of the one after them; steps in all
-    best, loss_sum, seconds      the best accuracy so far; of this epoch, the sum of its losses, and what it took
-    log_offsets                  how long the logs were
-    versions                     of the packages that wrote it
+description, settings        which network it is, and how it is trained; both have to agree on resuming
+model, optimizer, schedule, scaler, ema
+processes                    by rank: its random generators, and its place among the training images
+epoch, position, step        epochs that are over; steps done of the one after them; steps in all
+best, loss_sum, seconds      the best accuracy so far; of this epoch, the sum of its losses, and what it took
+log_offsets                  how long the logs were
+versions                     of the packages that wrote it
 """
 
 from __future__ import annotations

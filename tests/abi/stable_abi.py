@@ -85,11 +85,7 @@ def problems_with_object(object_file: Path) -> list[str]:
     """
     isa = object_file.name.split(".")[-2]
     weak = [fields[-1] for fields in _nm("--defined-only", object_file) if fields[-2] in "WwVvu"]
-    return [
-        f"{object_file.name}: {name} is shared with other instruction sets"
-        for name in weak
-        if isa not in name
-    ]
+    return [f"{object_file.name}: {name} is shared with other instruction sets" for name in weak if isa not in name]
 
 
 def regenerate(libtorch_cpu: Path) -> None:

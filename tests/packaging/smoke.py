@@ -40,9 +40,7 @@ def main() -> None:
         expected = plain(x, w1, w2)
         torch.testing.assert_close(counted, [expected, *torch.autograd.grad(expected, inputs, dy)])
         if not PURE:
-            assert senet_fused.call_counts() == {"cpu.forward": 1, "cpu.backward": 1}, (
-                senet_fused.call_counts()
-            )
+            assert senet_fused.call_counts() == {"cpu.forward": 1, "cpu.backward": 1}, senet_fused.call_counts()
     layer = senet_fused.FusedSE(32)
     layer(torch.randn(2, 32, 5, 5)).square().mean().backward()
     print(f"senet_fused {senet_fused.__version__} in {home}: works with torch {torch.__version__}")

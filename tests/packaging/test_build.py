@@ -48,9 +48,7 @@ setuptools.setup(
 def run(command, cwd, **environment) -> subprocess.CompletedProcess:
     unwanted = ("SENET_", "PYTEST_", "TORCH_CUDA_", "PYTHONPATH")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True
-    )
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -119,9 +117,7 @@ def test_extra_flags_and_sanitizers(miniature):
     assert build(miniature, SENET_FUSED_CXXFLAGS="-DEXTRA -DQUOTED='a $b'") == EVERYTHING
     sanitized = build(miniature, "--build-lib", "sanitized", SENET_FUSED_SANITIZE="undefined")
     assert sanitized == EVERYTHING, "objects of its own"
-    assert build(miniature, SENET_FUSED_CXXFLAGS="-DEXTRA -DQUOTED='a $b'") == [], (
-        "untouched by the other build"
-    )
+    assert build(miniature, SENET_FUSED_CXXFLAGS="-DEXTRA -DQUOTED='a $b'") == [], "untouched by the other build"
 
 
 def test_one_library_alone(miniature):
@@ -253,9 +249,7 @@ def test_cuda_library(cuda_miniature, cuda_toolkit):
     wrapper.write_text(f'#!/bin/sh\nexec {" ".join(real.nvcc)} "$@"\n')
     wrapper.chmod(0o755)
     settings = {"NVCC": str(wrapper), "SENET_FUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX 8.0"}
-    assert build(cuda_miniature, "--inplace", **settings) == sorted(
-        [*EVERYTHING, *CUDA_OBJECTS, "_tiny_cuda.so"]
-    )
+    assert build(cuda_miniature, "--inplace", **settings) == sorted([*EVERYTHING, *CUDA_OBJECTS, "_tiny_cuda.so"])
     assert build(cuda_miniature, "--inplace", **settings) == []
     # Of the same objects, and without the package noticing.
     (cuda_miniature / "senet_fused/_tiny_cuda.so").unlink()
@@ -277,9 +271,7 @@ def test_cuda_library(cuda_miniature, cuda_toolkit):
 
     settings["TORCH_CUDA_ARCH_LIST"] = "8.0"
     told = ["_tiny.so", "facts.o"]
-    assert build(cuda_miniature, "--inplace", **settings) == sorted(
-        ["_tiny_cuda.so", "add.cu.o", "told.o", *told]
-    )
+    assert build(cuda_miniature, "--inplace", **settings) == sorted(["_tiny_cuda.so", "add.cu.o", "told.o", *told])
     assert build(cuda_miniature, "--inplace", SENET_FUSED_CUDA="0") == told
     assert not built.exists(), "the earlier build's library stays beside the others"
 
@@ -496,9 +488,7 @@ def test_pure_python_package(checkout, tmp_path):
     (made,) = tmp_path.glob("*.whl")
     assert made.name == f"senet_fused-{senet_fused.__version__}-py3-none-any.whl"
     inside = set(zipfile.ZipFile(made).namelist())
-    data = {
-        str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json")
-    }
+    data = {str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json")}
     assert {name for name in inside if name.startswith("senet_fused/")} == data
 
     environment = tmp_path / "venv"

@@ -197,9 +197,7 @@ def test_skipping_in_worker_processes(folder, capfd, monkeypatch):
     path = cut(folder / "train" / "dog" / "1.png")
     seen = []
     for workers in (0, 2):
-        loader = make_loader(
-            opened(folder, broken="skip").train, batch_size=5, seed=0, shuffle=True, workers=workers
-        )
+        loader = make_loader(opened(folder, broken="skip").train, batch_size=5, seed=0, shuffle=True, workers=workers)
         seen.append([])
         for epoch in range(3):
             set_epoch(loader, epoch)

@@ -196,9 +196,7 @@ def run(layer: Layer, batch: int = 2) -> tuple[str, str]:
         layer.tail, layer.tail, norm=layer.norm,
     )  # fmt: skip
     facts = launch.device_facts(x.device)
-    return tuple(
-        launch.plan_of(dataclasses.replace(problem, backward=b), facts).strategy for b in (False, True)
-    )
+    return tuple(launch.plan_of(dataclasses.replace(problem, backward=b), facts).strategy for b in (False, True))
 
 
 def resources(kernel: Any, target: str) -> dict[str, Any]:

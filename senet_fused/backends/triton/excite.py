@@ -134,9 +134,7 @@ def is_last(tickets, i, COUNT):
 
 
 @triton.jit
-def finish_preact(
-    shares, preact, preact_stride, b1, o_n, N, T, R: tl.constexpr, REDUCED: tl.constexpr
-):
+def finish_preact(shares, preact, preact_stride, b1, o_n, N, T, R: tl.constexpr, REDUCED: tl.constexpr):
     """(E2) for a group of samples, by the last of their tiles."""
     for r0 in range(0, R, REDUCED):
         o_r = r0 + tl.arange(0, REDUCED)

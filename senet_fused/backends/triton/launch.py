@@ -134,12 +134,7 @@ class Kernel:
         if INTERPRETED:
             self.function[(programs,)](*arguments, **self.constants)
             return
-        key = tuple(
-            [
-                self.kind(a) if isinstance(a, Tensor) else a is None or -(2**31) <= a < 2**31
-                for a in arguments
-            ]
-        )
+        key = tuple([self.kind(a) if isinstance(a, Tensor) else a is None or -(2**31) <= a < 2**31 for a in arguments])
         compiled = self.compiled.get(key)
         if compiled is None:
             self.compiled[key] = self.function[(programs,)](*arguments, **self.constants, **self.options)
@@ -224,9 +219,7 @@ class Recipe:
             )  # fmt: skip
         elif launched:
             self.push = kernel("excite_push_backward_kernel", warps, **excite, STEP=EXCITE_STEP, CHANNELS=EXCITE_SPLIT)
-            self.excite = kernel(
-                "excite_backward_kernel", warps, **excite, **act, **weights, CHANNELS=EXCITE_CHANNELS
-            )
+            self.excite = kernel("excite_backward_kernel", warps, **excite, **act, **weights, CHANNELS=EXCITE_CHANNELS)
 
         if tile.form == "rows":
             rows = {
@@ -408,9 +401,7 @@ def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
                 samples * recipe.parts, parts, parts_stride, peaks, ties, w1, shares, pooled, peak, tied, saved_stride,
                 n, splits,
             )  # fmt: skip
-            recipe.gate(
-                samples * recipe.gate_blocks, shares, preact, preact_stride, b1, w2, b2, gate, n, recipe.parts
-            )
+            recipe.gate(samples * recipe.gate_blocks, shares, preact, preact_stride, b1, w2, b2, gate, n, recipe.parts)
         if tile.form == "rows":
             recipe.scale(n * recipe.blocks, x, x_stride, residual, r_stride, y, y_stride, gate, None, 0.0)
             return

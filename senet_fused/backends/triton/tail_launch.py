@@ -122,9 +122,7 @@ def _recipe(
 launch.recipes.append(_recipe)
 
 
-def _recipe_of(
-    call: Call | GradientCall, channels_last: bool, strides: Sequence[int], residual: bool
-) -> Recipe:
+def _recipe_of(call: Call | GradientCall, channels_last: bool, strides: Sequence[int], residual: bool) -> Recipe:
     x, w1, backward = call.x, call.w1, isinstance(call, GradientCall)
     size = x.element_size()
     reduced, weight_size = (0, size) if w1 is None else (w1.shape[0], w1.element_size())
