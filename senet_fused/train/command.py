@@ -1,4 +1,4 @@
-"""``senet-fused train``: its options, what is refused before anything is trained, and what it tells.
+"""``senet-fused train``: its options.
 
 Alone, or as several processes:
 
@@ -9,147 +9,155 @@ Alone, or as several processes:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import positive
+from ..arguments import RequestError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["SETTINGS", "add_arguments", "run", "settings_of"]
 
 RESUME_LAST = Path("")
 _SIGNAL_STATUS = 128  # added to a signal's number, as shells do
+# The options that change the result, and the number of processes. A checkpoint holds them, and a run that resumes from
+# it must have the same.
+SETTINGS = (
+    "model data size augment fuse no_se reduction seed epochs batch_size accumulate processes lr momentum weight_decay "
+    "nesterov schedule step_epochs warmup amp label_smoothing drop_path dropout ema device channels_last sync_batchnorm"
+).split()
 
 
-def _number(kind: Callable[[str], Any], low: float, high: float, words: str) -> Callable[[str], Any]:
-    """The argparse type of low <= number < high."""
+def _number(kind: type, least: float, limit: float = math.inf, *, exclusive: bool = False) -> Callable[[str], Any]:
+    """The argparse type of a number from ``least`` (without it, if exclusive) to below ``limit``."""
+    wanted = "an integer" if kind is int else "a number"
+    wanted += f" {'>' if exclusive else '>='} {least:g}" + (f" and < {limit:g}" if limit < math.inf else "")
 
     def read(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        if not least <= value < limit or exclusive and value == least:
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
     return read
 
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no learning rate: it must be above 0 (at 0 nothing is learnt)")
-    return value
+_NATURAL, _FRACTION, _AMOUNT = _number(int, 1), _number(float, 0, 1), _number(float, 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (__doc__ or "").partition("\n\n")[2]
-    _add_what(parser.add_argument_group("what is trained, on what"))
-    _add_how(parser.add_argument_group("how"))
-    _add_regularisation(parser.add_argument_group("regularisation and averaging"))
-    _add_where(parser.add_argument_group("where and how fast"))
-    _add_output(parser.add_argument_group("output"))
+
+    def group(title: str) -> Callable[..., None]:
+        within = parser.add_argument_group(title)
+
+        def add(flag: str, values: Any, default: Any, text: str, **options: Any) -> None:
+            """``values``: a tuple of choices, an argparse type, or bool for a switch."""
+            if values is bool:
+                options["action"] = "store_true" if flag.startswith("--no-") else argparse.BooleanOptionalAction
+            else:
+                options["choices" if isinstance(values, tuple) else "type"] = values
+            if default is not None and default is not False and "default" not in text:
+                text += " (default: %(default)s)"
+            within.add_argument(flag, default=default, help=text, **options)
+
+        return add
+
+    add = group("model and data")
+    text = "a network of senet_fused.models (senet154, se_resnet50, se_resnet20, ...), timm:NAME, torchvision:NAME, or "
+    text += "FILE.py:FACTORY, a function that takes num_classes and in_chans, or nothing, and returns a module"
+    add("--model", str, None, text, metavar="NAME", required=True)
+    text = "digits, cifar10:DIR, imagefolder:DIR (with DIR/train/CLASS/* and DIR/val/CLASS/*), synthetic, or "
+    text += "synthetic:CLASSES,TRAIN,HELD_OUT"
+    add("--data", str, None, text, metavar="SPEC", required=True)
+    add("--size", _NATURAL, None, "side of the images (default: that of the data)", metavar="PIXELS")
+    add("--augment", bool, True, "augment the training images")
+    text = "SE layers run fused; tails: also BatchNorm -> SE -> + shortcut -> ReLU"
+    add("--fuse", ("none", "se", "tails"), "se", text)
+    add("--no-se", bool, False, "the same network without SE layers, for comparison")
+    add("--reduction", _NATURAL, None, "of the SE layers of senet_fused.models (default: 16)", metavar="R")
+    text = "of weights, order, augmentation and dropout"
+    add("--seed", _number(int, 0, 2**32), 0, text, metavar="N")
+
+    add = group("optimization")
+    add("--epochs", _NATURAL, 100, "passes over the training images", metavar="N")
+    text = "images of one forward pass of one process; the effective batch is N x --accumulate x processes"
+    add("--batch-size", _NATURAL, 32, text, metavar="N")
+    add("--accumulate", _NATURAL, 1, "forward passes per optimizer step", metavar="N")
+    text = "peak learning rate (default: 0.6 x effective batch / 1024, as SENet's authors)"
+    add("--lr", _number(float, 0, exclusive=True), None, text, metavar="RATE")
+    add("--momentum", _FRACTION, 0.9, "of SGD", metavar="M")
+    add("--weight-decay", _AMOUNT, 1e-4, "of all weights", metavar="D")
+    add("--nesterov", bool, False, "Nesterov momentum")
+    text = "paper: the rate falls to a tenth every --step-epochs; cosine: along half a cosine"
+    add("--schedule", ("paper", "cosine"), "paper", text)
+    add("--step-epochs", _NATURAL, None, "(default: 30 of 100, in proportion to --epochs)", metavar="N")
+    add("--warmup", _AMOUNT, 0.0, "of a linear rise to the peak; may be a fraction", metavar="EPOCHS")
+    add("--amp", ("bf16", "fp16", "none"), "none", "autocast; fp16 with a gradient scaler")
+    add("--label-smoothing", _FRACTION, 0.0, "share of the target that is spread over all classes", metavar="E")
+    text = "stochastic depth, per sample: the rate of the last block, to which it rises linearly"
+    add("--drop-path", _FRACTION, 0.0, text, metavar="RATE")
+    add("--dropout", _FRACTION, None, "before the classifier (default: the network's own)", metavar="RATE")
+    text = (
+        "also keep an exponential moving average of weights and statistics, over about 1/(1-DECAY) steps (default: off)"
+    )
+    add("--ema", _FRACTION, 0, text, metavar="DECAY")
+
+    add = group("device")
+    add("--device", ("cpu", "cuda"), None, "(default: cuda if there is a GPU)")
+    add("--channels-last", bool, True, "memory layout")
+    add("--sync-batchnorm", bool, False, "BatchNorm statistics over the images of all processes")
+
+    add = group("run (may differ when it is resumed)")
+    add("--output", Path, None, "(default: runs/MODEL-DATA)", metavar="DIR")
+    text = "continue from the last checkpoint in --output, or from PATH"
+    add("--resume", Path, None, text, metavar="PATH", nargs="?", const=RESUME_LAST)
+    add(
+        "--save-every",
+        _NATURAL,
+        0,
+        "also write checkpoints within an epoch (default: only after each)",
+        metavar="STEPS",
+    )
+    add("--log-every", _NATURAL, 10, "fetch, check and log losses; each step has a row all the same", metavar="STEPS")
+    add("--max-steps", _NATURAL, None, "stop after the Nth step of the run, with a checkpoint", metavar="N")
+    add("--tensorboard", ("on", "off"), "on", "write its events")
+    add("--threads", _NATURAL, None, "CPU threads of each process (default: PyTorch's choice)", metavar="N")
+    text = "processes that load images: N for the training images and N for the held-out ones"
+    add("--workers", _number(int, 0), 0, text, metavar="N")
+    add("--compile", bool, False, "torch.compile the network")
+    text = (
+        "the same bits every time, or an error; a resumed run ends in the bits of one that was never stopped only with "
+    )
+    add("--deterministic", bool, False, text + "it on a GPU, and with the same --threads on a CPU")
 
 
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
-    add("--model", required=True, metavar="NAME",
-        help="a network of senet_fused.models (senet154, se_resnet50, se_resnet20, ...), timm:NAME, or FILE.py:"
-        "FACTORY, a function that takes num_classes and in_chans, or nothing, and returns a module")  # fmt: skip
-    add("--data", required=True, metavar="SPEC",
-        help="digits, cifar10:DIR, imagefolder:DIR (with DIR/train/CLASS/* and DIR/val/CLASS/*), synthetic, or "
-        "synthetic:CLASSES,TRAIN,HELD_OUT")  # fmt: skip
-    add("--size", type=natural, metavar="PIXELS", help="side of the images (default: the source's own)")
-    add("--no-augment", action="store_true", help="train on the images as they are")
-    add("--broken-images", choices=("raise", "skip"), default="raise",
-        help="what to do about files that cannot be read (default: %(default)s)")  # fmt: skip
-    add("--fuse", choices=("none", "se", "tails"), default="se",
-        help="run SE layers fused; with tails also BatchNorm -> SE -> + shortcut -> ReLU (default: %(default)s)",
-        )  # fmt: skip
-    add("--no-se", action="store_true", help="the twin without SE layers, to compare with")
-    add("--reduction", type=natural, metavar="R", help="of the SE layers of this package's networks (default: 16)")
-    add("--seed", type=_number(int, 0, 2**32, "a whole number from 0 to 2^32 - 1"), default=0, metavar="N",
-        help="of weights, order, augmentation and dropout (default: %(default)s)")  # fmt: skip
+def settings_of(args: argparse.Namespace, processes: int) -> argparse.Namespace:
+    """The options of SETTINGS, with no default left open.
 
+    Raises:
+        RequestError: two of them exclude each other.
+    """
+    from .schedule import paper_rate, paper_step_epochs
 
-def _add_how(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
-    share = _number(float, 0, 1, "a number from 0 to below 1")
-    amount = _number(float, 0, math.inf, "a number from 0 on")
-    add("--epochs", type=natural, default=100, metavar="N", help="times through the images (default: %(default)s)")
-    add("--batch-size", type=natural, default=32, metavar="N",
-        help="images of one forward pass of one process; a step takes N x --accumulate x processes of them, the "
-        "effective batch (default: %(default)s)")  # fmt: skip
-    add("--accumulate", type=natural, default=1, metavar="N", help="forward passes of a step (default: %(default)s)")
-    add("--lr", type=_rate, metavar="RATE",
-        help="peak learning rate, above 0 (default: 0.6 x effective batch / 1024, as SENet's authors had it)",
-        )  # fmt: skip
-    add("--momentum", type=share, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
-    add("--weight-decay", type=amount, default=1e-4, metavar="D", help="of all weights (default: %(default)s)")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov's momentum")
-    add("--schedule", choices=("paper", "cosine"), default="paper",
-        help="paper: the rate falls to a tenth every --step-epochs; cosine: along half a cosine (default: %(default)s)",
-        )  # fmt: skip
-    add("--step-epochs", type=natural, metavar="N", help="(default: 30 of 100, in proportion to --epochs)")
-    add("--warmup", type=amount, default=0.0, metavar="EPOCHS",
-        help="of a linear rise to the peak, may be a fraction (default: %(default)g)")  # fmt: skip
-    add("--amp", choices=("bf16", "fp16", "none"), default="none",
-        help="mixed precision; fp16 scales the loss (default: %(default)s)")  # fmt: skip
-
-
-def _add_regularisation(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    share = _number(float, 0, 1, "a number from 0 to below 1")
-    add("--label-smoothing", type=share, default=0.0, metavar="E", help="(default: %(default)g)")
-    add("--drop-path", type=share, default=0.0, metavar="RATE",
-        help="stochastic depth, per sample: the rate of the last block, to which it rises linearly (default: "
-        "%(default)g)")  # fmt: skip
-    add("--dropout", type=share, metavar="RATE", help="in front of the classifier (default: the network's own)")
-    add("--ema", type=share, default=0.0, metavar="DECAY",
-        help="also keep an exponential moving average of weights and statistics, over about 1/(1-DECAY) steps: "
-        "0.9999 is for runs of many times 10,000 steps (default: off)")  # fmt: skip
-
-
-def _add_where(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
-    whole = _number(int, 0, math.inf, "a whole number from 0 on")
-    layout = group.add_mutually_exclusive_group()
-    add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
-    add("--threads", type=natural, metavar="N", help="CPU threads of each process (default: PyTorch's choice)")
-    add("--workers", type=whole, default=0, metavar="N",
-        help="processes that load images, N for the training images and N for the held-out ones (default: %(default)s)",
-        )  # fmt: skip
-    layout.add_argument("--channels-last", action="store_true", default=True, help="memory layout (the default)")
-    layout.add_argument("--contiguous", action="store_false", dest="channels_last", help="the other one")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--sync-batchnorm", action="store_true", help="BatchNorm's statistics of all processes' images together")
-    add("--deterministic", action="store_true",
-        help="the same bits every time, or an error; on a GPU a resumed run ends in the bits of one that was never "
-        "stopped only with it, and on a CPU only with the same --threads")  # fmt: skip
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
-    add("--output", type=Path, metavar="DIR", help="(default: runs/MODEL-DATA)")
-    add("--resume", type=Path, nargs="?", const=RESUME_LAST, metavar="PATH",
-        help="go on from the last checkpoint in --output, or from PATH")  # fmt: skip
-    add("--save-every", type=natural, default=0, metavar="STEPS",
-        help="write checkpoints also within an epoch (default: only after each)")  # fmt: skip
-    add("--log-every", type=natural, default=10, metavar="STEPS",
-        help="fetch losses from the device, check and log them: one row a step all the same (default: %(default)s)",
-        )  # fmt: skip
-    add("--max-steps", type=natural, metavar="N", help="stop after the Nth step of the run, with a checkpoint")
-    add("--tensorboard", choices=("on", "off"), default="on", help="write its events (default: %(default)s)")
-    add("--plain", action="store_true", help="lines instead of a progress bar")
+    if args.nesterov and args.momentum == 0:
+        raise RequestError("--nesterov needs --momentum > 0, got 0")
+    if args.warmup >= args.epochs:
+        raise RequestError(f"--warmup must be < --epochs {args.epochs}, got {args.warmup:g}")
+    resolved = {
+        "processes": processes,
+        "lr": args.lr or paper_rate(args.batch_size * args.accumulate * processes),
+        "step_epochs": args.step_epochs or paper_step_epochs(args.epochs),
+        "reduction": args.reduction or (None if ":" in args.model else 16),
+    }
+    given = vars(args) | resolved
+    return argparse.Namespace(**{name: given[name] for name in SETTINGS})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,41 +168,16 @@ def run(args: argparse.Namespace) -> int:
     """
     from . import session
 
-    args.device = session.device_of(args)
     args.output = args.output or Path("runs", _folder_name(args.model, args.data))
-    with _process_settings(args):
-        end = session.train(args)
-    return _SIGNAL_STATUS + end if isinstance(end, int) and end else int(end == "diverged")
+    end = session.train(args)
+    return _SIGNAL_STATUS + end if isinstance(end, int) else int(end == "diverged")
 
 
 def _folder_name(model: str, data: str) -> str:
-    """Both are told by it; of a path its last part is."""
-    prefix, _, rest = model.rpartition(":")
-    if prefix.endswith(".py"):
-        model = f"{Path(prefix).name}:{rest}"
-    kind, _, where = data.partition(":")
-    halves = model, f"{kind}:{Path(where).resolve().name}" if where else kind
-    return "-".join(re.sub(r"[^\w.+-]+", "_", half).strip("_") for half in halves)
-
-
-@contextlib.contextmanager
-def _process_settings(args: argparse.Namespace) -> Iterator[None]:
-    """What the options set for the whole process, and as it was afterwards."""
-    import os
-
-    import torch
-
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
-    cudnn.benchmark = not args.deterministic
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        cudnn.benchmark = benchmark
+    """Of model and data, each without the folders of its path."""
+    names = []
+    for word in (model, data):
+        kind, colon, where = word.rpartition(":") if word == model else word.partition(":")
+        kind, where = Path(kind).name, Path(where).resolve().name if where else ""
+        names.append(re.sub(r"[^\w.+-]+", "_", f"{kind}{colon}{where}").strip("_"))
+    return "-".join(names)

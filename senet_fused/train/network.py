@@ -1,8 +1,8 @@
-"""The network to train, by its name; how its SE layers run; and what a checkpoint says of it."""
+"""The network to train, by its name."""
 
 from __future__ import annotations
 
-import copy
+import argparse
 import difflib
 import inspect
 from collections.abc import Callable
@@ -17,42 +17,40 @@ from senet_fused import models
 
 from ..arguments import RequestError
 from ..factories import factory_of_file
-from .settings import Settings
 
-__all__ = ["check_network", "describe", "make_network", "se_layers"]
+__all__ = ["check_network", "make_network"]
 
 _SE = {"none": "reference", "se": "fused", "tails": "tails"}
 
 
-def make_network(settings: Settings, classes: int, shape: tuple[int, ...]) -> nn.Module:
-    """The network, on the CPU, in float32 and training mode, with weights that the seed draws.
+def make_network(settings: argparse.Namespace, classes: int, channels: int) -> nn.Module:
+    """The network, on the CPU, in training mode, with weights drawn from the seed.
 
-    ``NAME`` is one of ``senet_fused.models``, ``timm:NAME`` one of timm, without its pretrained weights, and
-    ``FILE.py:FACTORY`` what a function or class in a file returns for those of the arguments ``num_classes``,
-    ``in_chans``, ``drop_path_rate`` and ``dropout`` that it has.
-
-    Args:
-        shape: of one image, channels first.
+    ``NAME`` is a network of ``senet_fused.models``; ``timm:NAME`` and ``torchvision:NAME`` one of these libraries,
+    without pretrained weights; ``FILE.py:FACTORY`` what a function or class in a file returns for those of the
+    arguments ``num_classes``, ``in_chans``, ``drop_path_rate`` and ``dropout`` that it has.
 
     Raises:
-        RequestError: there is no such network, it cannot be made, has no such option, or nothing to train.
+        RequestError: there is no such network, it cannot be built, lacks an option, or has nothing to train.
     """
     name = settings.model
-    sizes = {"num_classes": classes, "in_chans": shape[0]}
-    prefix, _, rest = name.rpartition(":")
+    library, _, rest = name.rpartition(":")
+    sizes = {"num_classes": classes, "in_chans": channels}
     torch.manual_seed(settings.seed)
-    if prefix == "":
-        return _own(settings, sizes)
-    if settings.no_se:
-        raise RequestError(f"--no-se is for the networks of this package; {name} decides itself where it has SE layers")
-    if settings.reduction is not None:
-        raise RequestError(f"--reduction is for the networks of this package; {name} decides itself; leave it out")
-    if prefix == "timm":
-        network = _of_timm(rest, settings, sizes)
-    elif prefix.endswith(".py"):
-        network = _of_file(Path(prefix), rest, settings, sizes)
+    if not library:
+        return _from_zoo(settings, sizes)
+    for option, given in (("--no-se", settings.no_se), ("--reduction", settings.reduction is not None)):
+        if given:
+            raise RequestError(f"{option} is only for the networks of senet_fused.models, not for {name}")
+    if library == "timm":
+        network = _from_timm(rest, settings, sizes)
+    elif library == "torchvision":
+        network = _from_torchvision(rest, settings, classes)
+    elif library.endswith(".py"):
+        with factory_of_file(Path(library), rest) as factory:
+            network = _from_factory(factory, settings, sizes)
     else:
-        raise RequestError(f"cannot read --model {name}; write NAME, timm:NAME or FILE.py:FACTORY")
+        raise RequestError(f"--model must be NAME, timm:NAME, torchvision:NAME or FILE.py:FACTORY, got {name!r}")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise RequestError(f"{name} has no parameters to train")
     if settings.fuse != "none":
@@ -60,133 +58,101 @@ def make_network(settings: Settings, classes: int, shape: tuple[int, ...]) -> nn
     return network.train()
 
 
-def _own(settings: Settings, sizes: dict[str, int]) -> nn.Module:
-    name, known = settings.model, models.model_names()
+def _require_known(name: str, known: list[str], where: str) -> None:
     if name not in known:
         similar = difflib.get_close_matches(name, known, 3, 0.4)
-        meant = f"; similar: {', '.join(similar)}" if similar else f"; known: {', '.join(known)}"
-        raise RequestError(f"there is no network {name!r}{meant} (others: timm:NAME, FILE.py:FACTORY)")
-    se = None if settings.no_se else _SE[settings.fuse]
-    options = {"reduction": settings.reduction}
+        raise RequestError(
+            f"{where} has no network {name!r}; "
+            + (f"similar: {', '.join(similar)}" if similar else f"it has {', '.join(known[:30])}")
+        )
+
+
+def _from_zoo(settings: argparse.Namespace, sizes: dict[str, int]) -> nn.Module:
+    _require_known(
+        settings.model, list(models.model_names()), "senet_fused.models (others: timm:NAME, FILE.py:FACTORY)"
+    )
+    options = {"se": None if settings.no_se else _SE[settings.fuse], "reduction": settings.reduction}
     if settings.drop_path:  # not all networks have residual branches
         options["drop_path"] = settings.drop_path
     if settings.dropout is not None:  # some networks have a rate of their own
         options["dropout"] = settings.dropout
-    return _made(name, lambda: models.create_model(name, se=se, **sizes, **options)).train()
+    return _built(settings.model, lambda: models.create_model(settings.model, **sizes, **options)).train()
 
 
-def _of_timm(name: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
+def _from_timm(name: str, settings: argparse.Namespace, sizes: dict[str, int]) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise RequestError(f"timm:{name} needs timm ({error}): pip install timm") from None
     if not timm.is_model(name):
-        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3, 0.4))
-        raise RequestError(f"timm {timm.__version__} has no model {name!r}{f'; similar: {similar}' if similar else ''}")
+        _require_known(name, timm.list_models(), f"timm {timm.__version__}")
     options = {"drop_path_rate": settings.drop_path, "drop_rate": settings.dropout}
     given = {key: value for key, value in options.items() if value}
-    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **sizes, **given))
+    return _built(settings.model, lambda: timm.create_model(name, pretrained=False, **sizes, **given))
 
 
-def _of_file(path: Path, name: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
-    with factory_of_file(path, name) as factory:
-        return _of_factory(factory, f"{path}:{name}", settings, sizes)
+def _from_torchvision(name: str, settings: argparse.Namespace, classes: int) -> nn.Module:
+    try:
+        from torchvision import models as library
+    except (ImportError, RuntimeError) as error:  # the latter from one that was built for another torch
+        raise RequestError(
+            f"torchvision:{name} needs a torchvision for this torch ({error}): pip install torchvision"
+        ) from None
+    _require_known(name, library.list_models(library), "torchvision.models")
+    options: dict[str, Any] = {"weights": None, "num_classes": classes}
+    if settings.drop_path:
+        options["stochastic_depth_prob"] = settings.drop_path
+    if settings.dropout is not None:
+        options["dropout"] = settings.dropout
+    return _built(settings.model, lambda: library.get_model(name, **options))
 
 
-def _of_factory(factory: Callable[..., Any], what: str, settings: Settings, sizes: dict[str, int]) -> nn.Module:
+def _from_factory(factory: Callable[..., Any], settings: argparse.Namespace, sizes: dict[str, int]) -> nn.Module:
+    name = settings.model
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # of a builtin
         parameters = ()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
-    options = {"drop_path_rate": settings.drop_path}
-    if settings.dropout is not None:
-        options["dropout"] = settings.dropout
-    given = {key: value for key, value in (sizes | options).items() if takes_all or key in names}
+    options = {**sizes, "drop_path_rate": settings.drop_path, "dropout": settings.dropout}
     for key, option in (("drop_path_rate", "--drop-path"), ("dropout", "--dropout")):
-        if options.get(key) and key not in given:
-            raise RequestError(f"{option} {options[key]:g}: {what} takes no argument {key}")
-    network = _made(what, lambda: factory(**given))
+        if options[key] and not takes_all and key not in names:
+            raise RequestError(f"{option} {options[key]:g}: {name} has no argument {key}")
+    given = {k: v for k, v in options.items() if v is not None and (takes_all or k in names)}
+    network = _built(name, lambda: factory(**given))
     if not isinstance(network, nn.Module):
-        raise RequestError(f"{what} must return a torch.nn.Module, got {type(network).__name__}")
+        raise RequestError(f"{name} must return a torch.nn.Module, got {type(network).__name__}")
     return network
 
 
-def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+def _built(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
-        return make()
+        return build()
     except RequestError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise RequestError(f"cannot make {name}: {kind}{error}") from error
+        raise RequestError(f"cannot build {name}: {type(error).__name__}: {error}") from error
 
 
-def describe(settings: Settings, classes: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What makes the network what it is, for a checkpoint: a state is loaded into another one only by mistake."""
-    return {
-        "model": settings.model,
-        "classes": classes,
-        "image": list(shape),
-        "se": "none" if settings.no_se else _SE[settings.fuse],
-        "reduction": settings.reduction,
-    }
-
-
-def se_layers(network: nn.Module, settings: Settings) -> str:
-    """In words: which SE layers the network has, and how many of them, and of its blocks, run fused."""
-    if settings.no_se:
-        return "none (the twin without SE)"
-    tails = sum(isinstance(module, senet_fused.FusedSETail) for module in network.modules())
-    text = senet_fused.fuse_report(network).summary
-    return f"{text}; {tails} FusedSETail" if tails else text
-
-
-def check_network(network: nn.Module, settings: Settings, classes: int, shape: tuple[int, ...]) -> None:
-    """Runs a copy of the network on one small batch, so that what does not fit is found before the training.
-
-    Every process calls it: a synchronised BatchNorm waits for all of them. It may draw random numbers.
+@torch.no_grad()
+def check_network(network: nn.Module, name: str, classes: int, shape: tuple[int, int, int]) -> None:
+    """Evaluates two images, so that a network that does not fit the data is found before training.
 
     Raises:
-        RequestError: it takes no such images, returns other than [N, classes], has synchronised BatchNorms that
-            cannot run on this device, or others that cannot train on batches of one image.
-        torch.OutOfMemoryError: of a GPU.
+        RequestError: it cannot run on images [N, *shape], or does not return [N, classes].
     """
     parameter = next(network.parameters())
     images = torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype)
-    # In training mode only where that is in question: BatchNorm then needs more than one value per channel.
-    trial = copy.deepcopy(network).train(settings.sync_batchnorm)
-    if settings.sync_batchnorm:
-        trial = nn.SyncBatchNorm.convert_sync_batchnorm(trial)
     try:
-        with torch.no_grad():
-            found = trial(images)
+        found = network.eval()(images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if settings.sync_batchnorm and "SyncBatchNorm" in str(error):
-            raise RequestError(
-                "--sync-batchnorm on a CPU: torch's SyncBatchNorm runs on GPUs only. Block tails synchronise on CPUs "
-                "as well, if every BatchNorm of the network is in one: --fuse tails. Or leave --sync-batchnorm out"
-            ) from None
-        why = f"{type(error).__name__}: {error}"
-        raise RequestError(f"{settings.model} cannot run on images of {' x '.join(map(str, shape))}: {why}") from error
+        size = " x ".join(map(str, shape))
+        raise RequestError(f"{name} cannot run on images of {size}: {type(error).__name__}: {error}") from error
+    finally:
+        network.train()
     if not isinstance(found, torch.Tensor) or found.shape != (2, classes):
         what = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-        raise RequestError(f"{settings.model} must return [N, {classes}] for N images of {classes} classes, got {what}")
-    if settings.batch_size == 1 and not settings.sync_batchnorm:
-        _check_batch_of_one(trial, images[:1], settings)
-
-
-def _check_batch_of_one(trial: nn.Module, images: torch.Tensor, settings: Settings) -> None:
-    try:
-        with torch.no_grad():
-            trial.train()(images)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise RequestError(f"{settings.model} cannot train on a batch of one image: {error}") from error
-        raise RequestError(
-            f"--batch-size 1: a BatchNorm of {settings.model} has one value per channel, of which there is no "
-            "variance; use --batch-size 2 or more (--accumulate does not help), or larger images (--size)"
-        ) from None
+        raise RequestError(f"{name} must return [N, {classes}] for N images of {classes} classes, got {what}")

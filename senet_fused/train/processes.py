@@ -1,10 +1,9 @@
-"""The processes of a run: torchrun's, or one alone; what they agree on; and the signals that end a run."""
+"""The processes of a run (torchrun's, or one alone), their collective operations, and the signals that stop a run."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,23 +16,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..arguments import RequestError
 
-__all__ = ["AgreedError", "Processes", "StopSignals", "distribute", "join", "leave_signals_to_the_run"]
+__all__ = ["CollectiveError", "Processes", "StopSignals", "data_parallel", "ignore_signals", "join"]
 
 T = TypeVar("T")
 
-# How long a process waits for the others. Where one has died, gloo's connections close and nobody waits that long;
-# NCCL's may stay, and torchrun then ends the others.
+# How long a collective operation waits for the other processes. If one dies, gloo's connections close and the others
+# fail at once; with NCCL torchrun ends them.
 _TIMEOUT = datetime.timedelta(minutes=10)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class AgreedError(RequestError):
-    """What was asked for cannot be done, and every process knows: the first one tells."""
+class CollectiveError(RequestError):
+    """A RequestError that every process raises at the same place, so that none waits for another. Rank 0 reports it."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its rank from 0, how many there are, and the device that is its own."""
+    """The rank of this process from 0, the number of processes, and the device of this process."""
 
     rank: int
     size: int
@@ -41,27 +39,35 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints, logs and saves."""
+        """Whether this is rank 0, which prints, logs and saves."""
         return self.rank == 0
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What ``work()`` returns, unless it fails in a process; it must not wait for other processes.
+    def collective(self, work: Callable[[], T]) -> T:
+        """Returns ``work()``, called in every process; ``work`` itself must not communicate.
 
         Raises:
-            AgreedError: ``work`` raised RequestError in at least one of them. All raise it, so nobody is waited for.
+            CollectiveError: in every process, if ``work`` raised RequestError or OSError in any of them.
         """
+        result, problem = None, None
         try:
-            result, problem = work(), None
+            result = work()
         except RequestError as error:
-            result, problem = None, str(error)
-        problems = self.of_all(problem)
-        if any(problems):
-            rank = next(rank for rank, problem in enumerate(problems) if problem)
-            raise AgreedError(problems[rank] if rank == 0 else f"process {rank}: {problems[rank]}")
+            problem = str(error)
+        except BrokenPipeError:  # of the terminal
+            raise
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            problem = (
+                f"cannot write{where}: {error.strerror or error}. Make room, or make it writable; --resume then "
+                "continues from the last checkpoint"
+            )
+        for rank, text in enumerate(self.gather(problem)):
+            if text is not None:
+                raise CollectiveError(text if rank == 0 else f"process {rank}: {text}")
         return result
 
-    def of_all(self, value: T) -> list[T]:
-        """The value of each process, by rank, in every process. It can be pickled."""
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, by rank, in every process. It must be picklable."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -69,13 +75,13 @@ class Processes:
         return values
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element by element over all processes, in place."""
+        """Element-wise over all processes, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(values)
         return values
 
-    def share_buffers(self, module: nn.Module) -> None:
-        """Gives all processes the first one's buffers."""
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Overwrites the buffers of every process with those of rank 0."""
         if self.size > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -83,41 +89,37 @@ class Processes:
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[Processes]:
-    """The processes that torchrun's environment variables tell of; without them, this one alone.
+    """The processes that torchrun's environment variables describe; without them this process alone.
 
-    A process group that is there already is used and left as it is.
+    An existing process group is used and left as it is.
 
     Raises:
-        RequestError: torch has no torch.distributed, or the machine has fewer GPUs than processes.
+        RequestError: this machine has fewer GPUs than processes.
     """
-    distributed = torch.distributed
-    if not distributed.is_available():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RequestError(f"this PyTorch ({torch.__version__}) is built without torch.distributed")
-        yield Processes(0, 1, torch.device(device))
-        return
-    ours = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed, several = torch.distributed, int(os.environ.get("WORLD_SIZE", "1")) > 1
     here = _device_of_this_process(device)
-    if ours:
-        # CPU tensors go by gloo also where GPUs do the work: what the processes agree on need not wait for a GPU.
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=_TIMEOUT)
-    if distributed.is_initialized():
-        left = True
-        try:
-            yield Processes(distributed.get_rank(), distributed.get_world_size(), here)
-        except BaseException as error:
-            # Others may be dead, or wait for this one in another place; of an agreed error all know.
-            left = isinstance(error, (AgreedError, SystemExit))
-            raise
-        finally:
-            if ours and left:
-                # Nobody leaves before the first one's files are there. And gloo's threads are done by then with what
-                # was sent before: one that frees a Python object after Python's end would abort the process.
-                distributed.barrier()
-                distributed.destroy_process_group()
-    else:
+    if not distributed.is_available() or not (several or distributed.is_initialized()):
+        if several:
+            raise RequestError(f"this PyTorch ({torch.__version__}) is built without torch.distributed")
         yield Processes(0, 1, here)
+        return
+    ours = not distributed.is_initialized()
+    if ours:
+        # CPU tensors go through gloo also on GPUs: collective decisions need not wait for the GPU.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    synchronised = True
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), here)
+    except BaseException as error:
+        # Other processes may be dead or wait elsewhere, unless all of them raised this error.
+        synchronised = isinstance(error, (CollectiveError, SystemExit))
+        raise
+    finally:
+        if ours and synchronised:
+            # No process leaves before rank 0 has written its files. It also lets gloo's threads finish their sends:
+            # one that frees a Python object after Python's end would abort the process.
+            distributed.barrier()
+            distributed.destroy_process_group()
 
 
 def _device_of_this_process(device: str) -> torch.device:
@@ -126,64 +128,51 @@ def _device_of_this_process(device: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise RequestError(
-            f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-            "start no more processes than GPUs (torchrun --nproc-per-node)"
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "start at most one process per GPU (torchrun --nproc-per-node)"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
-def distribute(network: nn.Module, processes: Processes, *, sync_batchnorm: bool) -> nn.Module:
-    """What is called in the network's place to train it: with several processes DistributedDataParallel.
-
-    Running statistics that the forward pass only writes are not sent at every step, as it would by default: they are
-    the first process's, and :meth:`Processes.share_buffers` gives them to the others where they are needed.
-    """
+def data_parallel(network: nn.Module, processes: Processes, *, sync_batchnorm: bool) -> nn.Module:
+    """The module to call in training: DistributedDataParallel for several processes, else the network itself."""
     if processes.size == 1:
         return network
     on_gpu = processes.device.type == "cuda"
     if sync_batchnorm and on_gpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    only_written = sum(len(module._buffers) for module in network.modules() if isinstance(module, _BATCH_NORMS))
-    # torch 2.13 renamed it.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sending = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    parallel = DistributedDataParallel(
-        network,
-        device_ids=[processes.device] if on_gpu else None,
-        gradient_as_bucket_view=True,
-        **{sending: only_written != len(list(network.buffers()))},
-    )
+    devices = [processes.device] if on_gpu else None
+    parallel = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     if sync_batchnorm and not on_gpu:
-        # DistributedDataParallel refuses them on CPUs, where torch's own forward does not run, but block tails' does.
-        # Weights and buffers stay the same tensors.
+        # DistributedDataParallel rejects SyncBatchNorm on CPUs, whose own forward needs a GPU; that of block tails
+        # does not. The conversion keeps the parameter and buffer tensors.
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return parallel
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """For worker processes that load images: the signals that StopSignals catches go by.
+def ignore_signals(worker: int) -> None:
+    """``worker_init_fn`` of data loaders: worker processes ignore the signals that :class:`StopSignals` handles.
 
-    Terminals, torchrun and schedulers send them to all processes, and the step at hand still wants its images. Workers
-    end when the run does, or when its process has died.
+    Terminals, torchrun and schedulers send them to all processes, and the current step still needs its images. Workers
+    end with the training process, also if that is killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
-    """Within the block, SIGINT and SIGTERM ask the run to stop at the next step, instead of killing it.
+    """Within the block SIGINT and SIGTERM ask the run to stop after the current step instead of killing it.
 
-    A second Ctrl-C ends it at once, unless torchrun started it, which passes on the one that the terminal has sent
-    already. Elsewhere than in the main thread, where no handlers can be set, nothing is caught.
+    A second Ctrl-C ends it at once, unless torchrun started it, which forwards the first one to processes that the
+    terminal has interrupted already. Outside of the main thread, where handlers cannot be set, nothing is caught.
     """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._received = 0
         self._before: dict[int, Any] = {}
-        self._question: torch.distributed.Work | None = None
-        self._number = torch.zeros((), dtype=torch.int64)
+        #: The number of the signal that this process has received, 0 for none.
+        self.received = 0
 
     def __enter__(self) -> StopSignals:
         with contextlib.suppress(ValueError):
@@ -191,34 +180,19 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None and self._question is not None:
-            self._question.wait()
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self._received and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if number == signal.SIGINT and self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
-        self._received = self._received or number
-
-    @property
-    def received(self) -> int:
-        """The number of the signal that this process has got, 0 for none."""
-        return self._received
+        self.received = self.received or number
 
     def agreed(self) -> int:
-        """The signal that the processes stop for, in all of them at the same call; 0 for none.
-
-        Every process calls it after every step. Among several, the answer is to the question of the call before, so
-        that nobody waits for it.
-        """
+        """The signal that any process has received, the same in all; 0 for none. A collective operation."""
         if self._processes.size == 1:
-            return self._received
-        answer = 0
-        if self._question is not None:
-            self._question.wait()
-            answer = int(self._number)
-        self._number.fill_(self._received)
-        self._question = torch.distributed.all_reduce(self._number, torch.distributed.ReduceOp.MAX, async_op=True)
-        return answer
+            return self.received
+        number = torch.tensor(self.received)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)

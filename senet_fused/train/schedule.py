@@ -1,4 +1,4 @@
-"""The learning rate, step by step: SENet's own schedule, or half a cosine, each behind a linear warm-up."""
+"""The learning rate of every step: SENet's own schedule, or half a cosine, each after a linear warm-up."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 __all__ = ["make_schedule", "paper_rate", "paper_step_epochs"]
 
+
 # Hu et al., "Squeeze-and-Excitation Networks" (2018), section 6: SGD with momentum 0.9, minibatches of 1024, an
 # initial learning rate of 0.6 that falls to a tenth every 30 epochs, 100 epochs.
-_RATE, _BATCH = 0.6, 1024
-_STEP_EPOCHS, _EPOCHS = 30, 100
-_FACTOR = 0.1
-
-
 def paper_rate(batch: int) -> float:
     """The learning rate of SENet's authors, in proportion to the images of an optimizer step."""
-    return _RATE * batch / _BATCH
+    return 0.6 * batch / 1024
 
 
 def paper_step_epochs(epochs: int) -> int:
     """After how many epochs the rate falls, in proportion to the length of the training, at least one."""
-    return max(1, round(epochs * _STEP_EPOCHS / _EPOCHS))
+    return max(1, round(epochs * 30 / 100))
 
 
 def make_schedule(
@@ -37,7 +33,7 @@ def make_schedule(
     total = epochs * steps_per_epoch
     warm = min(round(warmup * steps_per_epoch), total - 1)
     if kind == "paper":
-        main: LRScheduler = StepLR(optimizer, step_epochs * steps_per_epoch, _FACTOR)
+        main: LRScheduler = StepLR(optimizer, step_epochs * steps_per_epoch, gamma=0.1)
     else:
         main = CosineAnnealingLR(optimizer, total - warm)
     if warm == 0:
