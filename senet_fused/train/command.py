@@ -32,7 +32,7 @@ SETTINGS = (
 def _number(kind: type, least: float, limit: float = math.inf, *, exclusive: bool = False) -> Callable[[str], Any]:
     """The argparse type of a number from ``least`` (without it, if exclusive) to below ``limit``."""
     wanted = "an integer" if kind is int else "a number"
-    wanted += f" {'>' if exclusive else '>='} {least:g}" + (f" and < {limit:g}" if limit < math.inf else "")
+    wanted += f" {'>' if exclusive else '>='} {least:,}" + (f" and < {limit:,}" if limit < math.inf else "")
 
     def read(text: str) -> Any:
         try:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy
@@ -369,7 +370,7 @@ class Trainer:
                 part.load_state_dict(state[name])
         except RuntimeError as error:
             raise CheckpointError(
-                f"the checkpoint is of another network named {self.settings.model}: {' '.join(str(error).split())}. "
+                f"the checkpoint is of another network named {self.settings.model}: {shorten(str(error), 400)} "
                 "Use the code and data that it was made with, or begin a new run in another --output"
             ) from None
         self.place = Place(**{name: state[name] for name in asdict(self.place)})
