@@ -26,7 +26,7 @@
 #   models-largest        legacy_senet154 and legacy_seresnext101_32x4d at the largest batch that fits: as in models, and
 #                         compile, tails+compile
 #   train                 senet-fused train on the GPUs of this machine by torchrun: SENet-154 with synchronised tails in
-#                         bfloat16, stopped and resumed (skipped without torchdata)
+#                         bfloat16, stopped and resumed
 #   table                 tables of what is measured, and the pictures
 #
 # Every part is meant to end within ten minutes on an H200. If build fails nothing else runs; the other parts run
@@ -169,22 +169,17 @@ models() {
 
 train() {
   local work gpus run
-  if ! "$python" -c 'import torchdata' 2>/dev/null; then
-    echo "torchdata is not installed: skipped"
-    return
-  fi
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   work=$(mktemp -d)
   # shellcheck disable=SC2064
   trap "rm -rf '$work'" EXIT
   run=(timeout "${TRAIN_LIMIT:-500}" "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus"
     -m senet_fused train --model senet154 --data "synthetic:10,$((1024 * gpus)),$((128 * gpus))" --epochs 2
-    --batch-size 32 --amp bf16 --fuse tails --sync-batchnorm --ema 0.99 --workers 4 --device cuda --plain
+    --batch-size 32 --amp bf16 --fuse tails --sync-batchnorm --ema 0.99 --workers 4 --device cuda
     --tensorboard off --output "$work/run")
   "${run[@]}" --max-steps 40
   "${run[@]}" --resume
   cp "$work/run/log.csv" "$out/${name%-senet154-batch64}-train.csv"
-  cp "$work/run/curves.png" "$out/${name%-senet154-batch64}-train.png"
 }
 
 table() {

@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
-    "train": "train SENet, SE-ResNet or a network of timm's or your own on images, alone or under torchrun",
+    "train": "train SENet, SE-ResNet or a network of timm, torchvision or your own on images, alone or under torchrun",
     "fuse-check": "what senet_fused.fuse does to a network of timm, torchvision or your own: layers, time and numbers",
     "tune": "time plans of the Triton kernels on this GPU, and keep the fastest in a file that calls look up",
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",

@@ -27,7 +27,6 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   *get_device_name*) [ -n "${NO_GPU:-}" ] && exit 1; echo "NVIDIA H200"; exit ;;
   *"import xdist"*) exit 1 ;;
-  *"import torchdata"*) exit "${NO_TORCHDATA:-0}" ;;
   *device_count*) echo 2; exit ;;
   *timm.is_model*) [ -n "${NO_TIMM:-}" ] && exit 1; shift 2; [ "$*" = none ] || echo "$*"; exit ;;
 esac
@@ -37,7 +36,7 @@ for flag in --json --plot --roofline; do
   [ -z "$file" ] || echo result >"$file"
 done
 folder=$(sed -n "s/.* --output \\([^ ]*\\).*/\\1/p" <<<" $*")
-[ -z "$folder" ] || { mkdir -p "$folder" && touch "$folder/log.csv" "$folder/curves.png"; }
+[ -z "$folder" ] || { mkdir -p "$folder" && touch "$folder/log.csv"; }
 case "$*" in
   *"${FAILING:-nothing fails}"*) exit 1 ;;
 esac
@@ -132,7 +131,7 @@ def test_all_parts_run_in_order_with_arguments_that_their_programs_take(check, p
     first, second = kinds[" train "]
     assert (first.amp, first.fuse, first.sync_batchnorm, first.device) == ("bf16", "tails", True, "cuda")
     assert first.max_steps == 40 and second.resume
-    assert {"nvidia-h200-train.csv", "nvidia-h200-train.png"} <= {path.name for path in check.out.iterdir()}
+    assert (check.out / "nvidia-h200-train.csv").exists()
 
 
 @needs_bash
@@ -142,8 +141,6 @@ def test_a_part_that_fails_is_named_and_the_others_run(check):
     assert "== failed: bench-bf16; results in" in text and "== bench-bf16: exit status 1 after" in text
     assert check("table", FAILING="bench --from")[0] == 1
     assert check("train", FAILING="--max-steps 40")[0] == 1
-    code, text, calls = check("train", NO_TORCHDATA="1")
-    assert code == 0 and not calls and "torchdata is not installed: skipped" in text
 
 
 @needs_bash

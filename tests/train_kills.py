@@ -23,12 +23,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch._dynamo  # once, for all children: an optimizer imports it
 
 from senet_fused import cli
 from senet_fused.train import checkpoint, data, loop
-
-# Imported once, here, for all the children; an optimizer imports the compiler.
-import torch._dynamo  # noqa: E402
 
 # 5 steps an epoch, of 2 micro-batches; the images that fill no step are dropped; checkpoints in mid-epoch.
 OPTIONS = (

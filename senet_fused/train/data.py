@@ -286,10 +286,10 @@ def _cifar10(where: str, size: int, seed: int) -> _Opened:
     root = folder.parent if folder.name == datasets.CIFAR10.base_folder else folder
     try:
         train, held_out = (datasets.CIFAR10(root, train=train) for train in (True, False))
-    except RuntimeError as error:
+    except RuntimeError:
         raise RequestError(
-            f"no CIFAR-10 in {root}: expected {datasets.CIFAR10.base_folder}, intact ({error}); get "
-            f"{datasets.CIFAR10.url} and unpack it there"
+            f"CIFAR-10 must be in {root / datasets.CIFAR10.base_folder}, and it is missing or damaged: download "
+            f"{datasets.CIFAR10.url} and unpack it in {root}"
         ) from None
     resize = [v2.Resize(size)] if size != 32 else []
     augmented = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *resize]

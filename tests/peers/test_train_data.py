@@ -1,21 +1,22 @@
-"""Training images in folders, read by torchvision: what is in them, which are refused, and broken files."""
+"""Training with torchvision: images in folders and CIFAR-10, what is refused, broken files, and its networks."""
 
 from __future__ import annotations
 
-import os
+import argparse
+import hashlib
 import pickle
 import traceback
-import warnings
 
+import numpy
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
+from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional
 
 from senet_fused.arguments import RequestError
-from senet_fused.train.data import broken_files, loader_state, make_loader, open_source, restore_loader, set_epoch
-from senet_fused.train.items import in_epoch
+from senet_fused.train import command, network
+from senet_fused.train.data import make_loader, open_source
 
 CLASSES = ("cat", "dog", "eel")
 MEAN = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
@@ -42,7 +43,8 @@ def opened(folder, **how):
     return open_source(f"imagefolder:{folder}", **{"size": 32, "seed": 1, **how})
 
 
-def batches(loader):
+def batches(loader, epoch, skip=0):
+    loader.sampler.start(epoch, skip)
     return [(images.clone(), targets.tolist()) for images, targets in loader]
 
 
@@ -61,30 +63,28 @@ def test_held_out_images_are_centre_crops(folder):
         with Image.open(folder / "val" / CLASSES[index // 2] / f"{index % 2}.png") as image:
             whole = functional.resize(image.convert("RGB"), [side, side * 70 // 50])
         pixels = functional.pil_to_tensor(functional.center_crop(whole, [32, 32])).float() / 255
-        image, target = source.held_out[index]
+        image, target = source.held_out[0, index]
         torch.testing.assert_close(image, (pixels - MEAN) / STD)
         assert target == index // 2 and image.dtype == torch.float32
     plain = opened(folder, augment=False).train
-    assert plain[5][1] == 1 and plain[5][0].shape == (3, 32, 32)
-    assert torch.equal(plain[5][0], opened(folder, augment=False, seed=2).train[5][0])
+    assert plain[0, 5][1] == 1 and plain[0, 5][0].shape == (3, 32, 32)
+    assert torch.equal(plain[0, 5][0], opened(folder, augment=False, seed=2).train[0, 5][0])
     assert opened(folder, size=None).shape == (3, 224, 224)
-    assert torch.equal(pickle.loads(pickle.dumps(source.train))[3][0], source.train[3][0]), "for spawned processes"
+    assert torch.equal(pickle.loads(pickle.dumps(source.train))[0, 3][0], source.train[0, 3][0]), (
+        "for spawned processes"
+    )
 
 
 def test_augmentation_depends_on_seed_epoch_and_index(folder):
     train = opened(folder).train
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    images = []
-    for epoch in range(12):
-        with in_epoch(epoch):
-            images.append(train[2][0].clone())
+    images = [train[epoch, 2][0].clone() for epoch in range(12)]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
     torch.manual_seed(77)
-    with in_epoch(7):
-        assert torch.equal(opened(folder).train[2][0], images[7])
-        assert not torch.equal(opened(folder, seed=2).train[2][0], images[7])
+    assert torch.equal(opened(folder).train[7, 2][0], images[7])
+    assert not torch.equal(opened(folder, seed=2).train[7, 2][0], images[7])
     assert images[0].shape == (3, 32, 32) and (images[0] * STD + MEAN).min() >= -1e-6
 
 
@@ -96,11 +96,10 @@ def test_training_images_are_crops_and_half_are_mirrored(folder):
     train = opened(folder).train
     slopes, widths = [], []
     for epoch in range(10):
-        with in_epoch(epoch):
-            for index in range(len(train)):
-                row = (train[index][0] * STD + MEAN).mean((0, 1))
-                slopes.append(float(row[-1] - row[0]))
-                widths.append(abs(slopes[-1]))
+        for index in range(len(train)):
+            row = (train[epoch, index][0] * STD + MEAN).mean((0, 1))
+            slopes.append(float(row[-1] - row[0]))
+            widths.append(abs(slopes[-1]))
     assert 40 < sum(slope < 0 for slope in slopes) < 80
     assert min(widths) < 0.5 and max(widths) > 0.9, "crops of many sizes"
 
@@ -108,19 +107,9 @@ def test_training_images_are_crops_and_half_are_mirrored(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_with_worker_processes(folder, workers):
     def loader(workers):
-        return make_loader(opened(folder).train, batch_size=4, seed=0, shuffle=True, workers=workers)
+        return make_loader(opened(folder).train, 4, 0, workers=workers)
 
-    whole = loader(0)
-    set_epoch(whole, 2)
-    whole = batches(whole)
-    first = loader(workers)
-    set_epoch(first, 2)
-    iterator = iter(first)
-    images, targets = next(iterator)
-    assert same([(images, targets.tolist())], whole[:1])
-    second = loader(2 - workers)
-    restore_loader(second, loader_state(first), epoch=2)
-    assert same(batches(second), whole[1:])
+    assert same(batches(loader(2 - workers), 2, skip=4), batches(loader(workers), 2)[1:])
 
 
 # ---- folders that are refused
@@ -134,88 +123,106 @@ def refused(folder, *named, **how):
 
 
 def test_folders_that_are_refused(folder):
-    refused(folder / "none", f"no folder {folder}/none/train", "a folder per class")
+    refused(folder / "none", f"{folder}/none must have train/CLASS/* and val/CLASS/*", f"{folder}/none/train")
     (folder / "bare" / "train").mkdir(parents=True)
-    refused(folder / "bare", f"{folder}/bare/train has no folders")
-    for name in ("ant", "bee"):
-        (folder / "train" / name).mkdir()
-        (folder / "train" / name / "list.txt").write_text("no image")
-    refused(folder, f"{folder}/train has classes without images: ant, bee", ".jpg")
-    for name in ("ant", "bee"):
-        picture(0).save(folder / "train" / name / "0.png")
+    refused(folder / "bare", f"any class folder in {folder}/bare/train")
+    (folder / "train" / "ant").mkdir()
+    (folder / "train" / "ant" / "list.txt").write_text("no image")
+    refused(folder, f"{folder} must have train/CLASS/* and val/CLASS/*, with images", "ant", ".jpg")
+    picture(0).save(folder / "train" / "ant" / "0.png")
     (folder / "val" / "eel").rename(folder / "val" / "fox")
-    refused(folder, "differ", "only in train: ant, bee, eel; only in val: fox")
-
-
-# ---- broken files
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:60])
-    return path
+    refused(folder, f"{folder}/train and {folder}/val must have the same classes; in only one: ant, eel, fox")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_named(folder, workers):
-    path = cut(folder / "train" / "dog" / "1.png")
-    loader = make_loader(opened(folder).train, batch_size=12, seed=0, shuffle=True, workers=workers)
+    path = folder / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    loader = make_loader(opened(folder).train, 12, 0, workers=workers)
     with pytest.raises(RequestError) as error:
         next(iter(loader))
     message = str(error.value)
     # The frames hold the loader in a circle, and one that the garbage collector finds waits for its workers in vain.
     traceback.clear_frames(error.tb)
     del error
-    assert message.startswith(f"cannot read the image {path}: ") and message.endswith("ask to skip broken images")
+    assert message.startswith(f"cannot read the image {path}: ") and message.endswith("; replace it or remove it")
     assert "Traceback" not in message
 
 
-def test_a_broken_image_is_replaced_by_the_next(folder):
-    whole = opened(folder, augment=False)
-    whole = [whole.train[index] for index in range(12)]
-    broken = [cut(folder / "train" / "dog" / "1.png"), folder / "train" / "dog" / "2.png"]
-    broken[1].write_text("no image at all")
-    last = cut(folder / "train" / "eel" / "3.png")
-    source = opened(folder, augment=False, broken="skip")
-    assert broken_files(source.train) == []
-    with pytest.warns(UserWarning) as warned:
-        items = [source.train[index] for _ in range(2) for index in range(12)][:12]
-    assert sorted(str(one.message).split(": ")[0] for one in warned) == sorted(
-        f"skipping the broken image {path}" for path in (*broken, last)
-    ), "each once"
-    assert broken_files(Subset(source.train, [0])) == [str(path) for path in (*broken, last)]
-    assert broken_files(source.held_out) == []
-    # Items 5 and 6 are item 7 now, and the last one is the first, with their classes.
-    for index, (image, target) in enumerate(items):
-        expected = whole[{5: 7, 6: 7, 11: 0}.get(index, index)]
-        assert torch.equal(image, expected[0]) and target == expected[1]
+# ---- CIFAR-10
 
 
-def test_skipping_in_worker_processes(folder, capfd, monkeypatch):
-    """The same batches as without; one warning a file even over epochs; and the main process knows of it."""
-    # pytest would keep a worker's warnings in that worker.
-    monkeypatch.setattr(warnings, "showwarning", lambda message, *rest, **more: os.write(2, f"{message}\n".encode()))
-    path = cut(folder / "train" / "dog" / "1.png")
-    seen = []
-    for workers in (0, 2):
-        loader = make_loader(opened(folder, broken="skip").train, batch_size=5, seed=0, shuffle=True, workers=workers)
-        seen.append([])
-        for epoch in range(3):
-            set_epoch(loader, epoch)
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                seen[-1] += batches(loader)
-        assert broken_files(loader.dataset) == [str(path)]
-        assert capfd.readouterr().err.count(f"skipping the broken image {path}") == 1
-    assert same(*seen) and [len(targets) for _, targets in seen[0]] == [5, 5, 2] * 3
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """The files of CIFAR-10, four images each, with their checksums in torchvision's list."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = numpy.random.default_rng(0)
+
+    def written(name, content):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(name):
+        data = generator.integers(0, 256, (4, 3072), dtype=numpy.uint8)
+        return [name, written(name, {"data": data, "labels": generator.integers(0, 10, 4).tolist()})]
+
+    names = [f"kind {number}" for number in range(10)]
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": written("batches.meta", {"label_names": names})}
+    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{number}") for number in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    return folder
 
 
-def test_what_is_not_skipped(folder):
-    source = opened(folder, broken="skip")
-    gone = folder / "train" / "dog" / "1.png"
-    gone.unlink()
-    with pytest.raises(RequestError, match=rf"cannot read the image {gone}: .*No such file"):
-        source.train[5]
-    for path in (folder / "val").rglob("*.png"):
-        cut(path)
-    with pytest.warns(UserWarning, match="skipping"), pytest.raises(RequestError, match="none of the 6 images"):
-        source.held_out[3]
+def test_cifar10(cifar10):
+    source = open_source(f"cifar10:{cifar10.parent}", size=None, seed=0)
+    assert (len(source.train), len(source.held_out), source.shape) == (20, 4, (3, 32, 32))
+    assert source.classes[9] == "kind 9"
+    raw = [pickle.loads((cifar10 / f"data_batch_{number}").read_bytes()) for number in range(1, 6)]
+    pixels = torch.tensor(numpy.concatenate([batch["data"] for batch in raw])).view(20, 3, 32, 32) / 255
+    mean = torch.tensor((0.4914, 0.4822, 0.4465))[:, None, None]
+    std = torch.tensor((0.2470, 0.2435, 0.2616))[:, None, None]
+    plain = open_source(f"cifar10:{cifar10}", size=None, seed=0, augment=False).train
+    torch.testing.assert_close(plain[0, 17][0], (pixels[17] - mean) / std)
+    assert plain[0, 17][1] == raw[4]["labels"][1]
+    # Each training item is a crop of the padded image, as it is or mirrored.
+    mirrored = 0
+    for index in range(20):
+        black = torch.nn.functional.pad(pixels[index], [4] * 4)
+        item = source.train[0, index][0] * std + mean
+        crops = [black[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+        as_it_is, flipped = (
+            any(torch.allclose(crop, image, atol=1e-5) for crop in crops) for image in (item, item.flip(-1))
+        )
+        assert as_it_is != flipped
+        mirrored += flipped
+    assert 3 < mirrored < 17
+    enlarged = open_source(f"cifar10:{cifar10}", size=48, seed=0)
+    assert enlarged.shape == (3, 48, 48) == enlarged.train[0, 0][0].shape == enlarged.held_out[0, 0][0].shape
+
+
+def test_a_damaged_cifar10(cifar10):
+    with (cifar10 / "data_batch_3").open("ab") as file:
+        file.write(b".")
+    with pytest.raises(RequestError, match=f"must be in {cifar10}, and it is missing or damaged: download http"):
+        open_source(f"cifar10:{cifar10.parent}", size=None, seed=0)
+
+
+# ---- networks
+
+
+def made(name, *words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--model", name, "--data", "digits", "--device", "cpu", *words])
+    return network.make_network(command.settings_of(args, 1), 7, 3)
+
+
+def test_networks_of_torchvision():
+    assert made("torchvision:resnet18")(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert made("torchvision:efficientnet_b0", "--dropout", "0.3").classifier[0].p == 0.3
+    with pytest.raises(RequestError, match="torchvision.models has no network 'resnet19'; similar: resnet1"):
+        made("torchvision:resnet19")
+    with pytest.raises(RequestError, match="cannot build torchvision:resnet18: TypeError: .*stochastic_depth_prob"):
+        made("torchvision:resnet18", "--drop-path", "0.1")
