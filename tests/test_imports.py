@@ -93,17 +93,14 @@ OF_TRITON = {
 
 # Files of csrc/ -> the local headers they may include. library -> host file -> {check, plan, kernel}.
 CPP = {
-    "library.cpp": {"cpu/host.h", "cpu/squeeze_excite.h", "cpu/tail.h"},
+    "library.cpp": {"cpu/host.h", "cpu/fused_se.h"},
     "check.h": {"plan/plan.h"},
     "plan/*": {"plan/plan.h", "plan/cuda_plan.h"},
-    "cpu/squeeze_excite.h": set(),
-    "cpu/squeeze_excite.cpp": {"cpu/squeeze_excite.h", "cpu/host.h", "cpu/schedule.h"},
-    "cpu/tail.h": set(),
-    "cpu/tail.cpp": {"cpu/tail.h", "cpu/host.h", "cpu/tail_schedule.h"},
+    "cpu/fused_se.h": set(),
+    "cpu/fused_se.cpp": {"cpu/fused_se.h", "cpu/host.h", "cpu/schedule.h"},
     "cpu/host.h": {"check.h", "cpu/layer.h"},
     "cpu/host.cpp": {"cpu/host.h"},
     "cpu/schedule.h": {"cpu/layer.h"},
-    "cpu/tail_schedule.h": {"cpu/layer.h"},
     "cpu/layer.h": {"cpu/kernels.h", "plan/plan.h"},
     "cpu/kernels.h": {"plan/plan.h"},
     "cpu/kernels.cpp": {"cpu/kernels.h", "cpu/kernel/*"},
@@ -125,8 +122,7 @@ CPP = {
     "cuda/prim/*": {"cuda/prim/*", "plan/plan.h"},
 }
 TORCH_HEADERS_IN = {
-    "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp",
-    "cpu/tail.h", "cpu/tail.cpp", "cuda/library.cpp",
+    "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/fused_se.h", "cpu/fused_se.cpp", "cuda/library.cpp",
     "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp", "cuda/tail.h", "cuda/tail.cpp", "cuda/arguments.h",
 }  # fmt: skip
 CUDA_HEADERS_IN = {"cuda/launch.cuh", "cuda/prim/port.cuh"}
@@ -328,7 +324,7 @@ def test_cpp_includes():
 
 def test_the_scan_of_includes_finds_a_violation(tmp_path):
     for name, text in {
-        "library.cpp": '#include "cpu/squeeze_excite.h"\n#include "plan/plan.h"',
+        "library.cpp": '#include "cpu/fused_se.h"\n#include "plan/plan.h"',
         "plan/plan.cpp": '#include "plan.h"\n#include "../check.h"\n#include <torch/csrc/stable/tensor.h>',
         "cpu/kernel/scale.h": '#include "squeeze.h"\n  #  include <ATen/ATen.h>\n// #include "../schedule.h"',
         "check.h": "#include <torch/extension.h>\n#include <string>",
