@@ -40,7 +40,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import senet_fused
 from senet_fused import FusedSE, capture_gates, fuse, fuse_report, unfuse, use_backend
-from senet_fused.recognition import proof
+from senet_fused.fusion import trial
 
 HERE = Path(__file__).resolve().parent
 BACKEND = senet_fused.explain(torch.empty(0)).backend
@@ -296,13 +296,13 @@ def test_an_optimiser_made_before_goes_on():
 
 
 def test_the_proof_frees_what_it_computes(monkeypatch):
-    made, compare = [], proof._distance
+    made, compare = [], trial.distance
 
     def watched(ours, theirs, scale):
         made.extend((weakref.ref(ours), weakref.ref(theirs)))
         return compare(ours, theirs, scale)
 
-    monkeypatch.setattr(proof, "_distance", watched)
+    monkeypatch.setattr(trial, "distance", watched)
     fuse(TorchvisionSE(8, 2))  # a sigmoid's backward keeps its output
     assert len(made) > 20 and not any(y() is not None for y in made)
 
@@ -652,10 +652,10 @@ LEFT = {
     "float32": (lambda: Float32(8, 2), "it returns torch.float32 for torch.bfloat16"),
     "contiguous": (lambda: Contiguous(8, 2), "of a channels_last input it makes an output with strides"),
     "no_nan": (lambda: NoNaN(8, 2), "it does something about NaN"),
-    "clamped": (lambda: Clamped(8, 2), "about very large values"),
+    "clamped": (lambda: Clamped(8, 2), "of very large values its output looks like"),
     "counting": (lambda: Counting(8, 2), "its forward changes its calls, which the operator would not"),
     "fails_in_training": (lambda: FailsInTraining(8, 2), "in training mode it does not run on an input"),
-    "tuple_in_training": (lambda: TupleInTraining(8, 2), "in training mode its output has no gradient"),
+    "tuple_in_training": (lambda: TupleInTraining(8, 2), "in training mode its output is a tuple"),
     "own_reduce": (lambda: OwnReduce(8, 2), "its class has a __reduce__ of its own"),
     "no_subclasses": (lambda: NoSubclasses(8, 2), "its class cannot be subclassed"),
     "graph": (lambda: torch.fx.symbolic_trace(TorchvisionSE(8, 2)), "it is traced by FX; fuse before that"),
