@@ -186,7 +186,7 @@ class FusedSE(RecordsGates, nn.Module):
         Raises:
             ValueError: the layer is not understood, or does not compute the same; the message says why.
         """
-        from .fusion.from_module import from_module  # which is above this module: fusion converts layers to these
+        from .fusion.convert import from_module  # which is above this module: fusion converts layers to these
 
         return from_module(cls, layer)
 

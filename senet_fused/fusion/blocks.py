@@ -119,15 +119,14 @@ class KnownBlock(NamedTuple):
     """A block that is told by its structure.
 
     forward: the block's, with tails. children: those that it has, by attribute. lacks: those that it must not have.
-    se: its SE layer. norms: its BatchNorms, the SE layer's last. input: its first convolution. refusal: why a block of
-    this kind cannot run with tails; it has no forward then.
+    se: its SE layer. norms: its BatchNorms, the SE layer's last. refusal: why a block of this kind cannot run with
+    tails; it has no forward then.
     """
 
     forward: Callable[[Any, Tensor, Tails], Tensor] | None
     children: tuple[str, ...]
     se: str
     norms: tuple[str, ...]
-    input: str = "conv1"
     lacks: tuple[str, ...] = ()
     refusal: str | None = None
 
@@ -220,7 +219,6 @@ KNOWN_BLOCKS: dict[str, KnownBlock] = {
         children=("conv1", "conv2", "conv3", "se_layer", "project", "act"),
         se="se_layer",
         norms=("conv1.adn.N", "conv2.adn.N", "conv3.adn.N"),
-        input="conv1.conv",
     ),
     "legacy SE basic block": KnownBlock(
         None,
@@ -329,6 +327,7 @@ def _prove(block: nn.Module, fusion: BlockFusion) -> bool:
 
 
 _EVEN, _ODD = (6, 4, 2), (7, 5, 3)  # a shortcut that pools may only take even planes
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_ELEMENTS = 300_000  # of an activation that is tried out: more takes minutes in a block's convolutions, in 3-D
 
 
@@ -346,11 +345,10 @@ class _BlockTrial(Trial):
         for module in theirs.modules():
             if isinstance(module, FusedModule):
                 revert(module)
-        known = KNOWN_BLOCKS[fusion.kind]
-        first = ours.get_submodule(known.input)
-        self.dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(first))
-        if self.dimensions is None:
-            raise CannotFuseError(f"its {known.input} is a {type(first).__name__}, no plain convolution")
+        first = next((module for module in ours.modules() if type(module) in _CONVOLUTIONS), None)
+        if first is None:
+            raise CannotFuseError("it has no plain convolution, which would say how many channels its input has")
+        self.dimensions = first.weight.dim() - 2
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[self.dimensions - 1]
         for module in (*theirs.modules(), *ours.modules()):
             if type(module) is nn.SyncBatchNorm:  # whose own forward is for GPUs alone

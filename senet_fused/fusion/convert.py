@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -9,13 +10,16 @@ from torch import nn
 
 from .. import select
 from ..modules import FusedSE
+from ..state_dicts import from_state_dict
 from .blocks import BlockFusion, FusedBlock
 from .find import Found, find_blocks, find_layers
 from .layer import FusedModule, Fusion, check_revertible, convert, is_fused, revert
+from .proof import examine
 from .recipe import Recipe
 from .report import FuseReport, block_report, layer_report
+from .trial import CannotFuseError
 
-__all__ = ["fuse", "fuse_report", "unfuse"]
+__all__ = ["from_module", "fuse", "fuse_report", "unfuse"]
 
 
 def fuse(model: nn.Module, *, backend: str | None = None, tails: bool = False, verify: bool = True) -> nn.Module:
@@ -107,6 +111,33 @@ def fuse_report(model: nn.Module, *, tails: bool = False) -> FuseReport:
     tails = tails or any(isinstance(module, FusedBlock) for module in model.modules())
     blocks = find_blocks(model, layers, True, proofs) if tails else []
     return FuseReport(type(model).__name__, tuple(map(layer_report, layers)), tuple(map(block_report, blocks)))
+
+
+def from_module(cls: type, layer: nn.Module) -> Any:
+    """See ``FusedSE.from_module``."""
+    if isinstance(layer, cls):
+        return copy.deepcopy(layer)
+    kind = type(layer).__name__
+    try:
+        recipe = examine(layer)
+    except CannotFuseError as error:
+        raise ValueError(f"{kind} is not understood as an SE layer: {error}") from error
+    if recipe.form == "residual":
+        raise ValueError(
+            f"{kind} adds its input to the result, which is no part of FusedSE; load its weights with "
+            "FusedSE.from_state_dict and call that as layer(x, residual=x); senet_fused.fuse converts it in place"
+        )
+    if recipe.form != "scale" or recipe.channels_last:
+        what = "takes its channels last" if recipe.channels_last else "returns the gate, not the scaled input"
+        raise ValueError(f"{kind} {what}, which FusedSE does not; senet_fused.fuse converts it in place")
+    paths = {"fc1": ".".join(recipe.first), "fc2": ".".join(recipe.second)}
+    weights = {f"{fc}.{k}": p for fc, path in paths.items() for k, p in layer.get_submodule(path).named_parameters()}
+    fused = from_state_dict(
+        cls, {name: p.detach() for name, p in weights.items()}, act=recipe.act, gate=recipe.gate, squeeze=recipe.squeeze
+    )
+    for name, parameter in fused.named_parameters():
+        parameter.requires_grad_(weights[name].requires_grad)
+    return fused.train(layer.training)
 
 
 _REASONS = 3  # of so many layers in a warning; fuse_report has them all

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +19,13 @@ from torch import Tensor, nn
 from ..activations import ACT_NAMES, GATE_NAMES, Activation
 from ..reference import SQUEEZES
 from .effects import Effect, Watch
-from .recipe import FORMS
+from .recipe import FORMS, Recipe
 from .trial import CannotFuseError, isolated, random_copy
 
 __all__ = [
-    "FAMILIES", "Family", "Candidates", "check_weights", "family_of", "has_se_weights", "is_named_like_se",
-    "may_be_se", "not_covered", "candidates_by_structure", "weights_of",
+    "FAMILIES", "Family", "checked_weights", "family_of", "has_se_weights", "is_named_like_se", "may_be_se",
+    "not_covered", "recipes_by_structure", "weights_of",
 ]  # fmt: skip
-
-
-class Candidates(NamedTuple):
-    """What a layer may compute: paths of the weights, and for everything else the possibilities, likeliest first."""
-
-    kind: str
-    first: str
-    second: str
-    functions: tuple[tuple[Activation, Activation], ...]
-    squeezes: tuple[str, ...]
-    forms: tuple[str, ...]
-    channels_last: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +57,17 @@ class Family:
             and all(hasattr(layer, name) for name in self.with_)
         )
 
-    def candidates(self, layer: nn.Module) -> Candidates:
-        """The one possibility that the family's row names. Raises CannotFuseError if a function is not known here."""
-        functions = (function_of(_find(layer, self.act), ACT_NAMES), function_of(_find(layer, self.gate), GATE_NAMES))
+    def recipe(self, layer: nn.Module) -> Recipe:
+        """What the family's row says. Raises CannotFuseError if a function is not known here."""
         squeeze, form = (v if isinstance(v, str) else v(layer) for v in (self.squeeze, self.form))
-        return Candidates(self.kind, self.first, self.second, (functions,), (squeeze,), (form,), (self.channels_last,))
+        return dataclasses.replace(
+            Recipe.of(layer, self.kind, self.first, self.second),
+            act=function_of(_find(layer, self.act), ACT_NAMES),
+            gate=function_of(_find(layer, self.gate), GATE_NAMES),
+            squeeze=squeeze,
+            form=form,
+            channels_last=self.channels_last,
+        )
 
 
 def _maxpool(layer: nn.Module) -> str:
@@ -159,13 +152,14 @@ def family_of(layer: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.fits(layer)), None)
 
 
-def candidates_by_structure(layer: nn.Module, kind: str) -> Candidates:
-    """All that a layer with the two weights of an SE layer may compute. Raises as :func:`weights_of` does."""
-    (first, fc1), (second, _) = weights_of(layer)
+def recipes_by_structure(layer: nn.Module, recipe: Recipe) -> Iterator[Recipe]:
+    """All that a layer with the two weights of an SE layer may compute, likeliest first."""
     leaves = (child for child in layer.modules() if not child._modules)
     functions = [f for f in map(elementwise, leaves) if f is not None and f.name != "identity"]
-    layouts = (False, True) if isinstance(fc1, nn.Linear) else (False,)
-    return Candidates(kind, first, second, tuple(_pairs(functions)), SQUEEZES, FORMS, layouts)
+    linear = isinstance(layer.get_submodule(".".join(recipe.first)), nn.Linear)
+    layouts = (False, True) if linear else (False,)
+    for last, (act, gate), squeeze, form in itertools.product(layouts, _pairs(functions), SQUEEZES, FORMS):
+        yield dataclasses.replace(recipe, act=act, gate=gate, squeeze=squeeze, form=form, channels_last=last)
 
 
 def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
@@ -199,8 +193,12 @@ def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.M
     return pair[0], pair[1]
 
 
-def check_weights(layer: nn.Module) -> None:
-    """Raises CannotFuseError unless w1 [R, C] and w2 [C, R] are there, as their modules say, of a floating dtype."""
+def checked_weights(layer: nn.Module) -> tuple[str, str]:
+    """The paths of w1 [R, C] and w2 [C, R].
+
+    Raises CannotFuseError unless both are there, of a floating dtype and of the sizes that their modules say.
+    """
+    (first, _), (second, _) = weights_of(layer)
     for name, child in weights_of(layer):
         weight, sizes = child.weight, _kernel(child)
         if not isinstance(weight, Tensor):
@@ -213,6 +211,7 @@ def check_weights(layer: nn.Module) -> None:
             raise CannotFuseError(f"the weight of its {name} is {list(weight.shape)}, which does not fit {list(sizes)}")
         if 0 in sizes:
             raise CannotFuseError(f"the weight of its {name} is {list(sizes)}: it has no channels, or no hidden units")
+    return first, second
 
 
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

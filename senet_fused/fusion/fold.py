@@ -243,24 +243,24 @@ class _Statistics(NamedTuple):
 
 def _fold(folded: fx.GraphModule) -> tuple[list[str], list[tuple[str, str]]]:
     """Folds what can be. Returns the names of the convolutions, and (name, reason) for the BatchNorms that are left."""
-    pairs: dict[str, list[tuple[fx.Node, _Statistics]]] = {}
+    pairs: dict[str, list[tuple[str, fx.Node, _Statistics]]] = {}
     left = []
     modules = dict(folded.named_modules())
     for node in folded.graph.nodes:
         name, norm = _norm_of(folded, node, modules)
         if isinstance(norm, _Statistics):
             conv = node.args[0] if node.args else node.kwargs.get("input")
-            norm = _problem(conv, modules) or pairs.setdefault(conv.target, []).append((node, norm))
+            norm = _problem(conv, modules) or pairs.setdefault(conv.target, []).append((name, node, norm))
         if norm is not None:
             left.append((name, norm))
     names = []
     for name, found in pairs.items():
-        if (reason := _shared(folded, name, found)) is not None:
-            left += [(_norm_of(folded, node, modules)[0], reason) for node, _ in found]
+        if (reason := _shared(folded, name, [norm for _, _, norm in found])) is not None:
+            left += [(norm_name, reason) for norm_name, _, _ in found]
             continue
         names.append(name)
-        folded.set_submodule(name, _convolution(modules[name], found[0][1]))
-        for node, _ in found:
+        folded.set_submodule(name, _convolution(modules[name], found[0][2]))
+        for _, node, _ in found:
             node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
             folded.graph.erase_node(node)
     return names, left
@@ -322,18 +322,16 @@ def _tells_a_size(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in ("dim", "size")
 
 
-def _shared(folded: fx.GraphModule, name: str, found: list[tuple[fx.Node, _Statistics]]) -> str | None:
+def _shared(folded: fx.GraphModule, name: str, norms: list[_Statistics]) -> str | None:
     """Why the convolution of this name has to stay as it is: something else calls it, or reads its weight."""
-    conv, first = folded.get_submodule(name), found[0][1]
+    conv, calls = folded.get_submodule(name), 0
     for node in folded.graph.nodes:
         if node.op == "get_attr" and node.target.startswith(f"{name}."):
             return f"the weight of {name} is used elsewhere, too"
-        if node.op == "call_module" and node.target != name and conv in folded.get_submodule(node.target).modules():
-            return f"{name} is called elsewhere, too"
-    calls = sum(node.op == "call_module" and node.target == name for node in folded.graph.nodes)
-    if calls != len(found) or any(a is not b for _, norm in found for a, b in zip(norm[:4], first, strict=False)):
-        return f"{name} is called elsewhere, too"
-    return None
+        if node.op == "call_module" and conv in folded.get_submodule(node.target).modules():
+            calls += 1 if node.target == name else len(norms) + 1
+    same = all(a is b for norm in norms for a, b in zip(norm[:4], norms[0], strict=False))
+    return None if calls == len(norms) and same else f"{name} is called elsewhere, too"
 
 
 def _convolution(conv: nn.Module, norm: _Statistics) -> nn.Module:
@@ -348,13 +346,10 @@ def _convolution(conv: nn.Module, norm: _Statistics) -> nn.Module:
         scale = norm.weight.detach().double() * scale
     shift = -norm.mean.double() if conv.bias is None else conv.bias.detach().double() - norm.mean.double()
     shift = shift * scale if norm.bias is None else norm.bias.detach().double() + shift * scale
-    planes = weight.dim() - 2
-    if type(conv) in _TRANSPOSED:  # [in, out / groups, ...]
-        factors = scale.view(conv.groups, 1, -1).expand(-1, weight.shape[0] // conv.groups, -1)
-        factors = factors.reshape(*weight.shape[:2], *(1,) * planes)
-    else:
-        factors = scale.view(-1, *(1,) * (planes + 1))
-    folded = torch.empty_like(weight).copy_(weight.detach().double() * factors)  # of the same memory format
+    # [groups, in / groups, out / groups, ...] of a transposed convolution, with out and in exchanged of any other
+    factors = scale.unflatten(0, (conv.groups, 1, -1) if type(conv) in _TRANSPOSED else (conv.groups, -1, 1))
+    product = weight.detach().double().unflatten(0, (conv.groups, -1)) * factors[(..., *(None,) * (weight.dim() - 2))]
+    folded = torch.empty_like(weight).copy_(product.flatten(0, 1))  # of the same memory format
     conv.weight = nn.Parameter(folded, weight.requires_grad)
     trains = weight.requires_grad if norm.bias is None else norm.bias.requires_grad
     conv.bias = nn.Parameter(shift.to(weight.dtype), trains)

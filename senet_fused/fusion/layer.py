@@ -59,7 +59,7 @@ class FusedLayer(FusedModule, RecordsGates):
     """The part of a fused layer's class that runs squeeze_excite in place of the original forward.
 
     The original forward runs instead where it could tell the difference or is faster: where the layer or a part of
-    it is not what it was (``Recipe.weights`` says why), for an input it was not read for (``Recipe.mismatch``), where
+    it is not what it was (``Recipe.weights`` says why), for an input it was not read for (``Recipe.accepts``), where
     "auto" runs PyTorch's own operators: under torch.compile and torch.export, TorchScript's tracer, torch.func,
     forward-mode differentiation, and where there are no kernels.
     """
@@ -74,7 +74,7 @@ class FusedLayer(FusedModule, RecordsGates):
         recording = self._senet_captured is not None
         if recipe.form in GATE_FORMS and not recording and isinstance(x, Tensor) and is_slower(backend, x.device.type):
             return super().forward(*args, **kwargs)
-        if x is not None and original.forward is proven and recipe.mismatch(x) is None:
+        if x is not None and original.forward is proven and recipe.accepts(x):
             weights = recipe.weights(self)
         if not isinstance(weights, tuple):
             if recording and not torch.compiler.is_compiling():

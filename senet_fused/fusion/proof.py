@@ -12,8 +12,6 @@ keep some gates open whatever the size of the hidden units.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import route
-from ..parts import parts_of, settings_of
+from ..parts import settings_of
 from .effects import Watch, add_numbers, is_foreign
-from .families import Candidates, candidates_by_structure, check_weights, family_of
+from .families import checked_weights, family_of, recipes_by_structure
 from .recipe import Recipe
 from .trial import CannotFuseError, Trial, check_forward, distance, errors_as_reasons, isolated, prove_once, random_copy
 
@@ -62,69 +60,35 @@ def examine(layer: nn.Module, *, verify: bool = True, proofs: dict[Any, Any] | N
     """
     with errors_as_reasons("it cannot be examined"):
         check_forward(layer)
-        check_weights(layer)
+        first, second = checked_weights(layer)
         family = family_of(layer)
-        candidates, refusal = [], None
-        if family is not None:
-            try:
-                candidates.append(family.candidates(layer))
-            except CannotFuseError as error:
-                refusal = error
-        if not verify:
-            if family is None:
-                raise CannotFuseError("it is of no known family, and may only be taken for an SE layer if verified")
-            if refusal is not None:
-                raise refusal
-        else:
-            kind = f"{type(layer).__name__}, by structure" if family is None else family.kind
-            candidates.append(candidates_by_structure(layer, kind))
-        recipe = _recipe(layer, candidates[0])
+        kind = f"{type(layer).__name__}, by structure" if family is None else family.kind
+        recipe = Recipe.of(layer, kind, first, second)
         if isinstance(altered := recipe.weights(layer), str):
             raise CannotFuseError(altered)
-        if verify:
-            proofs = {} if proofs is None else proofs
-            recipe = prove_once(layer, proofs, lambda: _prove(layer, candidates, refusal))
-        return dataclasses.replace(recipe, parts=parts_of(layer))
+        likely, refusal = [], None
+        if family is not None:
+            try:
+                likely.append(family.recipe(layer))
+            except CannotFuseError as error:
+                refusal = error
+        if not verify and not likely:
+            unknown = CannotFuseError("it is of no known family, and may only be taken for an SE layer if verified")
+            raise refusal or unknown
+        if not verify:
+            return likely[0]
 
+        def prove() -> Recipe:
+            return _prove(layer, [*likely, *recipes_by_structure(layer, recipe)], refusal)
 
-def _recipe(layer: nn.Module, candidates: Candidates) -> Recipe:
-    """The likeliest of the candidates."""
-    act, gate = candidates.functions[0]
-    rd_channels, channels = layer.get_submodule(candidates.first).weight.shape[:2]
-    return Recipe(
-        kind=candidates.kind,
-        first=tuple(candidates.first.split(".")),
-        second=tuple(candidates.second.split(".")),
-        act=act,
-        gate=gate,
-        squeeze=candidates.squeezes[0],
-        form=candidates.forms[0],
-        channels=channels,
-        rd_channels=rd_channels,
-        channels_last=candidates.channels_last[0],
-        dimensions=_dimensions(layer),
-        argument=next(iter(inspect.signature(layer.forward).parameters), ""),
-        parts=parts_of(layer),
-    )
-
-
-def _dimensions(layer: nn.Module) -> tuple[int, ...]:
-    """As many as the layer's pooling or convolutions have; two if it has neither."""
-    for module in layer.modules():
-        for count, kinds in (
-            (1, (nn.Conv1d, nn.AdaptiveAvgPool1d)),
-            (2, (nn.Conv2d, nn.AdaptiveAvgPool2d)),
-            (3, (nn.Conv3d, nn.AdaptiveAvgPool3d)),
-        ):
-            if isinstance(module, kinds):
-                return (count,)
-    return (2,)
+        proven = prove_once(layer, {} if proofs is None else proofs, prove)
+        return dataclasses.replace(proven, parts=recipe.parts)
 
 
 # ---------------------------------------------------------------------------------------------------- the proof
 
 
-def _prove(layer: nn.Module, candidates: list[Candidates], refusal: CannotFuseError | None) -> Recipe:
+def _prove(layer: nn.Module, candidates: list[Recipe], refusal: CannotFuseError | None) -> Recipe:
     """refusal: why the layer's family does not know it, which says more than that no candidate fits."""
     with isolated():
         trial = _LayerTrial(layer, candidates)
@@ -141,12 +105,11 @@ class _LayerTrial(Trial):
 
     bound = 1e-6  # a layer may round to float32 on its way
 
-    def __init__(self, layer: nn.Module, candidates: list[Candidates]) -> None:
+    def __init__(self, layer: nn.Module, candidates: list[Recipe]) -> None:
         self.generator = torch.Generator("cpu").manual_seed(0)
         copied = random_copy(layer, self.generator).eval()
         super().__init__(copied, copied)
-        self.candidates = [(each, _recipe(layer, each)) for each in candidates]
-        self.recipe = self.candidates[0][1]
+        self.candidates, self.recipe = candidates, candidates[0]
         first, second = (copied.get_submodule(".".join(path)) for path in (self.recipe.first, self.recipe.second))
         rows = 10.0 ** -(torch.arange(second.weight.shape[0], dtype=torch.float64) % 4)
         with torch.no_grad():
@@ -193,7 +156,7 @@ class _LayerTrial(Trial):
     def prove(self) -> Recipe:
         """The first candidate that computes what the layer does."""
         runs, failure = [], None
-        for last in dict.fromkeys(last for each, _ in self.candidates for last in each.channels_last):
+        for last in dict.fromkeys(recipe.channels_last for recipe in self.candidates):
             for dimensions in (2, 1, 3):
                 x = self.input(dimensions, last)
                 try:
@@ -227,19 +190,14 @@ class _LayerTrial(Trial):
         least = math.inf
         for _, last, x, y in runs:
             returned = _forms(x, y, last)
-            for each, recipe in self.candidates:
-                if last not in each.channels_last:
+            for recipe in self.candidates:
+                if recipe.channels_last != last or recipe.form not in returned:
                     continue
-                forms = [form for form in each.forms if form in returned]
-                for (act, gate), squeeze, form in itertools.product(each.functions, each.squeezes, forms):
-                    self.recipe = dataclasses.replace(
-                        recipe, act=act, gate=gate, squeeze=squeeze, form=form, channels_last=last
-                    )
-                    # Four samples tell most of what it is not.
-                    error = self.error(x[-4:], y[-4:])
-                    if error <= self.bound and (error := self.error(x, y)) <= self.bound:
-                        return self.recipe
-                    least = min(least, error)
+                self.recipe = recipe
+                error = self.error(x[-4:], y[-4:])  # four samples tell most of what it is not
+                if error <= self.bound and (error := self.error(x, y)) <= self.bound:
+                    return recipe
+                least = min(least, error)
         _, last, x, y = runs[0]
         if not _forms(x, y, last):
             what = f"a {list(y.shape)} tensor" if isinstance(y, Tensor) else type(y).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -45,6 +46,32 @@ class Recipe:
     argument: str
     parts: tuple[Part, ...]
 
+    @classmethod
+    def of(cls, layer: nn.Module, kind: str, first: str, second: str) -> Recipe:
+        """What the usual layer with weights at these paths computes: x * sigmoid(fc2(relu(fc1(mean of x))))."""
+        rd_channels, channels = layer.get_submodule(first).weight.shape[:2]
+        return cls(
+            kind=kind,
+            first=tuple(first.split(".")),
+            second=tuple(second.split(".")),
+            act=Activation("relu"),
+            gate=Activation("sigmoid"),
+            squeeze="avg",
+            form="scale",
+            channels=channels,
+            rd_channels=rd_channels,
+            channels_last=False,
+            dimensions=_dimensions(layer),
+            argument=next(iter(inspect.signature(layer.forward).parameters), ""),
+            parts=parts_of(layer),
+        )
+
+    @classmethod
+    def of_fused_se(cls, layer: FusedSE) -> Recipe:
+        """The recipe of a layer of this package, without its post_act."""
+        functions = {"act": layer.act, "gate": layer.gate, "squeeze": layer.squeeze}
+        return dataclasses.replace(cls.of(layer, "FusedSE", "fc1", "fc2"), dimensions=(1, 2, 3), **functions)
+
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """x, of a call with that one argument; None for any other call."""
         if len(args) == 1 and not kwargs:
@@ -57,30 +84,16 @@ class Recipe:
         """w1, w2, b1, b2 of the layer; or, as text, why its parts have to be called instead."""
         return weights_or_reason(layer, self.parts, self.first, self.second)
 
-    @classmethod
-    def of_fused_se(cls, layer: FusedSE) -> Recipe:
-        """The recipe of a layer of this package, without its post_act."""
-        return cls(
-            kind="FusedSE", first=("fc1",), second=("fc2",), act=layer.act, gate=layer.gate, squeeze=layer.squeeze,
-            form="scale", channels=layer.channels, rd_channels=layer.rd_channels, channels_last=False,
-            dimensions=(1, 2, 3), argument="x", parts=parts_of(layer),
-        )  # fmt: skip
-
-    def mismatch(self, x: Any) -> str | None:
-        """Why this input goes to the layer's own forward; None if the recipe holds for it."""
+    def accepts(self, x: Any) -> bool:
+        """Whether the recipe holds for this input; any other goes to the layer's own forward."""
         if type(x) not in PLAIN_TENSORS:
             if isinstance(x, torch.fx.Proxy):
-                if quantising(x):
-                    return "FX quantisation is to see its children"
-                return "a gate's shape is not known to FX" if self.form in GATE_FORMS else None
+                return not quantising(x) and self.form not in GATE_FORMS  # whose shape FX does not know
             if not is_stand_in(x):
-                return f"its input is a {type(x).__name__}, not a plain tensor"
+                return False
         if not torch.jit.is_tracing() and x.numel() == 0 and x.shape[0] != 0:  # which a tracer would warn of
-            return "its input has no positions"
-        if x.dim() - 2 not in self.dimensions:
-            known = " or ".join(str(d + 2) for d in self.dimensions)
-            return f"its input has {x.dim()} dimensions; the layer was read for {known}"
-        return None
+            return False
+        return x.dim() - 2 in self.dimensions
 
     def apply(
         self, weights: Weights, x: Tensor, *, chosen: str, with_gate: bool = False, backend: str | None = None
@@ -115,3 +128,16 @@ def _gate_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+_OF_DIMENSIONS = {
+    1: (nn.Conv1d, nn.AdaptiveAvgPool1d),
+    2: (nn.Conv2d, nn.AdaptiveAvgPool2d),
+    3: (nn.Conv3d, nn.AdaptiveAvgPool3d),
+}
+
+
+def _dimensions(layer: nn.Module) -> tuple[int, ...]:
+    """As many as the layer's pooling or convolutions have; two if it has neither."""
+    found = (d for module in layer.modules() for d, kinds in _OF_DIMENSIONS.items() if isinstance(module, kinds))
+    return (next(found, 2),)

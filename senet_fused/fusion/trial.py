@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import math
@@ -147,7 +148,7 @@ def prove_once(module: nn.Module, proofs: dict[Any, Any], prove: Callable[[], An
     return outcome
 
 
-class Trial:
+class Trial(abc.ABC):
     """A copy of somebody's module and what is to run in its place: both compute, and the results are compared.
 
     theirs: the copy, which is watched. owner: the module whose parameters and buffers the replacement uses, which may
@@ -164,17 +165,17 @@ class Trial:
         self.theirs, self.owner = theirs, owner
         self.watch = Watch(theirs, buffers=not self.draws)
 
+    @abc.abstractmethod
     def replacement(self, x: Tensor) -> Tensor:
         """What is to run in the module's place."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scale(self, x: Tensor, y: Tensor) -> Tensor:
         """What the difference from an output y is compared with, sample by sample."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def differs(self, what: str, error: float) -> CannotFuseError:
         """The reason, where this is how much what (an output, a gradient, a buffer) differs."""
-        raise NotImplementedError
 
     @property
     def mode(self) -> str:
