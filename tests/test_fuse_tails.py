@@ -206,6 +206,23 @@ class Counting(LegacyBottleneck):
         return y
 
 
+class HalfTheGradient(LegacyBottleneck):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.detach() + 0.5 * (y - y.detach())
+
+
+class InPlace(LegacyBottleneck):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.training or x.requires_grad else y + 0 * x.add_(1).mean()
+
+
+class Float32(LegacyBottleneck):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
 class EcaModule(nn.Module):
     def __init__(self, channels, _):
         super().__init__()
@@ -225,6 +242,9 @@ def max_squeeze(channels, reduced):
         (Swapped, "differs from the known forward"),
         (EvalOnly, "in training mode its output differs"),
         (Counting, r"0?bn1\.running_mean differs"),
+        (HalfTheGradient, "in training mode the gradient of its input differs from the known forward's"),
+        (InPlace, "it changes its input in place"),
+        (Float32, "in training mode its output differs"),
         (LegacyBasicBlock, "BatchNorm -> ReLU -> SE"),
         (lambda: LegacyBottleneck(norm=lambda c: nn.GroupNorm(2, c)), "its bn1: it is a GroupNorm"),
         (lambda: TimmBottleneck(se=max_squeeze), "its squeeze is 'avgmax'"),
