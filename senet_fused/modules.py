@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
-from . import conversion, select
+from . import select, state_dicts
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 from .call import Call
 from .functional import Function, check_input, check_residual, route, serve, squeeze_excite
-from .recognition import Part, Weights, parts_of, plain_weights, quantising
+from .parts import Part, Weights, parts_of, quantising, weights_or_reason
 from .reference import SQUEEZES, accumulate_dtype
 
 __all__ = ["FusedSE", "RecordsGates", "capture_gates", "reduced_channels"]
@@ -141,7 +141,7 @@ class FusedSE(RecordsGates, nn.Module):
 
     def _weights(self) -> Weights | str:
         """w1, w2, b1, b2; or, as text, why fc1 and fc2 have to be called instead."""
-        return plain_weights(self, self._parts, ("fc1",), ("fc2",))
+        return weights_or_reason(self, self._parts, ("fc1",), ("fc2",))
 
     def _by_children(self, x: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
         """The same by calling fc1 and fc2, whatever they are. x may be one of FX's proxies, which has no sizes."""
@@ -186,7 +186,9 @@ class FusedSE(RecordsGates, nn.Module):
         Raises:
             ValueError: the layer is not understood, or does not compute the same; the message says why.
         """
-        return conversion.from_module(cls, layer)
+        from .fusion.convert import from_module  # which is above this module: fusion converts layers to these
+
+        return from_module(cls, layer)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], **options: object) -> FusedSE:
@@ -195,11 +197,11 @@ class FusedSE(RecordsGates, nn.Module):
         Weights do not tell the functions: pass ``act``, ``gate``, ``squeeze``, ``post_act`` where they are not relu,
         sigmoid, avg and none. Raises ValueError if the dict is not that of one SE layer.
         """
-        return conversion.from_state_dict(cls, state_dict, **options)
+        return state_dicts.from_state_dict(cls, state_dict, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # The dict is load_state_dict's own copy; the children read it after this.
-        conversion.rename_keys(state_dict, prefix, self)
+        state_dicts.rename_keys(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from senet_fused import Activation, FusedSE, FusedSETail, torch_private
-from senet_fused.tails import has_hooks
+from senet_fused.parts import has_hooks
 
 __all__ = [
     "SE_CHOICES", "Layers", "ReferenceSE", "SeparateTail", "ShortcutConv", "check_rate", "initialise", "kept_samples",
