@@ -399,7 +399,7 @@ def test_architectures_that_are_listed(cuda_toolkit, monkeypatch, listed, target
 @pytest.mark.parametrize(
     "listed, problem",
     [
-        ("Hopper", "'Hopper' is no compute capability"),
+        ("Hopper", "'Hopper' is not a compute capability"),
         ("8.0;sm_90", "'sm_90' is no"),
         ("90", "'90' is no"),
         ("9.0+ptx", "is no"),
@@ -490,7 +490,9 @@ def test_pure_python_package(checkout, tmp_path):
     (made,) = tmp_path.glob("*.whl")
     assert made.name == f"senet_fused-{senet_fused.__version__}-py3-none-any.whl"
     inside = set(zipfile.ZipFile(made).namelist())
-    data = {str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json", ".typed")}
+    data = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json", ".typed")
+    }
     assert {name for name in inside if name.startswith("senet_fused/")} == data
 
     environment = tmp_path / "venv"
