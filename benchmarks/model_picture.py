@@ -30,7 +30,7 @@ def panel(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.text(median + spread, place, "  " + text, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [BARS[row["provider"]][0] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35e3 * max(row["median_s"] for row in rows))
+    axes.set_xlim(0, 1.45e3 * max(row["median_s"] for row in rows))
     first = rows[0]
     dtype = f"{first['dtype']} autocast" if first["amp"] else first["dtype"]
     axes.set_title(f"{first['model']}, batch {first['batch']}, {dtype}", loc="left", fontsize=9, fontweight="bold")
@@ -46,7 +46,7 @@ def draw(out: Path, files: list[Path]) -> None:
 
     runs = [json.loads(file.read_text()) for file in files]
     figure, grid = pyplot.subplots(
-        (len(runs) + 1) // 2, 2, figsize=(9.6, 0.6 + 2.0 * ((len(runs) + 1) // 2)), squeeze=False
+        (len(runs) + 1) // 2, 2, figsize=(10.8, 0.6 + 2.0 * ((len(runs) + 1) // 2)), squeeze=False
     )
     for axes in grid.flat[len(runs) :]:
         axes.set_axis_off()
@@ -59,7 +59,7 @@ def draw(out: Path, files: list[Path]) -> None:
         f"torch {header['versions']['torch']}. Whiskers: half the interquartile range.",
         fontsize=8, x=0.01, ha="left",
     )  # fmt: skip
-    figure.tight_layout()
+    figure.tight_layout(w_pad=2.5)
     figure.savefig(out, dpi=80)
 
 

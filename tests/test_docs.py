@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -112,6 +114,26 @@ def test_make_targets_exist():
         text = page.read_text(encoding="utf-8")
         named = re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)
         assert set(named) <= targets, page.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_headline_figures_are_those_of_the_saved_runs(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    runs = sorted(ROOT.glob("benchmarks/results/cpu-amx-*.json"))
+    assert len(runs) == 4
+    for path in runs:
+        for row in json.loads(path.read_text())["rows"]:
+            if page != "README.md" or row["provider"] != "no-se+compile":
+                time = f"{1e3 * row['median_s']:.0f} ± {500 * row['iqr_s']:.0f}"
+                ratio = "" if row["provider"] == "stock" else rf"\W+{row['speedup_vs_stock']:.2f}\b"
+                assert re.search(time + ratio, text), (path.name, row["provider"], time, ratio)
+
+
+def test_the_picture_of_saved_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    script, runs = ROOT / "benchmarks/model_picture.py", sorted(ROOT.glob("benchmarks/results/cpu-amx-*.json"))
+    subprocess.run([sys.executable, script, tmp_path / "out.png", *runs], check=True, timeout=120)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_scans_find_what_is_wrong(tmp_path):
