@@ -366,9 +366,9 @@ BAD = {
     "pooled": ({"x": ones(2, C)}, ValueError, "one to three spatial dimensions", "[2, 8]"),
     "no positions": ({"x": ones(2, C, 0, 4)}, ValueError, "one spatial position", "[2, 8, 0, 4]"),
     "sparse": ({"x": ones(2, C, 3, 4).to_sparse()}, ValueError, "x must be a dense", "sparse_coo"),
-    "w1 alone": ({"w2": None}, ValueError, "w1 and w2 go together", "neither for none"),
-    "w2 alone": ({"w1": None}, ValueError, "w1 and w2 go together", "neither for none"),
-    "b1 alone": ({"w1": None, "w2": None}, ValueError, "b1 and b2 are biases of w1 and w2", "not there"),
+    "w1 alone": ({"w2": None}, ValueError, "w1 and w2 go together", "or neither"),
+    "w2 alone": ({"w1": None}, ValueError, "w1 and w2 go together", "or neither"),
+    "b1 alone": ({"w1": None, "w2": None}, ValueError, "b1 and b2 are biases of w1 and w2", "missing"),
     "w1 for others": ({"w1": ones(R, 5)}, ValueError, "x [2, 8, 3, 4] has 8 channels", "[2, 5]"),
     "w2 swapped": ({"w2": ones(R, C)}, ValueError, "w2 must be [C, R] = [8, 2]", "[2, 8]"),
     "b1 size": ({"b1": ones(C)}, ValueError, "b1 must be [2]", "[8]"),
@@ -384,7 +384,7 @@ BAD = {
     "factor with a gradient": ({"factor": ones(2).requires_grad_()}, ValueError, "factor gets no gradient", "detach()"),
     "no statistics": (
         {**EVALUATION, "running_mean": None, "running_var": None}, ValueError, "training=False normalises by",
-        "not there",
+        "missing",
     ),
     "group in evaluation": (
         {**EVALUATION, "group": SimpleNamespace(group_name="others")}, ValueError, "group is for training", "running"

@@ -28,7 +28,7 @@ def _load() -> str | None:
         return f"the compiled library does not load: {error}"
     try:
         torch.ops.senet_fused._cpu_instruction_set()
-    except RuntimeError as error:  # SENET_FUSED_ISA asks for what this CPU or this build has not
+    except RuntimeError as error:  # SENET_FUSED_ISA names a set that this CPU or this build does not have
         return str(error).splitlines()[0].rpartition("senet_fused: ")[2]
     return None
 
@@ -88,7 +88,7 @@ def _backward_of_norm(call: GradientCall, gradients: Gradients, channels_last: b
     """(T4) to (T7)."""
     library = torch.ops.senet_fused
     dx, dweight, dbias, *dweights, dresidual = gradients
-    # (T7) needs them in any case.
+    # (T7) always needs them.
     dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))
     dpooled = None if call.gate is None else torch.empty_like(call.gate)
     library._cpu_gradient_sums.default(
