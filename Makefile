@@ -2,15 +2,15 @@
 #   PYTHON=python3.12 make test                    another Python (with VENV=.venv-312 beside the first)
 #   TORCH=torch==2.15.0 VENV=.venv-215 make test   another torch
 PYTHON ?= python3
-# The default is not the newest: where a build for CPUs alone is offered (2.13.0+cpu), pip takes it, and the environment
-# with all its tools is of 2.4 GB. 2.14 and 2.15 come with CUDA: 5.5 GB, of which a first test or demo uses nothing.
+# Not the newest: where a CPU-only build is offered (2.13.0+cpu), pip takes it, and the environment with all its tools
+# takes 2.4 GB. 2.14 and 2.15 come with CUDA: 5.5 GB, of which a first test or demo uses nothing.
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 # The environment of test-peers: a newer torch with the libraries whose layers are fused.
 PEERS_VENV ?= .venv-peers
 
-# The kernel tests ask for the numbers of threads they need themselves. Everything else is small, and as many
-# single-threaded workers as there are cores are faster than workers whose threads wait for each other.
+# The kernel tests set their own numbers of threads. Everything else is small: one single-threaded worker per core is
+# faster than workers whose threads wait for each other.
 PYTEST_WORKERS ?= -n auto --maxprocesses=8 --dist=worksteal
 # Which of the tests: core, ci (core and a quarter of the rest, chosen by the commit) or all; see tests/tiers.py.
 TIER ?= core
@@ -34,7 +34,7 @@ help: ## this list
 
 # One stamp for the torch that is installed, named after it: another TORCH is another stamp.
 torch_stamp := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
-# Two more: what it takes to compile the package and to run it, and what tests and lint want beside that.
+# Two more: what compiling and running the package needs, and what tests and lint need in addition.
 runs := $(VENV)/.installed-to-run
 installed := $(VENV)/.installed
 
@@ -58,8 +58,8 @@ $(installed): $(runs)
 
 env: $(installed) ## make .venv and install torch, the tools and this package (editable, not compiled)
 
-# Without CUDA where there is no GPU, for four fifths of the time are nvcc's; pip and wheels have it wherever
-# nvcc is. Tests that read its machine code compile it themselves.
+# Without CUDA where there is no GPU, because nvcc takes four fifths of the time; pip and wheels include it wherever
+# nvcc is found. Tests that read its machine code compile it themselves.
 build: $(runs) ## compile what changed, into the checkout
 	SENET_FUSED_CUDA=$${SENET_FUSED_CUDA:-gpu} $(PY) setup.py -q build_ext --inplace
 
@@ -81,23 +81,24 @@ $(peers_installed): $(wildcard tests/peers/requirements*.txt)
 test-peers: build $(peers_installed) ## fuse against timm, torchvision, MONAI, transformers and others (6.3 GB)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest $(PYTEST_WORKERS) tests/peers $(ARGS)
 
-demo: build ## train a small SE-ResNet with the plain layer, the fused one and fused block tails, side by side
+demo: build ## train a small SE-ResNet with the plain layer, the fused one and fused block tails, and compare
 	$(VENV)/bin/senet-fused demo $(ARGS)
 
-bench: build ## the microbenchmark (BENCH="..." says which)
+bench: build ## the microbenchmark (BENCH="..." are its options)
 	@mkdir -p build
 	$(VENV)/bin/senet-fused bench $(BENCH)
 
-lint: $(installed) ## ruff, clang-format, shell syntax
+lint: $(installed) ## ruff, mypy over the public names, clang-format, shell syntax
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	bash -n .ci/run benchmarks/gpu_check.sh tests/sanitize/run.sh
 
-abi: build ## is the library within LibTorch's stable ABI of the oldest supported torch?
+abi: build ## check that the library uses only LibTorch's stable ABI of the oldest supported torch
 	$(PY) tests/abi/stable_abi.py
 
-aot: build $(installed) ## compile the GPU kernels anew and record what they use: git diff shows what has changed
+aot: build $(installed) ## recompile the GPU kernels and record their resources; git diff shows what has changed
 	$(PY) tests/cuda_aot/resources.py --write
 	$(PY) tests/triton_aot/compile.py --write
 
@@ -116,7 +117,7 @@ sdist: $(runs) ## a source archive, in dist/
 	$(PY) setup.py -q sdist
 
 clean: ## remove what was built
-	rm -rf build dist *.egg-info senet_fused/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info senet_fused/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find senet_fused tests benchmarks buildtools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## and the environments

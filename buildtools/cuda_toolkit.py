@@ -201,7 +201,7 @@ def _listed_targets(listed: str, known: set[int]) -> tuple[str, ...]:
     for entry in re.split(r"[;,\s]+", listed.strip(" \t\n;,")):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if parts is None:
-            raise refuse(f"{entry!r} is no compute capability")
+            raise refuse(f"{entry!r} is not a compute capability")
         major, minor, suffix, ptx = parts.groups()
         number = int(major + minor)
         if number < OLDEST_ARCHITECTURE:

@@ -159,7 +159,7 @@ class NinjaBuildExt(build_ext):
         wanted = [library for library in self.extensions if self.only in (None, library.name)]
         if not wanted:
             names = ", ".join(sorted(library.name for library in self.extensions))
-            raise OptionError(f"--only {self.only}: what can be built here is {names}")
+            raise OptionError(f"--only {self.only}: expected one of {names}")
         facts = self._facts(COMPILER=compiler_version, CUDA=about_cuda)
         folder = self._ninja_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ class NinjaBuildExt(build_ext):
     def _ninja_folder(self) -> Path:
         """One folder for each torch and each way to build, so that objects never mix; kept between builds.
 
-        setuptools' own build_temp is not it: an editable install hands out a fresh temporary one every time.
+        Not setuptools' own build_temp: an editable install gets a new temporary one every time.
         """
         parts = [sysconfig.get_platform(), sys.implementation.cache_tag]
         parts += [f"torch-{toolchain.torch_version(toolchain.torch_folder())}"]

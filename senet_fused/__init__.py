@@ -3,13 +3,11 @@
 from . import reference
 from ._version import __version__
 from .activations import Activation
-from .folding import fold_batchnorm
 from .functional import block_tail, excitation, explain, squeeze_excite
-from .fusion import FuseReport, fuse, fuse_report, unfuse
+from .fusion import FusedSETail, FuseReport, fold_batchnorm, fuse, fuse_report, unfuse
 from .modules import FusedSE, capture_gates
 from .ops import call_counts, reset_call_counts
 from .select import BackendUnavailableError, Choice, use_backend
-from .tails import FusedSETail
 
 __all__ = [
     "Activation",

@@ -1,4 +1,4 @@
-"""The one rule by which results are held to float64; tests, ``bench``, ``doctor`` and the proofs of ``fuse`` ask here.
+"""The error rule: how far a result may be from float64. Used by tests, ``bench`` and ``doctor``.
 
 The error of a tensor is max |found - exact| / max |exact|. It may be at most the larger of
 
@@ -7,17 +7,17 @@ The error of a tensor is max |found - exact| / max |exact|. It may be at most th
 
 plus one unit in the last place of the tensor's own dtype, its one rounding where it is 16-bit.
 
-(a) alone is no rule: stock's error is now and then nearly zero, by luck or by a BLAS that sums more exactly than
-others, and then it allows nobody anything. (b) is a property of the mathematics and the inputs, the same on every
-machine. Plain PyTorch computes in float64, but every operation gets its inputs moved at random by up to one unit in the
-last place of the accumulation dtype (Monte Carlo arithmetic: Parker, Pierce & Eggert 2000, "Monte Carlo arithmetic:
-how to gamble with your floating point"), and the addends of a sum of n by up to sqrt(n) units, for the partial sums
-that are rounded on the way: an algorithm whose steps are backward stable computes just such results (Higham 2002,
-"Accuracy and stability of numerical algorithms", sections 1.5 and 4.2), whatever the order of its sums, with fused
-multiply-adds or without. So a sum is measured by the size of its *addends*. Where it cancels, as the gradients in front
-of a BatchNorm do, little is left of them, and no bound relative to that would hold for anybody.
+(a) alone is not enough: stock's error is sometimes nearly zero, by chance or because a BLAS sums more exactly than
+others, and then no other implementation could pass. (b) is a property of the mathematics and the inputs, the same on
+every machine. Plain PyTorch computes in float64, but every operation gets its inputs moved at random by up to one unit
+in the last place of the accumulation dtype (Monte Carlo arithmetic: Parker, Pierce & Eggert 2000, "Monte Carlo
+arithmetic: how to gamble with your floating point"), and the addends of a sum of n by up to sqrt(n) units, for the
+partial sums that are rounded on the way: an algorithm whose steps are backward stable computes just such results
+(Higham 2002, "Accuracy and stability of numerical algorithms", sections 1.5 and 4.2), whatever the order of its sums,
+with fused multiply-adds or without. So a sum is measured by the size of its *addends*. Where it cancels, as the
+gradients in front of a BatchNorm do, the result is small, and no implementation could meet a bound relative to it.
 
-What this does not excuse: a 16-bit accumulator, a variance by E[x^2] - E[x]^2, an element or a sample that is left out.
+What this does not allow: a 16-bit accumulator, a variance by E[x^2] - E[x]^2, an element or a sample that is left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .torch_private import DispatchMode
 __all__ = ["Rounding", "refused", "relative_error"]
 
 _STOCK, _ROUNDING = 2, 4
-_DRAWS = 8  # a tensor of one element may be moved by nearly nothing, once
+_DRAWS = 8  # one draw may move a tensor of one element by almost nothing
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -57,15 +57,15 @@ def refused(
     accumulation: torch.dtype,
     slack: float = 1.0,
 ) -> dict[str, str]:
-    """The tensors that the rule refuses, each with its error and what it is allowed.
+    """The tensors that the rule refuses, each with its error and its limit.
 
     Args:
-        found: what is judged, in the dtypes that it is stored in. exact: the same in float64.
+        found: the tensors under test, in the dtypes that they are stored in. exact: the same in float64.
         stock: :func:`relative_error` of stock PyTorch's tensors; a name that is missing counts as zero.
-        plain: computes the tensors of ``found`` in float64 by plain PyTorch, the same each time. Called only where
-            stock's error does not allow what there is.
+        plain: computes the tensors of ``found`` in float64 by plain PyTorch, the same each time. Called only if (a)
+            alone does not accept the error.
         accumulation: the dtype of sums and of what lies between two operations.
-        slack: how many times the error may be what the rule says.
+        slack: a factor of the limit.
     """
 
     def excessive(moved: Mapping[str, float]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _last_place(dtype: torch.dtype, exact: Tensor) -> float:
 
 
 class Rounding(DispatchMode):
-    """Moves the floating-point inputs of every operation at random, by as much as this module's rule has it."""
+    """Moves the floating-point inputs of every operation at random, by the amounts of this module's rule."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         super().__init__()
@@ -133,18 +133,18 @@ class Rounding(DispatchMode):
 
 
 aten = torch.ops.aten
-# A maximum is one of its inputs, and a comparison has to find it again.
+# A maximum equals one of its inputs, and a later comparison has to find that input.
 _EXACT = {aten.amax, aten.amin, aten.eq, aten.clone, aten._to_copy, aten.copy_}
 
 
 def _computes(func: Any) -> bool:
-    """Rather than gives a view, a copy or one of its inputs."""
+    """Whether the operation computes, rather than returning a view, a copy or one of its inputs."""
     view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
     return not view and func.overloadpacket not in _EXACT
 
 
 def _terms(func: Any, args: tuple[Any, ...]) -> int:
-    """How many addends an element of the operation's result has; 1 for what adds up a few at most."""
+    """How many addends an element of the operation's result has; 1 for operations that add a few at most."""
     kind = func.overloadpacket
     if kind in (aten.sum, aten.mean):
         dims = args[1] if len(args) > 1 and args[1] else range(args[0].dim())

@@ -1,6 +1,6 @@
 """The elementwise functions of an SE layer, under one name in Python, C++, CUDA and Triton.
 
-``act`` sits between the two fully connected layers, ``gate`` behind the second one. Every backend reads an
+``act`` sits between the two fully connected layers, ``gate`` after the second one. Every backend reads an
 :class:`Activation` as its canonical text (:attr:`Activation.spec`), which is also what an exported graph shows.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Activation:
             PyTorch's; PaddlePaddle's slope is 0.2).
 
     Raises:
-        ValueError: an unknown name, an unknown parameter or a parameter that is no finite number.
+        ValueError: an unknown name, an unknown parameter or a parameter that is not a finite number.
 
     >>> Activation("hardsigmoid", slope=0.2).spec
     'hardsigmoid(0.2, 0.5)'
@@ -135,7 +136,7 @@ class Activation:
 
     @staticmethod
     def parse(spec: str) -> Activation:
-        """Reads :attr:`spec` back. Raises ValueError if it is no such text."""
+        """Reads :attr:`spec` back. Raises ValueError for any other text."""
         read = _read if torch.compiler.is_compiling() else _parse  # torch.compile warns of a cached function
         return _BY_NAME.get(spec) or read(spec)
 
@@ -194,17 +195,16 @@ def _read(spec: str) -> Activation:
     if not name.replace("_", "a").isalnum() or bool(bracket) != texts.endswith(")") or "(" in inside or ")" in inside:
         raise ValueError(f"cannot read the activation {spec!r}; write a name such as 'relu' or 'leaky_relu(0.1)'")
     name = _ALIASES.get(name, name)
+    parameters: dict[str, Any] = {}
     if name == "gelu_tanh":
-        name, parameters = "gelu", {"approximate": "tanh"}
-    else:
-        parameters = {}
+        name, parameters["approximate"] = "gelu", "tanh"
     if inside.strip():
         keys = list(_DEFAULTS.get(name, {})) if name != "gelu" else []
-        texts = inside.split(",")
-        if len(texts) > len(keys):
-            raise ValueError(f"activation {spec!r}: {name} takes {len(keys)} parameter(s), got {len(texts)}")
+        numbers = inside.split(",")
+        if len(numbers) > len(keys):
+            raise ValueError(f"activation {spec!r}: {name} takes {len(keys)} parameter(s), got {len(numbers)}")
         try:
-            parameters = dict(zip(keys, map(float, texts), strict=False))
+            parameters = dict(zip(keys, map(float, numbers), strict=False))
         except ValueError:
             raise ValueError(f"activation {spec!r}: parameters must be numbers") from None
     return Activation(name, **parameters)

@@ -5,17 +5,17 @@ One family of operators serves SE layers and block tails (numbered equations in 
     y = post_act(factor * gate * norm(x) + residual)
 
 norm is BatchNorm by the batch's statistics ("batch"), by given ones ("given"), or nothing (""); gate is the SE layer's,
-or one where there are no weights. The first fields of a call are the tensors that a registered operator takes, in its
+or 1 without weights. The first fields of a call are the tensors that a registered operator takes, in its
 order; options but eps come as one text, because each argument of a registered operator costs microseconds.
 
-NamedTuples, because one is made at every call of a layer: 0.3 us, a frozen dataclass of as many fields takes six times
-as long.
+NamedTuples, because one is made at every call of a layer: 0.3 us, a frozen dataclass of this size takes six times as
+long.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,14 +55,12 @@ class Call(NamedTuple):
         self, outputs: Outputs, dy: Tensor, dgate: Tensor | None, needs: tuple[bool, bool, bool]
     ) -> GradientCall:
         """The backward of this call. needs: gradients of x, of any weight or vector, of residual if there is a ReLU."""
-        return GradientCall(
-            dy, dgate, self.x, self.weight, self.bias, self.w1, self.b1, self.w2, self.b2, self.factor, *outputs[1:],
-            *self[11:], *needs,
-        )  # fmt: skip
+        inputs = self.x, self.weight, self.bias, self.w1, self.b1, self.w2, self.b2, self.factor
+        return GradientCall._make((dy, dgate, *inputs, *outputs[1:], *self[TENSORS:], *needs))
 
 
 class Outputs(NamedTuple):
-    """What a forward gives; None is not kept.
+    """What a forward returns; what is not kept is None.
 
     y: as x. statistics: [3, C] in the accumulation dtype (float32; float64 for float64 x), with a norm: mean,
     (var + eps)^-1/2, and the variance as running statistics keep it. gate: [N, C] in the accumulation dtype. saved:
@@ -121,7 +119,8 @@ class Gradients(NamedTuple):
     dresidual: Tensor | None
 
 
-TENSORS = Call._fields.index("eps")  # of a Call, which begins with them
+TENSORS: Final = 11  # of a Call, which begins with them; a literal, so that types of slices are known
+assert Call._fields[TENSORS] == "eps"
 OPTIONS = Call._fields[TENSORS + 1 :]
 _SEPARATOR = "; "
 
@@ -133,7 +132,7 @@ def text_of(options: tuple[Any, ...]) -> str:
 
 @lru_cache(maxsize=256)
 def options_of(text: str) -> tuple[Any, ...]:
-    """:func:`text_of` read back. Raises ValueError if it is no such text."""
+    """:func:`text_of` read back. Raises ValueError for any other text."""
     pairs = [part.partition("=") for part in text.split(_SEPARATOR, len(OPTIONS) - 1)]
     if tuple(name for name, _, _ in pairs) != OPTIONS:
         raise ValueError(f"expected options {_SEPARATOR.join(f'{name}=...' for name in OPTIONS)}; got {text!r}")

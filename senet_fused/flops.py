@@ -1,7 +1,7 @@
-"""What PyTorch's FLOP counter counts of the operators: (E2) and (E3) are two matrix products, their backward is four.
+"""FLOP formulas of the operators for PyTorch's FLOP counter: (E2) and (E3) are two matrix products, backward four.
 
 torch.utils.flop_counter imports triton, which takes longer than this whole package, and a counter copies the table of
-formulas when it is made. So the formulas are put where they belong when a call meets a counter.
+formulas when it is made. So the formulas are registered when a call first meets a counter.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _BACKENDS = ("cpu", "cuda", "triton")
 
 
 def in_dispatch_modes() -> bool:
-    """Whether dispatch modes see this call. Those of them that count FLOPs know the operators afterwards."""
+    """Whether dispatch modes see this call. Registers the formulas with those that count FLOPs."""
     if not torch_private.dispatch_modes():
         return False
     if _MODULE in sys.modules:
-        _teach(sys.modules[_MODULE])
+        _register(sys.modules[_MODULE])
     return True
 
 
-def _teach(flop_counter: Any) -> None:
+def _register(flop_counter: Any) -> None:
     known, ours = flop_counter.flop_registry, {}
     for name, formula in _FORMULAS.items():
         for backend in _BACKENDS:
@@ -40,7 +40,7 @@ def _teach(flop_counter: Any) -> None:
     for mode in torch_private.dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
-            counter.flop_registry = ours | counter.flop_registry  # a custom mapping of the caller's comes first
+            counter.flop_registry = ours | counter.flop_registry  # the caller's custom mapping takes precedence
 
 
 def _product(x: Any, w1: Any) -> int:

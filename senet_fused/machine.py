@@ -99,7 +99,7 @@ def package_version(name: str) -> str | None:
 
 
 def revision() -> str | None:
-    """The git revision of the checkout this package runs from, with "-dirty" behind it if files differ.
+    """The git revision of the checkout this package runs from, with "-dirty" appended if files differ.
 
     None for an installed copy: git must track this very file, so a virtual environment inside a checkout does
     not borrow the checkout's revision.

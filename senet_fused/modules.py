@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
-from . import conversion, select
+from . import select, state_dicts
 from .activations import ACT_NAMES, GATE_NAMES, Activation
 from .call import Call
 from .functional import Function, check_input, check_residual, route, serve, squeeze_excite
-from .recognition import Part, Weights, parts_of, plain_weights, quantising
+from .parts import Part, Weights, parts_of, quantising, weights_or_reason
 from .reference import SQUEEZES, accumulate_dtype
 
 __all__ = ["FusedSE", "RecordsGates", "capture_gates", "reduced_channels"]
 
 
-class RecordsGates:
+# A mixin for modules uses their methods without being one.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class RecordsGates(_Mixin):
     """A layer for :func:`capture_gates`: it hands its gate to _senet_record while _senet_captured is not None."""
 
     _senet_captured: _Call | None = None
 
-    def _senet_record(self, gate: Tensor) -> None:
+    def _senet_record(self, gate: Tensor | None) -> None:
         self._senet_captured = _Call(gate, self._senet_captured)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -45,14 +53,14 @@ class FusedSE(RecordsGates, nn.Module):
 
     One seed gives the weights that the usual layer gets: ``fc1`` and ``fc2`` are nn.Linear, made in this order.
 
-    The operator reads their weights and calls neither. Where a call could tell the difference (hooks, also global ones;
-    pruning, weight or spectral norm; an adapter or a quantised layer in the place of one; weights that are no plain
-    tensors; another forward, of the object or of its class) both are called, between PyTorch's own operators, whatever
-    backend is named: a backend serves the operator, and there is none then. :func:`senet_fused.fuse_report` says why.
+    The operator reads their weights and calls neither. Both are called instead, between PyTorch's own operators and
+    whatever backend is named, if bypassing them would change a result: they have hooks (also global ones), pruning,
+    weight or spectral norm, an adapter or a quantised layer has replaced one, their weights are not plain tensors, or
+    their forward (of the object or of its class) is another one. :func:`senet_fused.fuse_report` gives the reason.
 
     Args:
         channels: C of x [N, C, *spatial], one to three spatial dimensions.
-        reduction: R = max(1, channels // reduction), unless one of the next two says otherwise.
+        reduction: R = max(1, channels // reduction), unless one of the next two is given.
         rd_channels: R itself.
         rd_divisor: the rule of timm's SEModule: R = channels / reduction rounded to the nearest multiple of rd_divisor
             (upwards from halfway), at least rd_divisor.
@@ -68,7 +76,7 @@ class FusedSE(RecordsGates, nn.Module):
     [C, R] (+ biases), 4-D with ``conv``.
 
     Raises:
-        ValueError: sizes that are no positive integers, two rules for R at once, or unknown names.
+        ValueError: sizes that are not positive integers, two rules for R, or unknown names.
     """
 
     def __init__(
@@ -101,9 +109,9 @@ class FusedSE(RecordsGates, nn.Module):
         self.squeeze = squeeze
         self.post_act = post_act
         self.backend = backend
-        kind, size = (nn.Conv2d, (1,)) if conv else (nn.Linear, ())
-        self.fc1 = kind(self.channels, self.rd_channels, *size, bias=bias, device=device, dtype=dtype)
-        self.fc2 = kind(self.rd_channels, self.channels, *size, bias=bias, device=device, dtype=dtype)
+        kind = functools.partial(nn.Conv2d, kernel_size=1) if conv else nn.Linear
+        self.fc1 = kind(self.channels, self.rd_channels, bias=bias, device=device, dtype=dtype)
+        self.fc2 = kind(self.rd_channels, self.channels, bias=bias, device=device, dtype=dtype)
         self.conv = conv
         self._parts: tuple[Part, ...] = parts_of(self)[1:]
         self._senet_captured = None
@@ -122,8 +130,8 @@ class FusedSE(RecordsGates, nn.Module):
         recording = self._senet_captured is not None
         w1, w2, b1, b2 = weights
         if not isinstance(x, Tensor) or has_torch_function((x, w1, w2, b1, b2, residual)):
-            # Whoever overrides functions, as FX does, is to see this one.
-            result = squeeze_excite(
+            # Overrides of functions, such as FX's, intercept this call, and may return anything.
+            result: Any = squeeze_excite(
                 x, w1, w2, b1, b2, act=self.act, gate=self.gate, squeeze=self.squeeze, residual=residual,
                 post_act=post_act, backend=self.backend, return_gate=recording,
             )  # fmt: skip
@@ -141,10 +149,10 @@ class FusedSE(RecordsGates, nn.Module):
 
     def _weights(self) -> Weights | str:
         """w1, w2, b1, b2; or, as text, why fc1 and fc2 have to be called instead."""
-        return plain_weights(self, self._parts, ("fc1",), ("fc2",))
+        return weights_or_reason(self, self._parts, ("fc1",), ("fc2",))
 
     def _by_children(self, x: Tensor, residual: Tensor | None, post_act: str | None) -> Tensor:
-        """The same by calling fc1 and fc2, whatever they are. x may be one of FX's proxies, which has no sizes."""
+        """The same by calling fc1 and fc2. x may be an FX proxy, which has no sizes."""
         sized = isinstance(x, Tensor)
         if sized and not torch.jit.is_tracing():
             check_input(x)
@@ -159,7 +167,7 @@ class FusedSE(RecordsGates, nn.Module):
         if self._senet_captured is not None:
             self._senet_record(gate.to(accumulate_dtype(x)))
         if sized:
-            y = x * gate.to(x.dtype)[(..., *(None,) * (x.dim() - 2))]
+            y = x * gate.to(x.dtype)[(...,) + (None,) * (x.dim() - 2)]
         else:  # [*spatial, N, C] * [N, C]
             y = (x.movedim((0, 1), (-2, -1)) * gate).movedim((-2, -1), (0, 1))
         if residual is not None:
@@ -167,39 +175,41 @@ class FusedSE(RecordsGates, nn.Module):
         return torch.relu(y) if post_act == "relu" else y
 
     def _call(self, child: nn.Module, v: Tensor) -> Tensor:
-        """child(v), [N, out] for v [N, in], in the dimensions and dtype of child's weight, where it shows one."""
+        """child(v), [N, out] for v [N, in], in the dimensions and dtype of child's weight, if it has one."""
         weight = getattr(child, "weight", None)
         dimensions = 2 if self.conv else 0
         if isinstance(weight, Tensor):
             dimensions = weight.dim() - 2
             if weight.is_floating_point() and isinstance(v, Tensor):
                 v = v.to(weight.dtype)
-        return child(v[(..., *(None,) * dimensions)]).flatten(1)
+        return child(v[(...,) + (None,) * dimensions]).flatten(1)
 
     @classmethod
     def from_module(cls, layer: nn.Module) -> FusedSE:
         """A FusedSE with a copy of another SE layer's weights, which computes what that layer computes.
 
-        Knows every layer that :func:`senet_fused.fuse` knows and that returns its scaled input. A copy of it is run on
-        random input, and compared, before the new layer is made.
+        Supports every layer that :func:`senet_fused.fuse` supports and that returns its scaled input. A copy of it is
+        run on random input and compared before the new layer is made.
 
         Raises:
-            ValueError: the layer is not understood, or does not compute the same; the message says why.
+            ValueError: the layer is not supported, or computes something else; the message says why.
         """
-        return conversion.from_module(cls, layer)
+        from .fusion.convert import from_module  # which is above this module: fusion converts layers to these
+
+        return from_module(cls, layer)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], **options: object) -> FusedSE:
         """A FusedSE of the sizes, bias and dtype in a state dict (namings as above), with its weights loaded.
 
-        Weights do not tell the functions: pass ``act``, ``gate``, ``squeeze``, ``post_act`` where they are not relu,
+        Functions do not follow from weights: pass ``act``, ``gate``, ``squeeze``, ``post_act`` where they are not relu,
         sigmoid, avg and none. Raises ValueError if the dict is not that of one SE layer.
         """
-        return conversion.from_state_dict(cls, state_dict, **options)
+        return state_dicts.from_state_dict(cls, state_dict, **options)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # The dict is load_state_dict's own copy; the children read it after this.
-        conversion.rename_keys(state_dict, prefix, self)
+        state_dicts.rename_keys(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
@@ -234,7 +244,7 @@ class CapturedGates(Mapping[str, list[Tensor]]):
 
     def __init__(self, layers: dict[str, RecordsGates]) -> None:
         self._layers = layers
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, _Call | None] = {}
 
     def __getitem__(self, name: str) -> list[Tensor]:
         call = self._calls[name] if name in self._calls else self._layers[name]._senet_captured

@@ -82,11 +82,10 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def pool(x: Tensor, squeeze: str = "avg") -> Tensor:
     """(E1): [N, C] in the accumulation dtype from x [N, C, *spatial], without a copy of x; squeeze as above."""
     spatial, wide = tuple(range(2, x.dim())), accumulate_dtype(x)
-    mean = None if squeeze == "max" else x.mean(spatial, dtype=wide)
-    if squeeze == "avg":
-        return mean
-    peak = x.amax(spatial).to(wide)
-    return peak if mean is None else 0.5 * mean + 0.5 * peak
+    if squeeze == "max":
+        return x.amax(spatial).to(wide)
+    mean = x.mean(spatial, dtype=wide)
+    return mean if squeeze == "avg" else 0.5 * mean + 0.5 * x.amax(spatial).to(wide)
 
 
 # ---------------------------------------------------------------------------------------------------- layers and tails
@@ -112,7 +111,7 @@ def squeeze_excite(
         w1, w2: [R, C] and [C, R] (trailing dimensions of size 1 allowed); b1, b2: [R] and [C] or None.
         act, gate: see :class:`senet_fused.Activation`.
         squeeze: "avg", "max" or "avgmax".
-        residual: a tensor of x's shape, added behind the scaling, or None.
+        residual: a tensor of x's shape, added after the scaling, or None.
         post_act: "relu" or None.
 
     Returns:
@@ -120,6 +119,7 @@ def squeeze_excite(
     """
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(squeeze=squeeze, residual=residual, post_act=post_act or "")
     y, _, g, *_ = forward(call)
+    assert g is not None  # there are weights
     return y, g
 
 
@@ -143,7 +143,7 @@ def squeeze_excite_backward(
 
     Args:
         dy: gradient of y, y's shape and dtype. dgate: gradient of the returned gate [N, C], or None.
-        mask: where post_act let the forward through ([N, C, *spatial], bool); None works it out from ``residual``.
+        mask: where post_act let the forward through ([N, C, *spatial], bool); None computes it from ``residual``.
         Others as :func:`squeeze_excite`.
     """
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(squeeze=squeeze, residual=residual, post_act=post_act or "")
@@ -183,6 +183,7 @@ def block_tail(
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
     call = _with_norm(call, weight, bias, mean, var, eps)
     y, statistics, *_ = forward(call)
+    assert statistics is not None  # there is a norm
     return y, statistics
 
 
@@ -210,7 +211,7 @@ def block_tail_backward(
 
     Args:
         dy: gradient of y, y's shape and dtype. mask: where post_act let the forward through (bool, x's shape); None
-            works it out from ``residual``. Others as :func:`block_tail`.
+            computes it from ``residual``. Others as :func:`block_tail`.
     """
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
     call = _with_norm(call, weight, bias, mean, var, eps)
@@ -252,13 +253,13 @@ def forward(call: Call) -> Outputs:
         statistics = None
         if s.norm is not None:
             norm = s.norm
-            unbiased = norm.var if call.norm == "given" else norm.var * (norm.count / (norm.count - 1))
+            unbiased = norm.var if call.norm == "given" else norm.var * (norm.values / (norm.values - 1))
             statistics = torch.stack((norm.mean.detach(), norm.rstd.detach(), unbiased.detach()))
         if call.post_act == "relu":
             y = torch.relu(y)
     residual = call.residual
     out = call.x.dtype if residual is None else torch.promote_types(call.x.dtype, residual.dtype)
-    return Outputs(y.to(out), statistics, s.gate, None, None)
+    return Outputs(y.to(out), statistics, None if s.se is None else s.se.gate, None, None)
 
 
 def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor | None = None) -> Gradients:
@@ -267,66 +268,74 @@ def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor |
 
     Args:
         dy: gradient of y. dgate: gradient of the gate [N, C], or None. mask: where post_act let the forward through
-            (bool, x's shape); None works it out.
+            (bool, x's shape); None computes it.
     """
     act, gate = Activation.parse(call.act), Activation.parse(call.gate_fn)
-    x, b1, b2, residual = call.x, call.b1, call.b2, call.residual
+    x, b1, b2, residual, wide = call.x, call.b1, call.b2, call.residual, accumulate_dtype(call.x)
     with _without_autocast(x):
         s = _stages(call)
-        norm = s.norm
+        norm, se = s.norm, s.se
         spatial, positions = tuple(range(2, x.dim())), math.prod(x.shape[2:])
-        g = dy.to(s.x.dtype)
+        g = dy.to(wide)
         if call.post_act == "relu":
             if mask is None:
                 mask = ~(_scale(s, call) <= 0)
             g = g * mask  # (B1)
-        dweight = dbias = dpooled = dw1 = db1 = dw2 = db2 = None
+        dweight = dbias = dw1 = db1 = dw2 = db2 = None
         if norm is None:
             into_gate = (g * s.x).sum(spatial)  # (B2)
         else:
             xhat = s.x * _per_channel(norm.rstd, x)
             f = 1.0 if s.factor is None else s.factor[:, None]
-            dbias, dweight = f * g.sum(spatial), f * (g * xhat).sum(spatial)  # (T4)
-            into_gate = norm.weight * dweight + norm.bias * dbias  # (T5)
-        if s.gate is not None:
+            g0, g1 = f * g.sum(spatial), f * (g * xhat).sum(spatial)  # (T4)
+            into_gate = norm.weight * g1 + norm.bias * g0  # (T5)
+        dx = _per_sample(s.scale, x) * g  # (B6), (T7)
+        if se is not None:
             if dgate is not None:
-                into_gate = into_gate + dgate.to(s.x.dtype)
-            dlogit = into_gate * gate.derivative_from_output(s.gate)  # (B3)
-            dpreact = (dlogit @ s.w2) * act.derivative(s.preact)  # (B4)
-            dpooled = dpreact @ s.w1  # (B5)
-            dw1, dw2 = dpreact.t() @ s.pooled, dlogit.t() @ act(s.preact)  # (B7)
-            dw1, dw2 = dw1.reshape(call.w1.shape).to(call.w1.dtype), dw2.reshape(call.w2.shape).to(call.w2.dtype)
+                into_gate = into_gate + dgate.to(wide)
+            dlogit = into_gate * gate.derivative_from_output(se.gate)  # (B3)
+            dpreact = (dlogit @ se.w2.flatten(1).to(wide)) * act.derivative(se.preact)  # (B4)
+            dpooled = dpreact @ se.w1.flatten(1).to(wide)  # (B5)
+            dw1, dw2 = dpreact.t() @ se.pooled, dlogit.t() @ act(se.preact)  # (B7)
+            dw1, dw2 = dw1.reshape(se.w1.shape).to(se.w1.dtype), dw2.reshape(se.w2.shape).to(se.w2.dtype)
             db1 = None if b1 is None else dpreact.sum(0).to(b1.dtype)
             db2 = None if b2 is None else dlogit.sum(0).to(b2.dtype)
-        dx = _per_sample(s.scale, x) * g  # (B6), (T7)
-        if norm is None:
-            dx = dx + _into_squeeze(call.squeeze, dpooled, s, positions)
-        else:
-            if dpooled is not None:
-                dweight = s.gate * dweight + dpooled * xhat.mean(spatial)  # (T6)
-                dbias = s.gate * dbias + dpooled
-            dweight, dbias = dweight.sum(0), dbias.sum(0)
-            slope = norm.weight * norm.rstd
-            if dpooled is not None:
-                dx = dx + _per_sample(slope * dpooled / positions, x)
+            if norm is None:
+                dx = dx + _into_squeeze(call.squeeze, dpooled, s, positions)
+            else:
+                g0, g1 = se.gate * g0 + dpooled, se.gate * g1 + dpooled * xhat.mean(spatial)  # (T6)
+                dx = dx + _per_sample(norm.weight * norm.rstd * dpooled / positions, x)
+        if norm is not None:
+            g0, g1 = g0.sum(0), g1.sum(0)
             if call.norm == "batch":
-                dx = dx - _per_channel(slope * norm.rstd * dweight / norm.count, x) * s.x
-                dx = dx - _per_channel(slope * dbias / norm.count, x)
-            dweight = None if call.weight is None else dweight.to(call.weight.dtype)
-            dbias = None if call.bias is None else dbias.to(call.bias.dtype)
+                slope = norm.weight * norm.rstd
+                dx = dx - _per_channel(slope * norm.rstd * g1 / norm.values, x) * s.x
+                dx = dx - _per_channel(slope * g0 / norm.values, x)
+            dweight = None if call.weight is None else g1.to(call.weight.dtype)
+            dbias = None if call.bias is None else g0.to(call.bias.dtype)
         dresidual = None if residual is None else g.to(residual.dtype)
         return Gradients(dx.to(x.dtype), dweight, dbias, dw1, db1, dw2, db2, dresidual)
 
 
 class _Norm(NamedTuple):
-    """(T1), in the accumulation dtype; count is m."""
+    """(T1), in the accumulation dtype; values is m."""
 
     mean: Tensor
     var: Tensor
     rstd: Tensor
-    count: float
+    values: float
     weight: Tensor
     bias: Tensor
+
+
+class _Excitation(NamedTuple):
+    """(E1) to (E3), in the accumulation dtype, and the weights as they are given."""
+
+    pooled: Tensor
+    preact: Tensor
+    gate: Tensor
+    w1: Tensor
+    w2: Tensor
 
 
 class _Stages(NamedTuple):
@@ -335,11 +344,7 @@ class _Stages(NamedTuple):
     x: Tensor
     norm: _Norm | None
     factor: Tensor | None
-    pooled: Tensor | None
-    preact: Tensor | None
-    gate: Tensor | None
-    w1: Tensor | None
-    w2: Tensor | None
+    se: _Excitation | None
     scale: Tensor
     shift: Tensor | None
 
@@ -347,52 +352,52 @@ class _Stages(NamedTuple):
 def _stages(call: Call) -> _Stages:
     wide = accumulate_dtype(call.x)
     x, factor = call.x.to(wide), None if call.factor is None else call.factor.to(wide)
-    norm = pooled = preact = gate = w1 = w2 = shift = None
+    norm = se = shift = None
     if call.norm:
         x, norm = _normalise(call, x)
-    if call.w1 is not None:
-        w1, w2 = call.w1.flatten(1).to(wide), call.w2.flatten(1).to(wide)
+    if call.w1 is not None and call.w2 is not None:
         if norm is None:
             pooled = pool(x, call.squeeze)  # (E1)
         else:
             pooled = norm.weight * norm.rstd * x.mean(tuple(range(2, x.dim()))) + norm.bias  # (T2)
-        preact = pooled @ w1.t()  # (E2)
+        preact = pooled @ call.w1.flatten(1).to(wide).t()  # (E2)
         if call.b1 is not None:
             preact = preact + call.b1.to(wide)
-        logit = Activation.parse(call.act)(preact) @ w2.t()
+        logit = Activation.parse(call.act)(preact) @ call.w2.flatten(1).to(wide).t()
         if call.b2 is not None:
             logit = logit + call.b2.to(wide)
-        gate = Activation.parse(call.gate_fn)(logit)  # (E3)
-    scale = torch.ones_like(x.flatten(2)[..., 0]) if gate is None else gate
+        se = _Excitation(pooled, preact, Activation.parse(call.gate_fn)(logit), call.w1, call.w2)  # (E3)
+    scale = torch.ones_like(x.flatten(2)[..., 0]) if se is None else se.gate
     if factor is not None:
         scale = scale * factor[:, None]
     if norm is not None:
         scale, shift = scale * (norm.weight * norm.rstd), scale * norm.bias
-    return _Stages(x, norm, factor, pooled, preact, gate, w1, w2, scale, shift)
+    return _Stages(x, norm, factor, se, scale, shift)
 
 
 def _normalise(call: Call, x: Tensor) -> tuple[Tensor, _Norm]:
     """x - mu, and (T1)."""
     spatial = tuple(range(2, x.dim()))
     group = torch_private.process_group(call.group) if call.group and call.norm == "batch" else None
-    count: float | Tensor = x.shape[0] * math.prod(x.shape[2:])
+    values: float = x.shape[0] * math.prod(x.shape[2:])
     if call.norm == "given":
+        assert call.mean is not None and call.var is not None
         mean, var = call.mean.to(x.dtype), call.var.to(x.dtype)
         x = x - _per_channel(mean, x)
     else:
         if group is None:
             mean = x.mean(spatial).mean(0)
         else:
-            total = _all_reduce(torch.full((1,), count, dtype=x.dtype, device=x.device), group)
+            total = _all_reduce(torch.full((1,), values, dtype=x.dtype, device=x.device), group)
             mean = _all_reduce(x.sum((0, *spatial)), group) / total
-            count = float(total)
+            values = float(total)
         x = x - _per_channel(mean, x)
         squares = x.square().sum((0, *spatial))
-        var = (squares if group is None else _all_reduce(squares, group)) / count
+        var = (squares if group is None else _all_reduce(squares, group)) / values
     rstd = (var + call.eps).rsqrt()
     weight = torch.ones_like(rstd) if call.weight is None else call.weight.to(x.dtype)
     bias = torch.zeros_like(rstd) if call.bias is None else call.bias.to(x.dtype)
-    return x, _Norm(mean, var, rstd, count, weight, bias)
+    return x, _Norm(mean, var, rstd, values, weight, bias)
 
 
 def _scale(s: _Stages, call: Call) -> Tensor:

@@ -70,7 +70,7 @@ _environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def requested(backend: str | None) -> tuple[str, str]:
-    """The backend asked for and who asked: call or module, then use_backend, then the environment, then "auto"."""
+    """The requested backend and by what: call or module, then use_backend, then the environment, then "auto"."""
     if backend is not None:
         return backend, "the call or the module"
     if _override is not None:
@@ -84,8 +84,8 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
     """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
 
     "auto" never runs GPU kernels on CPU tensors, as Triton's interpreter does. Under torch.compile and torch.export
-    (``compiling``) it takes the reference, whose operators the compiler fuses with their neighbours, which an operator
-    of ours would prevent: a compiled BatchNorm, activation and SE layer took up to 1.9 times as long with the operator
+    (``compiling``) it takes the reference, whose operators the compiler fuses with their neighbours, which an opaque
+    operator would prevent: a compiled BatchNorm, activation and SE layer took up to 1.9 times as long with the operator
     in the middle (inference, 2 cores of a Zen 4).
 
     Raises:
@@ -95,8 +95,8 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
     name, who = requested(backend)
     if name == "auto":
         if device_type == "cpu" and not compiling and backends.refusal("cpu", device_type, dtype) is None:
-            return _ON_A_CPU  # the usual case, which costs a small layer no texts
-        reasons = []
+            return _ON_A_CPU  # the usual case: no time for building the reason
+        reasons: list[str] = []
         for candidate in backends.NAMES:
             refusal = backends.refusal(candidate, device_type, dtype)
             if candidate != "reference" and refusal is None:
@@ -113,9 +113,9 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
 
 
 def _why_not(candidate: str, device_type: str, compiling: bool) -> str | None:
-    """Why "auto" passes over kernels that could run."""
+    """Why "auto" skips kernels that could run."""
     if candidate != "cpu" and device_type == "cpu":
-        return "its kernels run on CPU tensors for those who ask for it by name"
+        return "its kernels run on CPU tensors only if it is named"
     if compiling:
         return "torch.compile fuses the plain operators with their neighbours"
     return None

@@ -1,8 +1,8 @@
 """PyTorch's private interfaces: every one that this package uses, in one place.
 
-They may change in any release. Each is looked up here by its name, and comes with what it is for, the first release
-that has it, and what happens without it: the package imports, and does all but that. :func:`missing` says which ones
-a PyTorch does not have; ``senet-fused doctor`` prints them.
+They may change in any release. Each is looked up here by its name, with its purpose, the first release that has it,
+and what happens without it: the package imports, and all else works. :func:`missing` lists those that a PyTorch does
+not have; ``senet-fused doctor`` prints them.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def _add(
 
 
 def _get(where: str, instead: Any, **description: str) -> Any:
-    """What is there now, or what stands in its place."""
+    """The interface, or its replacement if it is missing."""
     found = _found(*_add(where, **description))
     return instead if found is None else found
 
 
-# ---------------------------------------------------------------------------------------------------- who is watching
+# ---------------------------------------------------------------------------------------------------- modes and traces
 
 # Called in every call of a layer, and so bound to a name once: an attribute costs as much as the answer.
 
@@ -119,8 +119,8 @@ has_global_hooks: Callable[[], object] = _get(
     "torch.nn.modules.module:_has_any_global_hook",
     lambda: False,
     since="2.8",
-    purpose="whether hooks for all modules are registered, which are to see a fused layer's children called",
-    without="hooks for all modules see a fused layer, and not its children",
+    purpose="whether hooks for all modules are registered, for which a fused layer's submodules have to be called",
+    without="hooks for all modules run for a fused layer, and not for its submodules",
 )
 
 
@@ -172,7 +172,7 @@ stand_ins: tuple[type, ...] = tuple(
             f"torch._subclasses.{module}:{name}",
             None,
             since=since,
-            purpose="the class of tensors that stand for plain ones while torch.compile or torch.export traces",
+            purpose="the class of tensors that represent plain ones while torch.compile or torch.export traces",
             without="a fused layer's original forward is traced in its place",
         )
         for module, name, since in (
@@ -186,8 +186,8 @@ without_modes: Callable[[], contextlib.AbstractContextManager[object]] = _get(
     "torch.utils._python_dispatch:_disable_current_modes",
     contextlib.nullcontext,
     since="2.0",
-    purpose="trials of somebody's layer run outside the dispatch modes of the caller",
-    without="fuse within a dispatch mode (FakeTensorMode, say) tries layers out in it, and leaves those it disturbs",
+    purpose="trials of a layer run outside the dispatch modes of the caller",
+    without="fuse within a dispatch mode (FakeTensorMode, say) runs trials in it, and leaves layers whose trial fails",
 )
 
 DispatchMode: type = _get(
@@ -195,7 +195,7 @@ DispatchMode: type = _get(
     contextlib.nullcontext,
     since="2.0",
     purpose="the error rule rounds every operation of plain PyTorch at random",
-    without="results are held to stock PyTorch's error alone, and may be refused where that is nearly zero",
+    without="the error rule has stock PyTorch's error alone, and may refuse results where that is nearly zero",
 )
 
 
@@ -215,7 +215,7 @@ _add(
 )
 
 
-# ---------------------------------------------------------------------------------------------------- what is called
+# ---------------------------------------------------------------------------------------------------- functions
 
 
 def _lerp_each(tensors: Iterable[Tensor], ends: Iterable[Tensor], weight: float) -> None:
@@ -234,8 +234,8 @@ lerp_all: Callable[[list[Tensor], list[Tensor], float], None] = _get(
 
 def _no_process_group(name: str) -> Any:
     raise RuntimeError(
-        f"this PyTorch ({torch.__version__}) does not say which process group is called {name!r}, which the "
-        'operator of a synchronised block tail has to know; backend="reference" needs no name'
+        f"torch {torch.__version__} cannot look up the process group {name!r} by its name, which a synchronised block "
+        'tail needs; use backend="reference"'
     )
 
 
@@ -243,8 +243,8 @@ process_group: Callable[[str], Any] = _get(
     "torch.distributed.distributed_c10d:_resolve_process_group",
     _no_process_group,
     since="2.2",
-    purpose="the group of processes by the name that an operator is given in its place",
-    without='a block tail with group raises, unless it is run by backend="reference"',
+    purpose="a process group by its name, which is what an operator can take",
+    without='a block tail with group raises, except with backend="reference"',
 )
 
 
@@ -259,7 +259,7 @@ def is_compiled(module: nn.Module) -> bool:
 _add(
     "torch._dynamo:OptimizedModule._orig_mod",
     since="2.0",
-    purpose="a compiled model is told from a plain one, without importing torch._dynamo",
+    purpose="recognises a compiled model without importing torch._dynamo",
     without="fold_batchnorm of a compiled model raises PyTorch's error in place of its own",
     is_there=lambda: is_compiled(torch.compile(nn.Identity())),
 )
@@ -280,10 +280,12 @@ _COUNTERS = _add(
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process. Raises RuntimeError if PyTorch does not tell."""
+    """How many graphs torch.compile has made in this process. Raises RuntimeError if PyTorch does not count them."""
     counters = _found(*_COUNTERS)
     if counters is None:
-        raise RuntimeError(f"torch {torch.__version__} does not count its graphs: nothing proves that it has compiled")
+        raise RuntimeError(
+            f"torch {torch.__version__} does not count its graphs, so nothing shows that it has compiled"
+        )
     return counters["stats"]["unique_graphs"]
 
 
@@ -323,20 +325,20 @@ def version_of(t: Tensor) -> int | None:
 # own parametrisations are made of, so a PyTorch without one would be another nn.Module.
 MODULE_INTERNALS = {
     "_modules": "children by name, without the look-up of __getattr__",
-    "_parameters": "parameters that stand in the module itself, None too",
-    "_buffers": "buffers that stand in the module itself, None too",
+    "_parameters": "the module's own parameters, None too",
+    "_buffers": "the module's own buffers, None too",
     "_forward_hooks": "whether a child's call would run more than its forward",
     "_forward_pre_hooks": "the same",
     "_backward_hooks": "the same",
     "_backward_pre_hooks": "the same",
     "_load_from_state_dict": "overridden, so that FusedSE loads the keys of other libraries",
-    "_replicate_for_data_parallel": "overridden, so that nn.DataParallel meets an error where it would go wrong",
+    "_replicate_for_data_parallel": "overridden, so that nn.DataParallel raises where its replicas would be wrong",
 }
 for _name, _purpose in MODULE_INTERNALS.items():
     _add(
         f"torch.nn.Module:{_name}",
         since="2.0",
         purpose=_purpose,
-        without="AttributeError where a layer is looked at; of an overridden one, that it is not called",
+        without="AttributeError where a layer is inspected; an overridden one is not called",
         is_there=lambda name=_name: hasattr(nn.Module(), name),
     )

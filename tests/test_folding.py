@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import fold_batchnorm, modules
-from senet_fused.folding.shortcuts import ShortcutSE
+from senet_fused.fusion.fold import ShortcutSE
 
 HAS_KERNELS = senet_fused.explain(torch.empty(0)).backend != "reference"
 BACKEND = "cpu" if HAS_KERNELS else "reference"

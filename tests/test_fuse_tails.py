@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations, prune
 
 import senet_fused
 from senet_fused import FusedSE, capture_gates, fuse, fuse_report, unfuse
-from senet_fused.fusion.blocks import FORMS
+from senet_fused.fusion.blocks import KNOWN_BLOCKS
 
 compiled_only = pytest.mark.skipif(
     senet_fused.explain(torch.empty(0)).backend == "reference", reason="the modules run where there are no kernels"
@@ -206,6 +206,23 @@ class Counting(LegacyBottleneck):
         return y
 
 
+class HalfTheGradient(LegacyBottleneck):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.detach() + 0.5 * (y - y.detach())
+
+
+class InPlace(LegacyBottleneck):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.training or x.requires_grad else y + 0 * x.add_(1).mean()
+
+
+class Float32(LegacyBottleneck):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
 class EcaModule(nn.Module):
     def __init__(self, channels, _):
         super().__init__()
@@ -225,6 +242,9 @@ def max_squeeze(channels, reduced):
         (Swapped, "differs from the known forward"),
         (EvalOnly, "in training mode its output differs"),
         (Counting, r"0?bn1\.running_mean differs"),
+        (HalfTheGradient, "in training mode the gradient of its input differs from the known forward's"),
+        (InPlace, "it changes its input in place"),
+        (Float32, "in training mode its output differs"),
         (LegacyBasicBlock, "BatchNorm -> ReLU -> SE"),
         (lambda: LegacyBottleneck(norm=lambda c: nn.GroupNorm(2, c)), "its bn1: it is a GroupNorm"),
         (lambda: TimmBottleneck(se=max_squeeze), "its squeeze is 'avgmax'"),
@@ -279,9 +299,9 @@ def test_a_report_foretells():
     assert "legacy SE bottleneck" in text and "1 block: 1 can be fused" in text
 
 
-def test_every_form_is_reached():
+def test_every_known_block_is_reached():
     reached = {form for _, form, *_ in BLOCKS.values()} | {"legacy SE basic block"}
-    assert reached == set(FORMS)
+    assert reached == set(KNOWN_BLOCKS)
 
 
 # ------------------------------------------------------------------------------------------------ at call time

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import senet_fused
+from senet_fused import fusion
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(senet_fused.__file__).resolve().parent
@@ -33,24 +34,22 @@ PYTHON = {
     "flops": {"call", "torch_private"},
     "ops": {"backends", "call", "flops", "reference", "torch_private"},
     "functional": {"activations", "call", "flops", "ops", "reference", "select", "torch_private"},
-    "recognition": {"activations", "call", "functional", "ops", "reference", "torch_private"},
-    "conversion": {"recognition"},
-    "modules": {"activations", "call", "conversion", "functional", "recognition", "reference", "select"},
-    "tails": {"functional", "modules", "recognition", "select", "torch_private"},
-    "fusion": {"functional", "modules", "recognition", "select", "tails", "torch_private"},
-    "folding": {"fusion", "modules", "select", "tails", "torch_private"},
-    "senet_fused": {
-        "_version",
+    "parts": {"torch_private"},
+    "state_dicts": set(),
+    "modules": {"activations", "call", "functional", "parts", "reference", "select", "state_dicts"},
+    "fusion": {
         "activations",
-        "folding",
+        "call",
         "functional",
-        "fusion",
         "modules",
         "ops",
+        "parts",
         "reference",
         "select",
-        "tails",
+        "state_dicts",
+        "torch_private",
     },  # fmt: skip
+    "senet_fused": {"_version", "activations", "functional", "fusion", "modules", "ops", "reference", "select"},
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
@@ -71,14 +70,16 @@ PYTHON = {
     "fuse_check": {"senet_fused", "arguments", "bench"},
     "handwritten_digits": set(),
     "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
-    "models": {"senet_fused", "tails", "torch_private"},
+    "models": {"senet_fused", "parts", "torch_private"},
     "train": {"senet_fused", "arguments", "factories", "handwritten_digits", "machine", "models"},
     "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }
+# Imported upwards, when a function is called: FusedSE.from_module has fusion examine somebody's layer.
+UPWARDS = {("modules", "fusion")}
 CORE = (
     "_version", "activations", "call", "reference", "backends", "select", "flops", "ops", "functional",
-    "recognition", "conversion", "modules", "tails", "fusion", "folding", "torch_private", "senet_fused",
+    "parts", "state_dicts", "modules", "fusion", "torch_private", "senet_fused",
 )  # fmt: skip
 # Optional packages, imported by whoever uses them where they are used, so that --help works without.
 OPTIONAL = {
@@ -93,17 +94,14 @@ OF_TRITON = {
 
 # Files of csrc/ -> the local headers they may include. library -> host file -> {check, plan, kernel}.
 CPP = {
-    "library.cpp": {"cpu/host.h", "cpu/squeeze_excite.h", "cpu/tail.h"},
+    "library.cpp": {"cpu/host.h", "cpu/fused_se.h"},
     "check.h": {"plan/plan.h"},
     "plan/*": {"plan/plan.h", "plan/cuda_plan.h"},
-    "cpu/squeeze_excite.h": set(),
-    "cpu/squeeze_excite.cpp": {"cpu/squeeze_excite.h", "cpu/host.h", "cpu/schedule.h"},
-    "cpu/tail.h": set(),
-    "cpu/tail.cpp": {"cpu/tail.h", "cpu/host.h", "cpu/tail_schedule.h"},
+    "cpu/fused_se.h": set(),
+    "cpu/fused_se.cpp": {"cpu/fused_se.h", "cpu/host.h", "cpu/schedule.h"},
     "cpu/host.h": {"check.h", "cpu/layer.h"},
     "cpu/host.cpp": {"cpu/host.h"},
     "cpu/schedule.h": {"cpu/layer.h"},
-    "cpu/tail_schedule.h": {"cpu/layer.h"},
     "cpu/layer.h": {"cpu/kernels.h", "plan/plan.h"},
     "cpu/kernels.h": {"plan/plan.h"},
     "cpu/kernels.cpp": {"cpu/kernels.h", "cpu/kernel/*"},
@@ -125,8 +123,7 @@ CPP = {
     "cuda/prim/*": {"cuda/prim/*", "plan/plan.h"},
 }
 TORCH_HEADERS_IN = {
-    "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/squeeze_excite.h", "cpu/squeeze_excite.cpp",
-    "cpu/tail.h", "cpu/tail.cpp", "cuda/library.cpp",
+    "library.cpp", "check.h", "cpu/host.h", "cpu/host.cpp", "cpu/fused_se.h", "cpu/fused_se.cpp", "cuda/library.cpp",
     "cuda/squeeze_excite.h", "cuda/squeeze_excite.cpp", "cuda/tail.h", "cuda/tail.cpp", "cuda/arguments.h",
 }  # fmt: skip
 CUDA_HEADERS_IN = {"cuda/launch.cuh", "cuda/prim/port.cuh"}
@@ -174,8 +171,10 @@ def python_graph(package):
         inside = path.relative_to(package).parts
         name = package.name if inside == ("__init__.py",) else inside[0].removesuffix(".py")
         found = graph.setdefault(name, set())
-        found.update(filter(None, (component(what, package) for what, _ in imports(path, package))))
-        found.discard(name)
+        for what, late in imports(path, package):
+            other = component(what, package)
+            if other not in (None, name) and not (late and (name, other) in UPWARDS):
+                found.add(other)
     return graph
 
 
@@ -271,12 +270,10 @@ print(*sorted(set(sys.modules) - before))
     core = {f"senet_fused.{name}" for name in CORE} | {
         "senet_fused", "senet_fused._plan",
         *(f"senet_fused.backends.{name}" for name in ("codes", "cuda", "native", "synchronised", "tickets", "triton")),
-        *(f"senet_fused.recognition.{name}" for name in ("effects", "families", "proof", "recipe", "trial")),
-        *(f"senet_fused.folding.{name}" for name in ("batchnorm", "shortcuts", "trace")),
-        *(f"senet_fused.fusion.{name}" for name in ("blocks", "layer", "report")),
+        *(f"senet_fused.fusion.{path.stem}" for path in (PACKAGE / "fusion").glob("*.py")),
+        *(f"senet_fused.{name}" for name in fusion.earlier.NAMES),
         *(f"senet_fused.functional.{name}" for name in ("checks", "layer", "serve", "tail")),
         *(f"senet_fused.ops.{name}" for name in ("counts", "define", "earlier", "layout")),
-        "senet_fused.tails.module",
     }  # fmt: skip
     assert {name for name in new if name.startswith("senet_fused")} <= core
 
@@ -328,7 +325,7 @@ def test_cpp_includes():
 
 def test_the_scan_of_includes_finds_a_violation(tmp_path):
     for name, text in {
-        "library.cpp": '#include "cpu/squeeze_excite.h"\n#include "plan/plan.h"',
+        "library.cpp": '#include "cpu/fused_se.h"\n#include "plan/plan.h"',
         "plan/plan.cpp": '#include "plan.h"\n#include "../check.h"\n#include <torch/csrc/stable/tensor.h>',
         "cpu/kernel/scale.h": '#include "squeeze.h"\n  #  include <ATen/ATen.h>\n// #include "../schedule.h"',
         "check.h": "#include <torch/extension.h>\n#include <string>",

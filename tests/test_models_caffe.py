@@ -406,9 +406,9 @@ def test_files_that_are_none(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        assert "is no .npz of plain arrays" in refused(model, tmp_path / name), name
+        assert "is not an .npz of plain arrays" in refused(model, tmp_path / name), name
     np.save(tmp_path / "one.npy", np.ones(3))
-    assert "is no .npz of plain arrays" in refused(model, tmp_path / "one.npy")
+    assert "is not an .npz of plain arrays" in refused(model, tmp_path / "one.npy")
     with pytest.raises(FileNotFoundError):
         load_caffe(model, tmp_path / "nothing.npz")
 

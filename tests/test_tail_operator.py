@@ -366,9 +366,9 @@ BAD = {
     "pooled": ({"x": ones(2, C)}, ValueError, "one to three spatial dimensions", "[2, 8]"),
     "no positions": ({"x": ones(2, C, 0, 4)}, ValueError, "one spatial position", "[2, 8, 0, 4]"),
     "sparse": ({"x": ones(2, C, 3, 4).to_sparse()}, ValueError, "x must be a dense", "sparse_coo"),
-    "w1 alone": ({"w2": None}, ValueError, "w1 and w2 go together", "neither for none"),
-    "w2 alone": ({"w1": None}, ValueError, "w1 and w2 go together", "neither for none"),
-    "b1 alone": ({"w1": None, "w2": None}, ValueError, "b1 and b2 are biases of w1 and w2", "not there"),
+    "w1 alone": ({"w2": None}, ValueError, "w1 and w2 go together", "or neither"),
+    "w2 alone": ({"w1": None}, ValueError, "w1 and w2 go together", "or neither"),
+    "b1 alone": ({"w1": None, "w2": None}, ValueError, "b1 and b2 are biases of w1 and w2", "missing"),
     "w1 for others": ({"w1": ones(R, 5)}, ValueError, "x [2, 8, 3, 4] has 8 channels", "[2, 5]"),
     "w2 swapped": ({"w2": ones(R, C)}, ValueError, "w2 must be [C, R] = [8, 2]", "[2, 8]"),
     "b1 size": ({"b1": ones(C)}, ValueError, "b1 must be [2]", "[8]"),
@@ -384,7 +384,7 @@ BAD = {
     "factor with a gradient": ({"factor": ones(2).requires_grad_()}, ValueError, "factor gets no gradient", "detach()"),
     "no statistics": (
         {**EVALUATION, "running_mean": None, "running_var": None}, ValueError, "training=False normalises by",
-        "not there",
+        "missing",
     ),
     "group in evaluation": (
         {**EVALUATION, "group": SimpleNamespace(group_name="others")}, ValueError, "group is for training", "running"
@@ -449,7 +449,7 @@ def raw_arguments() -> dict[str, dict[str, object]]:
             "x": x, "weight": weight, "bias": bias, "statistics": statistics, **weights, "residual": residual,
             "factor": factor, **OPTIONS, **last, "y": torch.empty_like(x), "gate": gate, "saved": saved, "mask": mask,
         },
-        "sums": {
+        "gradient_sums": {
             "dy": dy, "x": x, "mask": mask, "weight": weight, "bias": bias, "statistics": statistics, "w1": w1,
             "w2": w2, "factor": factor, "gate": gate, "saved": saved, **OPTIONS, **last, "dweight": dweight,
             "dbias": dbias, "dpooled": dpooled, **{f"d{k}": torch.empty_like(t) for k, t in weights.items()},
@@ -462,7 +462,7 @@ def raw_arguments() -> dict[str, dict[str, object]]:
     }  # fmt: skip
 
 
-RAW = {name: getattr(torch.ops.senet_fused, f"_cpu_tail_{name}").default for name in raw_arguments()}
+RAW = {name: getattr(torch.ops.senet_fused, f"_cpu_{name}").default for name in raw_arguments()}
 TENSORS = [(e, name) for e, a in raw_arguments().items() for name, t in a.items() if isinstance(t, torch.Tensor)]
 
 
@@ -511,11 +511,11 @@ def test_wrong_tensors_in_cpp(entry, name):
         ("forward", ("w2",), "w1 and w2 go together"),
         ("forward", ("gate",), "w1, gate and saved go together"),
         ("forward", ("w1", "w2", "gate"), "w1, gate and saved go together"),
-        ("sums", ("saved",), "w1, gate, saved and dpooled go together"),
-        ("sums", ("dpooled",), "w1, gate, saved and dpooled go together"),
-        ("sums", ("dw1",), "dw1 and dw2 go together"),
-        ("sums", ("dw1", "dw2", "db1"), "dw1 and dw2 go together"),
-        ("sums", ("w1", "w2", "gate", "saved", "dpooled"), "dw1 and dw2 go together, need w1"),
+        ("gradient_sums", ("saved",), "w1, gate, saved and dpooled go together"),
+        ("gradient_sums", ("dpooled",), "w1, gate, saved and dpooled go together"),
+        ("gradient_sums", ("dw1",), "dw1 and dw2 go together"),
+        ("gradient_sums", ("dw1", "dw2", "db1"), "dw1 and dw2 go together"),
+        ("gradient_sums", ("w1", "w2", "gate", "saved", "dpooled"), "dw1 and dw2 go together, need w1"),
         ("gradient", ("gate",), "gate and dpooled go together"),
         ("gradient", ("mask",), "without post_act dresidual is dy"),
     ],
@@ -525,7 +525,7 @@ def test_what_goes_together_in_cpp(entry, absent, message):
         RAW[entry](*{**raw_arguments()[entry], **dict.fromkeys(absent)}.values())
 
 
-@pytest.mark.parametrize("entry", ["forward", "sums"])
+@pytest.mark.parametrize("entry", ["forward", "gradient_sums"])
 @pytest.mark.parametrize(
     ("name", "values"), [("act", (-1, 12, 2**40)), ("gate_fn", (-1, 12, 4)), ("relu", (-1, 2)), ("squeeze", (-1, 3))]
 )

@@ -3,8 +3,6 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
-#include <optional>
 #include <string>
 
 #include "../check.h"
@@ -56,14 +54,6 @@ inline Options options(int64_t act, double act_p0, int64_t gate, double gate_p0,
   check_codes(act, gate, squeeze, relu);
   return {static_cast<Function>(act),    act_p0,   static_cast<Function>(gate), gate_p0, gate_p1,
           static_cast<Squeeze>(squeeze), relu == 1};
-}
-
-template <class A>
-const A* optional_vector(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes,
-                         const Tensor& x) {
-  if (!t.has_value()) return nullptr;
-  check_dense(*t, name, sizes, Tables<A>::kType, x);
-  return static_cast<const A*>(t->const_data_ptr());
 }
 
 }  // namespace senet

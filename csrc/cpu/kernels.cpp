@@ -2,9 +2,9 @@
 #include "kernels.h"
 
 #include "kernel/excite.h"
+#include "kernel/moments.h"
 #include "kernel/scale.h"
 #include "kernel/squeeze.h"
-#include "kernel/tail.h"
 
 #define SENET_TEXT(x) #x
 #define SENET_NAME(x) SENET_TEXT(x)
@@ -15,10 +15,20 @@ namespace {
 
 template <class T>
 constexpr TensorKernels<Acc<T>> tensor_kernels() {
-  return {sum_planes<T>,       sum_pixels<T>,           peak_planes<T>,        peak_pixels<T>,  dot_planes<T>,
-          dot_pixels<T>,       scale<T, false>,         scale<T, true>,        apply<T, false>, apply<T, true>,
-          moments_planes<T>,   moments_pixels<T>,       tail<T, false>,        tail<T, true>,   tail_sums_planes<T>,
-          tail_sums_pixels<T>, tail_backward<T, false>, tail_backward<T, true>};
+  return {sum_planes<T>,
+          sum_pixels<T>,
+          peak_planes<T>,
+          peak_pixels<T>,
+          dot_planes<T>,
+          dot_pixels<T>,
+          moments_planes<T>,
+          moments_pixels<T>,
+          gradient_moments_planes<T>,
+          gradient_moments_pixels<T>,
+          scale<T, false>,
+          scale<T, true>,
+          gradient<T, false>,
+          gradient<T, true>};
 }
 template <class W>
 constexpr WeightKernels<Acc<W>> weight_kernels() {

@@ -11,9 +11,11 @@
 namespace senet {
 
 template <class A>
-struct ScaleArgs {  // (E4) for one sample
+struct ScaleArgs {  // (E4), with a norm in front (T3), for one sample
   const void* x;
-  const A* gate;         // [c]
+  const A* mean;         // [c] with a norm, else null
+  const A* scale;        // [c] the gate, of (T3) A
+  const A* shift;        // [c] of (T3) D, with a mean
   const void* residual;  // or null
   void* y;
   uint8_t* mask;  // of this sample, or null
@@ -31,34 +33,7 @@ struct DotArgs {  // (B1), (B2) for one sample
 };
 
 template <class A>
-struct ApplyArgs {  // (B6) for one sample
-  const void* g;
-  const uint8_t* mask;  // or null: g is masked already, or there is no post_act
-  const void* x;        // with a peak, else null
-  const A* gate;        // [c]
-  const A* shift;       // [c] what every position gets, with a peak those below it
-  const A* peak;        // [c] or null
-  const A* at_peak;     // [c] what the positions get that attain the peak
-  void* dx;
-  int64_t rows, columns;
-  bool stream;
-};
-
-template <class A>
-struct TailArgs {  // (T3) for one sample
-  const void* x;
-  const A* mean;         // [c]
-  const A* scale;        // [c]
-  const A* shift;        // [c]
-  const void* residual;  // or null
-  void* y;
-  uint8_t* mask;  // of this sample, or null
-  int64_t rows, columns;
-  bool relu, stream;
-};
-
-template <class A>
-struct TailSumsArgs {  // (T4) for one sample
+struct MomentArgs {  // (T4) for one sample
   const void* dy;
   const void* x;
   const uint8_t* mask;  // or null
@@ -68,15 +43,19 @@ struct TailSumsArgs {  // (T4) for one sample
   int64_t rows, columns;
 };
 
+// (B6), with a norm in front (T7), for one sample: dx = scale * g + what x adds + shift. x is read only for a slope or
+// a peak.
 template <class A>
-struct TailBackwardArgs {  // (T7) for one sample
+struct GradientArgs {
   const void* dy;
-  const uint8_t* mask;  // or null
+  const uint8_t* mask;  // or null: dy is masked already, or there is no post_act
   const void* x;
-  const A* mean;   // [c]
-  const A* scale;  // [c] of g
-  const A* slope;  // [c] of x - mean, or null
-  const A* shift;  // [c]
+  const A* scale;    // [c]
+  const A* shift;    // [c] what every position gets, with a peak those below it
+  const A* mean;     // [c] with a slope
+  const A* slope;    // [c] of x - mean, or null
+  const A* peak;     // [c] or null
+  const A* at_peak;  // [c] what the positions get that attain the peak
   void* dx;
   void* dresidual;  // where g goes, or null; with a mask
   int64_t rows, columns;
@@ -95,21 +74,18 @@ struct TensorKernels {
   // sum of g * x; the scratch of the pixel form holds 2 c values
   void (*dot_planes)(const DotArgs<A>& args, int64_t c0, int64_t c1, A* sum);
   void (*dot_pixels)(const DotArgs<A>& args, int64_t c0, int64_t c1, A* sum, A* scratch);
-  // the second sweeps, rows [r0, r1)
-  void (*scale_planes)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
-  void (*scale_pixels)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
-  void (*apply_planes)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
-  void (*apply_pixels)(const ApplyArgs<A>& args, int64_t r0, int64_t r1);
-  // block tails; the scratch of the pixel forms holds 2 c values
+  // the mean over m and the sum of squared deviations; the scratch of these pixel forms holds 2 c doubles
   void (*moments_planes)(const void* x, int64_t m, int64_t c0, int64_t c1, double* mean, A* squares);
   void (*moments_pixels)(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1, double* mean, A* squares,
                          double* scratch);
-  void (*tail_planes)(const TailArgs<A>& args, int64_t r0, int64_t r1);
-  void (*tail_pixels)(const TailArgs<A>& args, int64_t r0, int64_t r1);
-  void (*tail_sums_planes)(const TailSumsArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
-  void (*tail_sums_pixels)(const TailSumsArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
-  void (*tail_backward_planes)(const TailBackwardArgs<A>& args, int64_t r0, int64_t r1);
-  void (*tail_backward_pixels)(const TailBackwardArgs<A>& args, int64_t r0, int64_t r1);
+  // the sums of g and of g * (x - mean)
+  void (*gradient_moments_planes)(const MomentArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
+  void (*gradient_moments_pixels)(const MomentArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
+  // the second sweeps, rows [r0, r1)
+  void (*scale_planes)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
+  void (*scale_pixels)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
+  void (*gradient_planes)(const GradientArgs<A>& args, int64_t r0, int64_t r1);
+  void (*gradient_pixels)(const GradientArgs<A>& args, int64_t r0, int64_t r1);
 };
 
 // Small matrix products with weights of one type; every vector operand has a row stride of its own.

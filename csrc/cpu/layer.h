@@ -36,18 +36,25 @@ struct Options {
   bool relu;  // post_act
 };
 
-// What forward and backward have in common: sizes, kernels, the columns of `saved`.
+// What forward and backward have in common: sizes, kernels, the inputs that both read, the columns of `saved`.
 template <class A>
 struct Layer {
-  Problem problem;
+  Problem problem;  // r is 0 without a gate
   Options options;
   CpuPlan plan;
   ParallelFor parallel_for;
   const void* w1;
   const void* w2;
   const TensorKernels<A>* tensor;
-  const WeightKernels<A>* weight;
+  const WeightKernels<A>* products;
   const FunctionKernels<A>* function;
+  const char* x;
+  int64_t x_stride;
+  const A* statistics;  // [3, c]: mean, rstd, variance; null: there is no norm
+  const A* weight;      // [c] or null, of the norm
+  const A* bias;        // [c] or null, of the norm
+  const A* factor;      // [n] or null
+  const A* gate;        // [n, c] or null
 
   bool has_peak() const { return options.squeeze != Squeeze::avg; }
   int64_t saved_stride() const { return problem.c + problem.r + (has_peak() ? 2 * problem.c : 0); }
@@ -55,6 +62,11 @@ struct Layer {
   int64_t columns() const { return problem.channels_last ? problem.c : problem.m; }
   int64_t mask_bytes() const { return rows() * ((columns() + 7) / 8); }
   int64_t bytes(int64_t elements) const { return elements * problem.element_size; }
+  const char* sample(const char* t, int64_t n, int64_t stride) const { return t + bytes(n * stride); }
+  int64_t dense(int64_t n) const { return bytes(n * problem.c * problem.m); }  // where a sample of an output begins
+  const uint8_t* bits(const uint8_t* mask, int64_t n) const {
+    return mask != nullptr ? mask + n * mask_bytes() : nullptr;
+  }
 
   // f(sample, begin, end) for parts of [0, size) of every sample; parts begin at multiples of `step`. A second sweep
   // goes backwards, because what a thread has read last is the nearest.
@@ -98,20 +110,47 @@ struct Layer {
       parallel_over(parallel_for, problem.n, run);
   }
 
+  // The norm. Vectors of (T3) and (T7) are [n, c], or one row for all samples where these do not differ.
+
+  const A* mean() const { return statistics; }
+  const A* rstd() const { return statistics + problem.c; }
+  A slope(int64_t c) const { return weight != nullptr ? weight[c] * rstd()[c] : rstd()[c]; }
+  bool per_sample() const { return gate != nullptr || factor != nullptr; }
+  int64_t row(int64_t n) const { return per_sample() ? n * problem.c : 0; }
+
+  // What multiplies BatchNorm's output.
+  A branch(int64_t n, int64_t c) const {
+    return (gate != nullptr ? gate[n * problem.c + c] : A(1)) * (factor != nullptr ? factor[n] : A(1));
+  }
+
+  // A of (T3).
+  void scales(A* scale, int64_t c0, int64_t c1) const {
+    const int64_t samples = per_sample() ? problem.n : 1;
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t c = c0; c < c1; ++c) scale[row(n) + c] = slope(c) * branch(n, c);
+  }
+
+  // The squeeze of the norm's output, from xbar, the mean of x.
+  void pool(const A* xbar, int64_t stride, A* pooled, int64_t c0, int64_t c1) const {  // (T2)
+    for (int64_t n = 0; n < problem.n; ++n)
+      for (int64_t c = c0; c < c1; ++c)
+        pooled[n * problem.c + c] = slope(c) * (xbar[n * stride + c] - mean()[c]) + (bias != nullptr ? bias[c] : A(0));
+  }
+
   // The excitation, for samples [n0, n1) and a range of what each stage makes. pooled and preact have row strides.
 
   void reduce(const A* b1, const A* pooled, int64_t pooled_stride, A* preact, int64_t preact_stride, A* hidden,
               int64_t n0, int64_t n1, int64_t r0, int64_t r1) const {  // (E2)
     const Problem& p = problem;
-    weight->rows_dot(w1, b1, pooled + n0 * pooled_stride, pooled_stride, preact + n0 * preact_stride, preact_stride,
-                     n1 - n0, r0, r1, p.c);
+    products->rows_dot(w1, b1, pooled + n0 * pooled_stride, pooled_stride, preact + n0 * preact_stride, preact_stride,
+                       n1 - n0, r0, r1, p.c);
     for (int64_t n = n0; n < n1; ++n)
       function->apply(options.act, options.act_p0, 0, preact + n * preact_stride + r0, hidden + n * p.r + r0, r1 - r0);
   }
 
   void expand(const A* b2, const A* hidden, A* gate, int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {  // (E3)
     const Problem& p = problem;
-    weight->rows_dot(w2, b2, hidden + n0 * p.r, p.r, gate + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
+    products->rows_dot(w2, b2, hidden + n0 * p.r, p.r, gate + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
     for (int64_t n = n0; n < n1; ++n) {
       A* g = gate + n * p.c + c0;
       function->apply(options.gate, options.gate_p0, options.gate_p1, g, g, c1 - c0);
@@ -121,7 +160,7 @@ struct Layer {
   void expand_backward(const A* dlogit, const A* preact, int64_t preact_stride, A* dpreact, int64_t n0, int64_t n1,
                        int64_t r0, int64_t r1) const {  // (B4)
     const Problem& p = problem;
-    weight->columns_dot(w2, p.r, dlogit + n0 * p.c, p.c, dpreact + n0 * p.r, p.r, n1 - n0, r0, r1, p.c);
+    products->columns_dot(w2, p.r, dlogit + n0 * p.c, p.c, dpreact + n0 * p.r, p.r, n1 - n0, r0, r1, p.c);
     for (int64_t n = n0; n < n1; ++n) {
       A* d = dpreact + n * p.r + r0;
       function->backward(options.act, options.act_p0, 0, preact + n * preact_stride + r0, d, d, r1 - r0);
@@ -130,7 +169,7 @@ struct Layer {
 
   void reduce_backward(const A* dpreact, A* dpooled, int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {  // (B5)
     const Problem& p = problem;
-    weight->columns_dot(w1, p.c, dpreact + n0 * p.r, p.r, dpooled + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
+    products->columns_dot(w1, p.c, dpreact + n0 * p.r, p.r, dpooled + n0 * p.c, p.c, n1 - n0, c0, c1, p.r);
   }
 
   void weight_gradients(const A* dlogit, const A* dpreact, const A* pooled, int64_t pooled_stride, const A* preact,
@@ -147,10 +186,10 @@ struct Layer {
     if (db1 != nullptr) sum_over_samples(dpreact, p.r, db1);
     if (db2 != nullptr) sum_over_samples(dlogit, p.c, db2);
     const auto rows1 = [&](int64_t r0, int64_t r1) {
-      weight->outer_sum(dpreact, p.r, pooled, pooled_stride, dw1, p.n, r0, r1, p.c);
+      products->outer_sum(dpreact, p.r, pooled, pooled_stride, dw1, p.n, r0, r1, p.c);
     };
     const auto rows2 = [&](int64_t c0, int64_t c1) {
-      weight->outer_sum(dlogit, p.c, hidden.get(), p.r, dw2, p.n, c0, c1, p.r);
+      products->outer_sum(dlogit, p.c, hidden.get(), p.r, dw2, p.n, c0, c1, p.r);
     };
     if (plan.strategy == CpuStrategy::serial) {
       rows1(0, p.r);

@@ -1,22 +1,79 @@
-// The order of an SE layer's stages over samples and threads, for one plan.
+// The order of the stages over samples and threads, for one plan: senet_fused/reference.py, (E1) to (E4) and (B1) to
+// (B7); with a norm in front (T1) to (T7). Statistics of the batch need every sample, so with a norm all threads share
+// each stage, with a barrier behind it.
 #pragma once
+#include <cmath>
+
 #include "layer.h"
 
 namespace senet {
 
 // ------------------------------------------------------------------------------------------------ forward
 
+// (T1): xbar, and the statistics of the batch unless they are given.
+template <class A>
+struct Moments : Layer<A> {
+  A* xbar;  // [n, c] with this stride, or null
+  int64_t xbar_stride;
+  A* out;  // the statistics, or null: they are given
+  double eps;
+
+  // The means are doubles: of float means that are large, differences between samples would be rounding errors.
+  void merge(const double* means, const A* squares, int64_t c0, int64_t c1) const {
+    constexpr int64_t kChannels = 16;
+    const Problem& p = this->problem;
+    const double count = double(p.n) * double(p.m);
+    for (int64_t begin = c0; begin < c1; begin += kChannels) {
+      const int64_t channels = std::min(kChannels, c1 - begin);
+      double mean[kChannels] = {}, total[kChannels] = {};
+      for (int64_t n = 0; n < p.n; ++n)
+        for (int64_t i = 0; i < channels; ++i) mean[i] += means[n * p.c + begin + i];
+      for (int64_t i = 0; i < channels; ++i) mean[i] /= double(p.n);
+      for (int64_t n = 0; n < p.n; ++n)
+        for (int64_t i = 0; i < channels; ++i) {
+          const double d = means[n * p.c + begin + i] - mean[i];
+          total[i] += squares[n * p.c + begin + i] + double(p.m) * d * d;
+        }
+      for (int64_t i = 0; i < channels; ++i) {
+        A* of_channel = out + begin + i;
+        of_channel[0] = A(mean[i]);
+        of_channel[p.c] = A(1 / std::sqrt(total[i] / count + eps));
+        of_channel[2 * p.c] = A(count > 1 ? total[i] / (count - 1) : 0);
+      }
+    }
+  }
+
+  void run() const {
+    const Problem& p = this->problem;
+    const Scratch<double> means(p.n * p.c);
+    const Scratch<A> squares(p.n * p.c);
+    this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
+      const void* sample = this->sample(this->x, n, this->x_stride);
+      double* mean = means.get() + n * p.c;
+      if (p.channels_last) {
+        const Scratch<double> scratch(2 * p.c);
+        this->tensor->moments_pixels(sample, p.c, p.m, c0, c1, mean, squares.get() + n * p.c, scratch.get());
+      } else {
+        this->tensor->moments_planes(sample, p.m, c0, c1, mean, squares.get() + n * p.c);
+      }
+      if (xbar != nullptr)
+        for (int64_t c = c0; c < c1; ++c) xbar[n * xbar_stride + c] = A(mean[c]);
+    });
+    if (out != nullptr)
+      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { merge(means.get(), squares.get(), c0, c1); });
+  }
+};
+
+// (E1) to (E4); with a norm (T2) and (T3), after Moments.
 template <class A>
 struct Forward : Layer<A> {
-  const char* x;
-  int64_t x_stride;
   const A* b1;
   const A* b2;
   const char* residual;
   int64_t residual_stride;
   char* y;
-  A* gate;
-  A* saved;
+  A* gate_out;  // what `gate` points to
+  A* saved;     // with a norm its first columns, xbar, are there
   uint8_t* mask;
 
   A* pooled(int64_t n) const { return saved + n * this->saved_stride(); }
@@ -27,7 +84,7 @@ struct Forward : Layer<A> {
   void squeeze(int64_t n, int64_t c0, int64_t c1, A* scratch) const {  // (E1)
     const Problem& p = this->problem;
     const Squeeze kind = this->options.squeeze;
-    const void* sample = x + this->bytes(n * x_stride);
+    const void* sample = this->sample(this->x, n, this->x_stride);
     A* out = pooled(n);
     if (kind != Squeeze::avg) {
       if (p.channels_last)
@@ -48,82 +105,128 @@ struct Forward : Layer<A> {
       for (int64_t c = c0; c < c1; ++c) out[c] = A(0.5) * out[c] + A(0.5) * peak(n)[c];
   }
 
-  void reduce(int64_t n0, int64_t n1, int64_t r0, int64_t r1, A* hidden) const {  // (E2)
-    const int64_t stride = this->saved_stride();
-    Layer<A>::reduce(b1, pooled(0), stride, preact(0), stride, hidden, n0, n1, r0, r1);
+  // From the pooled values with this row stride.
+  void reduce(const A* pooled, int64_t stride, A* hidden, int64_t n0, int64_t n1, int64_t r0, int64_t r1) const {
+    Layer<A>::reduce(b1, pooled, stride, preact(0), this->saved_stride(), hidden, n0, n1, r0, r1);  // (E2)
   }
 
-  void expand(int64_t n0, int64_t n1, int64_t c0, int64_t c1, const A* hidden) const {  // (E3)
-    Layer<A>::expand(b2, hidden, gate, n0, n1, c0, c1);
+  void expand(const A* hidden, int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {  // (E3)
+    Layer<A>::expand(b2, hidden, gate_out, n0, n1, c0, c1);
   }
 
-  void scale(int64_t n, int64_t r0, int64_t r1) const {  // (E4)
-    const Problem& p = this->problem;
-    const ScaleArgs<A> args{x + this->bytes(n * x_stride),
-                            gate + n * p.c,
-                            residual != nullptr ? residual + this->bytes(n * residual_stride) : nullptr,
-                            y + this->bytes(n * p.c * p.m),
-                            mask != nullptr ? mask + n * this->mask_bytes() : nullptr,
+  // (E4), (T3). shifts: null without a norm.
+  void scale(int64_t n, int64_t r0, int64_t r1, const A* scales, const A* shifts) const {
+    const bool norm = this->statistics != nullptr;
+    const ScaleArgs<A> args{this->sample(this->x, n, this->x_stride),
+                            norm ? this->mean() : nullptr,
+                            scales + this->row(n),
+                            norm ? shifts + this->row(n) : nullptr,
+                            residual != nullptr ? this->sample(residual, n, residual_stride) : nullptr,
+                            y + this->dense(n),
+                            const_cast<uint8_t*>(this->bits(mask, n)),
                             this->rows(),
                             this->columns(),
                             this->options.relu,
                             this->plan.stream_stores};
-    (p.channels_last ? this->tensor->scale_pixels : this->tensor->scale_planes)(args, r0, r1);
+    (this->problem.channels_last ? this->tensor->scale_pixels : this->tensor->scale_planes)(args, r0, r1);
   }
 
   void run() const {
     const Problem& p = this->problem;
     const Scratch<A> hidden(p.n * p.r);
-    if (this->plan.strategy == CpuStrategy::phases) {
+    if (this->statistics != nullptr) {
+      run_with_norm(hidden.get());
+    } else if (this->plan.strategy == CpuStrategy::phases) {
       this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
         const Scratch<A> scratch(2 * p.c);
         squeeze(n, c0, c1, scratch.get());
       });
-      this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { reduce(0, p.n, r0, r1, hidden.get()); });
-      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { expand(0, p.n, c0, c1, hidden.get()); });
-      this->over_pieces(this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) { scale(n, r0, r1); });
-      return;
+      this->over_blocks(
+          p.r, [&](int64_t r0, int64_t r1) { reduce(saved, this->saved_stride(), hidden.get(), 0, p.n, r0, r1); });
+      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { expand(hidden.get(), 0, p.n, c0, c1); });
+      this->template over_pieces<true>(
+          this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) { scale(n, r0, r1, this->gate, nullptr); });
+    } else {
+      this->over_samples([&](int64_t n, A* scratch) { squeeze(n, 0, p.c, scratch); },
+                         [&](int64_t n0, int64_t n1) {
+                           reduce(saved, this->saved_stride(), hidden.get(), n0, n1, 0, p.r);
+                           expand(hidden.get(), n0, n1, 0, p.c);
+                         },
+                         [&](int64_t n) { scale(n, 0, this->rows(), this->gate, nullptr); });
     }
-    this->over_samples([&](int64_t n, A* scratch) { squeeze(n, 0, p.c, scratch); },
-                       [&](int64_t n0, int64_t n1) {
-                         reduce(n0, n1, 0, p.r, hidden.get());
-                         expand(n0, n1, 0, p.c, hidden.get());
-                       },
-                       [&](int64_t n) { scale(n, 0, this->rows()); });
+  }
+
+  void run_with_norm(A* hidden) const {
+    const Problem& p = this->problem;
+    const int64_t samples = this->per_sample() ? p.n : 1;
+    const Scratch<A> scales(samples * p.c), shifts(samples * p.c);
+    if (p.r > 0) {
+      const Scratch<A> pooled(p.n * p.c);
+      this->over_blocks(p.c,
+                        [&](int64_t c0, int64_t c1) { this->pool(saved, this->saved_stride(), pooled.get(), c0, c1); });
+      this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { reduce(pooled.get(), p.c, hidden, 0, p.n, r0, r1); });
+    }
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      if (p.r > 0) expand(hidden, 0, p.n, c0, c1);
+      this->scales(scales.get(), c0, c1);
+      for (int64_t n = 0; n < samples; ++n)
+        for (int64_t c = c0; c < c1; ++c)
+          shifts.get()[n * p.c + c] = this->bias != nullptr ? this->bias[c] * this->branch(n, c) : A(0);
+    });
+    this->template over_pieces<true>(
+        this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) { scale(n, r0, r1, scales.get(), shifts.get()); });
   }
 };
 
 // ------------------------------------------------------------------------------------------------ backward
 
+// What every stage of a backward reads.
 template <class A>
-struct Backward : Layer<A> {
+struct BackwardLayer : Layer<A> {
   const char* dy;
   int64_t dy_stride;
-  const A* dgate;  // what reaches the returned gate, or null
-  const char* x;
-  int64_t x_stride;
-  const A* gate;
   const A* saved;
   const uint8_t* mask;
-  char* dx;  // every output may be null
+
+  const A* pooled(int64_t n) const { return saved + n * this->saved_stride(); }
+  const A* preact(int64_t n) const { return pooled(n) + this->problem.c; }
+
+  // (B3), from dgate, in place.
+  void through_gate(int64_t n, int64_t c0, int64_t c1, A* dgate) const {
+    const int64_t at = n * this->problem.c + c0;
+    this->function->backward_from_output(this->options.gate, this->options.gate_p0, this->options.gate_p1,
+                                         this->gate + at, dgate + at, dgate + at, c1 - c0);
+  }
+
+  void expand(int64_t n0, int64_t n1, int64_t r0, int64_t r1, const A* dlogit, A* dpreact) const {  // (B4)
+    this->expand_backward(dlogit, preact(0), this->saved_stride(), dpreact, n0, n1, r0, r1);
+  }
+
+  void second_sweep(const GradientArgs<A>& args, int64_t r0, int64_t r1) const {  // (B6), (T7)
+    (this->problem.channels_last ? this->tensor->gradient_pixels : this->tensor->gradient_planes)(args, r0, r1);
+  }
+};
+
+// Without a norm: (B1) to (B7).
+template <class A>
+struct Backward : BackwardLayer<A> {
+  const A* dgate;  // what reaches the returned gate, or null
+  char* dx;        // every output may be null
   void* dw1;
   A* db1;
   void* dw2;
   A* db2;
   char* dresidual;
 
-  const A* pooled(int64_t n) const { return saved + n * this->saved_stride(); }
-  const A* preact(int64_t n) const { return pooled(n) + this->problem.c; }
-  const A* peak(int64_t n) const { return preact(n) + this->problem.r; }
+  const A* peak(int64_t n) const { return this->preact(n) + this->problem.r; }
   const A* ties(int64_t n) const { return peak(n) + this->problem.c; }
-  int64_t sample(int64_t n) const { return this->bytes(n * this->problem.c * this->problem.m); }
 
   void squeeze(int64_t n, int64_t c0, int64_t c1, A* dlogit, A* scratch) const {  // (B1), (B2), (B3)
     const Problem& p = this->problem;
-    const DotArgs<A> args{dy + this->bytes(n * dy_stride),
-                          x + this->bytes(n * x_stride),
-                          mask != nullptr ? mask + n * this->mask_bytes() : nullptr,
-                          dresidual != nullptr ? dresidual + sample(n) : nullptr,
+    const DotArgs<A> args{this->sample(this->dy, n, this->dy_stride),
+                          this->sample(this->x, n, this->x_stride),
+                          this->bits(this->mask, n),
+                          dresidual != nullptr ? dresidual + this->dense(n) : nullptr,
                           this->rows(),
                           this->columns()};
     A* out = dlogit + n * p.c;
@@ -133,12 +236,7 @@ struct Backward : Layer<A> {
       this->tensor->dot_planes(args, c0, c1, out);
     if (dgate != nullptr)
       for (int64_t c = c0; c < c1; ++c) out[c] += dgate[n * p.c + c];
-    this->function->backward_from_output(this->options.gate, this->options.gate_p0, this->options.gate_p1,
-                                         gate + n * p.c + c0, out + c0, out + c0, c1 - c0);
-  }
-
-  void expand(int64_t n0, int64_t n1, int64_t r0, int64_t r1, const A* dlogit, A* dpreact) const {  // (B4)
-    this->expand_backward(dlogit, preact(0), this->saved_stride(), dpreact, n0, n1, r0, r1);
+    this->through_gate(n, c0, c1, dlogit);
   }
 
   // (B5), and what each position of a channel gets from it: `at_peak` where the maximum is attained, else `shift`.
@@ -164,25 +262,23 @@ struct Backward : Layer<A> {
   }
 
   void apply(int64_t n, int64_t r0, int64_t r1, const A* shift, const A* at_peak) const {  // (B6)
-    const Problem& p = this->problem;
-    const bool masked_already = mask != nullptr && dresidual != nullptr;
-    const ApplyArgs<A> args{masked_already ? dresidual + sample(n) : dy + this->bytes(n * dy_stride),
-                            mask != nullptr && !masked_already ? mask + n * this->mask_bytes() : nullptr,
-                            this->has_peak() ? x + this->bytes(n * x_stride) : nullptr,
-                            gate + n * p.c,
-                            shift + n * p.c,
-                            this->has_peak() ? peak(n) : nullptr,
-                            at_peak + n * p.c,
-                            dx + sample(n),
-                            this->rows(),
-                            this->columns(),
-                            this->plan.stream_stores};
-    (p.channels_last ? this->tensor->apply_pixels : this->tensor->apply_planes)(args, r0, r1);
-  }
-
-  void weights(const A* dlogit, const A* dpreact) const {  // (B7)
-    const int64_t stride = this->saved_stride();
-    this->weight_gradients(dlogit, dpreact, pooled(0), stride, preact(0), stride, dw1, db1, dw2, db2);
+    const bool masked_already = this->mask != nullptr && dresidual != nullptr;
+    const int64_t row = n * this->problem.c;
+    GradientArgs<A> args{};
+    args.dy = masked_already ? dresidual + this->dense(n) : this->sample(this->dy, n, this->dy_stride);
+    args.mask = masked_already ? nullptr : this->bits(this->mask, n);
+    args.scale = this->gate + row;
+    args.shift = shift + row;
+    if (this->has_peak()) {
+      args.x = this->sample(this->x, n, this->x_stride);
+      args.peak = peak(n);
+      args.at_peak = at_peak + row;
+    }
+    args.dx = dx + this->dense(n);
+    args.rows = this->rows();
+    args.columns = this->columns();
+    args.stream = this->plan.stream_stores;
+    this->second_sweep(args, r0, r1);
   }
 
   void run() const {
@@ -195,24 +291,167 @@ struct Backward : Layer<A> {
         const Scratch<A> scratch(2 * p.c);
         squeeze(n, c0, c1, dlogit.get(), scratch.get());
       });
-      this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });
+      this->over_blocks(p.r,
+                        [&](int64_t r0, int64_t r1) { this->expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });
       if (into_x) {
         this->over_blocks(
             p.c, [&](int64_t c0, int64_t c1) { reduce(0, p.n, c0, c1, dpreact.get(), shift.get(), at_peak.get()); });
-        this->over_pieces(this->rows(), 1,
-                          [&](int64_t n, int64_t r0, int64_t r1) { apply(n, r0, r1, shift.get(), at_peak.get()); });
+        this->template over_pieces<true>(
+            this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) { apply(n, r0, r1, shift.get(), at_peak.get()); });
       }
     } else {
       this->over_samples([&](int64_t n, A* scratch) { squeeze(n, 0, p.c, dlogit.get(), scratch); },
                          [&](int64_t n0, int64_t n1) {
-                           expand(n0, n1, 0, p.r, dlogit.get(), dpreact.get());
+                           this->expand(n0, n1, 0, p.r, dlogit.get(), dpreact.get());
                            if (into_x) reduce(n0, n1, 0, p.c, dpreact.get(), shift.get(), at_peak.get());
                          },
                          [&](int64_t n) {
                            if (into_x) apply(n, 0, this->rows(), shift.get(), at_peak.get());
                          });
     }
-    if (dw1 != nullptr) weights(dlogit.get(), dpreact.get());
+    const int64_t stride = this->saved_stride();
+    if (dw1 != nullptr)
+      this->weight_gradients(dlogit.get(), dpreact.get(), this->pooled(0), stride, this->preact(0), stride, dw1, db1,
+                             dw2, db2);
+  }
+};
+
+// With a norm, first sweep: (T4), (T5), (B3) to (B5), (B7), (T6).
+template <class A>
+struct GradientSums : BackwardLayer<A> {
+  A* dweight;  // [c]
+  A* dbias;    // [c]
+  A* dpooled;  // [n, c], gated
+  void* dw1;   // these may be null
+  A* db1;
+  void* dw2;
+  A* db2;
+
+  // (T6), and the factors of (T4) before it. dlogit becomes dgate.
+  void finish(A* g0, A* g1, A* dlogit, int64_t c0, int64_t c1) const {
+    const Problem& p = this->problem;
+    for (int64_t n = 0; n < p.n; ++n) {
+      const A f = this->factor != nullptr ? this->factor[n] : A(1);
+      const int64_t at = n * p.c;
+      for (int64_t c = c0; c < c1; ++c) {
+        g0[at + c] *= f;
+        g1[at + c] *= f * this->rstd()[c];
+      }
+      if (this->gate == nullptr) continue;
+      for (int64_t c = c0; c < c1; ++c)  // (T5)
+        dlogit[at + c] = (this->weight != nullptr ? this->weight[c] : A(1)) * g1[at + c] +
+                         (this->bias != nullptr ? this->bias[c] * g0[at + c] : A(0));
+      this->through_gate(n, c0, c1, dlogit);
+    }
+  }
+
+  void reduce_samples(const A* g0, const A* g1, int64_t c0, int64_t c1) const {  // (T6)
+    constexpr int64_t kChannels = 16;
+    const Problem& p = this->problem;
+    for (int64_t begin = c0; begin < c1; begin += kChannels) {
+      const int64_t channels = std::min(kChannels, c1 - begin);
+      double of_weight[kChannels] = {}, of_bias[kChannels] = {};
+      for (int64_t n = 0; n < p.n; ++n) {
+        const int64_t at = n * p.c + begin;
+        for (int64_t i = 0; i < channels; ++i) {
+          const double gate = this->gate != nullptr ? this->gate[at + i] : A(1);
+          of_weight[i] += gate * g1[at + i];
+          of_bias[i] += gate * g0[at + i];
+        }
+        if (this->gate == nullptr) continue;
+        const A* xbar = this->pooled(n) + begin;
+        for (int64_t i = 0; i < channels; ++i) {
+          const double d = dpooled[at + i];
+          of_weight[i] += d * this->rstd()[begin + i] * (xbar[i] - this->mean()[begin + i]);
+          of_bias[i] += d;
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        dweight[begin + i] = A(of_weight[i]);
+        dbias[begin + i] = A(of_bias[i]);
+      }
+    }
+  }
+
+  void run() const {
+    const Problem& p = this->problem;
+    const int64_t stride = this->saved_stride();
+    const Scratch<A> g0(p.n * p.c), g1(p.n * p.c);
+    this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
+      const Scratch<double> scratch(p.channels_last ? 2 * p.c : 0);
+      const MomentArgs<A> args{this->sample(this->dy, n, this->dy_stride),
+                               this->sample(this->x, n, this->x_stride),
+                               this->bits(this->mask, n),
+                               this->mean(),
+                               g0.get() + n * p.c,
+                               g1.get() + n * p.c,
+                               this->rows(),
+                               this->columns()};
+      (p.channels_last ? this->tensor->gradient_moments_pixels : this->tensor->gradient_moments_planes)(args, c0, c1,
+                                                                                                        scratch.get());
+    });
+    const Scratch<A> dlogit(this->gate != nullptr ? p.n * p.c : 0), dpreact(p.n * p.r);
+    const Scratch<A> pooled(dw1 != nullptr ? p.n * p.c : 0);
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      finish(g0.get(), g1.get(), dlogit.get(), c0, c1);
+      if (dw1 != nullptr) this->pool(this->saved, stride, pooled.get(), c0, c1);
+    });
+    if (this->gate != nullptr)
+      this->over_blocks(p.r,
+                        [&](int64_t r0, int64_t r1) { this->expand(0, p.n, r0, r1, dlogit.get(), dpreact.get()); });
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      if (this->gate != nullptr) this->reduce_backward(dpreact.get(), dpooled, 0, p.n, c0, c1);
+      reduce_samples(g0.get(), g1.get(), c0, c1);
+    });
+    if (dw1 != nullptr)
+      this->weight_gradients(dlogit.get(), dpreact.get(), pooled.get(), p.c, this->preact(0), stride, dw1, db1, dw2,
+                             db2);
+  }
+};
+
+// With a norm, second sweep: (T7).
+template <class A>
+struct Gradient : BackwardLayer<A> {
+  const A* dweight;  // [c], of all processes
+  const A* dbias;
+  const A* dpooled;  // [n, c], gated
+  double count;      // m, of all processes; 0: the statistics were given
+  char* dx;
+  char* dresidual;  // or null
+
+  void run() const {
+    const Problem& p = this->problem;
+    const bool batch = count > 0;
+    const int64_t samples = this->per_sample() ? p.n : 1;
+    const Scratch<A> scale(samples * p.c), shift(samples * p.c), slope(p.c);
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      this->scales(scale.get(), c0, c1);
+      for (int64_t c = c0; c < c1; ++c)
+        slope.get()[c] = batch ? A(-double(this->slope(c)) * this->rstd()[c] * dweight[c] / count) : A(0);
+      for (int64_t n = 0; n < samples; ++n)
+        for (int64_t c = c0; c < c1; ++c) {
+          const double pooled = this->gate != nullptr ? dpooled[n * p.c + c] / double(p.m) : 0.0;
+          shift.get()[n * p.c + c] = A(this->slope(c) * (pooled - (batch ? dbias[c] / count : 0.0)));
+        }
+    });
+    this->template over_pieces<true>(this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) {
+      GradientArgs<A> args{};
+      args.dy = this->sample(this->dy, n, this->dy_stride);
+      args.mask = this->bits(this->mask, n);
+      args.scale = scale.get() + this->row(n);
+      args.shift = shift.get() + this->row(n);
+      if (batch) {
+        args.x = this->sample(this->x, n, this->x_stride);
+        args.mean = this->mean();
+        args.slope = slope.get();
+      }
+      args.dx = dx + this->dense(n);
+      args.dresidual = dresidual != nullptr ? dresidual + this->dense(n) : nullptr;
+      args.rows = this->rows();
+      args.columns = this->columns();
+      args.stream = this->plan.stream_stores;
+      this->second_sweep(args, r0, r1);
+    });
   }
 };
 

@@ -22,7 +22,7 @@ _DTYPES = {
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine at all, and why (not)."""
+    """Whether a backend can run on this machine, and why (not)."""
 
     name: str
     available: bool

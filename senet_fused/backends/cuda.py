@@ -57,7 +57,7 @@ def _load() -> str | None:
     try:
         _operators["cuda"] = _operators_of("_cuda")
     except AttributeError as error:
-        return f"the CUDA library is of an earlier build of this package: {error} (build it again)"
+        return f"the CUDA library is from an earlier build of this package: {error} (build it again)"
     return None
 
 
@@ -100,7 +100,7 @@ def covers(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= (major, minor)
 
 
-# torch.compile may meet it while it traces; what it says does not change.
+# Called while torch.compile traces; the answer does not change.
 @constant_under_compile
 def problem(device_type: str = "cuda") -> str | None:
     """Why the kernels cannot run on tensors of this device type here; None if they can."""
@@ -120,7 +120,7 @@ def _gpu_problem() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     problems = [_device_problem(number) for number in range(torch.cuda.device_count())]
-    if all(problems):  # a GPU that it does not serve may stand beside one that it does
+    if all(problems):  # one GPU that can be served is enough
         return problems[0]
     return torch.ops.senet_fused._cuda_driver_problem() or None
 
@@ -147,7 +147,7 @@ class Problem(NamedTuple):
     """One direction of one SE layer or block tail: the arguments of the planner's ``CudaProblem``, squeeze and norm by
     their names.
 
-    n: samples, which decide about nothing but whether stores are marked as not wanted soon. element_size, weight_size:
+    n: samples; they decide only whether stores are marked as not needed soon. element_size, weight_size:
     bytes of an element of x and of a weight. residual: read forward, its gradient written backward. norm: "" for an SE
     layer, for a block tail "batch" or "given", by where its statistics are from. reduced: 0 for a tail without a gate.
     """
@@ -178,7 +178,7 @@ def facts_of_h200() -> Any:
 
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> Any:
-    """What the planner wants to know of a device; an H200's facts for the CPU.
+    """The planner's facts of a device; an H200's for the CPU.
 
     Raises:
         RuntimeError: a GPU for which the library has no code.
@@ -246,7 +246,7 @@ def _recipe(
     kept: bool,
     gate: bool,
 ) -> Recipe:
-    """The recipe of a call; the arguments are flat because hashing them is most of what a call that was seen costs."""
+    """The recipe of a call; the arguments are flat because hashing them is most of the cost of a cached call."""
     problem = Problem(
         n, channels, reduced, positions, element_size, weight_size, channels_last, squeeze, relu, residual, backward
     )
@@ -368,7 +368,7 @@ def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool
     x = call.x
     operator = _operator(x, 3)
     dx, dweight, dbias, *dweights, dresidual = gradients
-    # Without a second sweep the other processes have nothing to say about the parameters.
+    # Without a second sweep the parameters' gradients do not depend on the other processes.
     shared = call.norm == "batch" and call.group and not (dx is None and dresidual is None)
     if shared:
         dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))

@@ -28,7 +28,7 @@ def _load() -> str | None:
         return f"the compiled library does not load: {error}"
     try:
         torch.ops.senet_fused._cpu_instruction_set()
-    except RuntimeError as error:  # SENET_FUSED_ISA asks for what this CPU or this build has not
+    except RuntimeError as error:  # SENET_FUSED_ISA names a set that this CPU or this build does not have
         return str(error).splitlines()[0].rpartition("senet_fused: ")[2]
     return None
 
@@ -54,60 +54,47 @@ def instruction_set() -> str:
 
 def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
     """Fills the outputs by the C++ kernels; None is not kept, y must be there."""
-    if call.norm:
-        _tail_forward(call, outputs, channels_last)
-        return
-    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
-    y, _, gate, saved, mask = outputs
-    torch.ops.senet_fused._cpu_forward.default(
-        call.x, call.w1, call.b1, call.w2, call.b2, call.residual, *codes, channels_last,
-        y, gate, saved, mask,
+    library, (y, statistics, gate, saved, mask) = torch.ops.senet_fused, outputs
+    if call.norm:  # (T1)
+        batch = call.norm == "batch"
+        if not batch:
+            statistics[0].copy_(call.mean)
+            statistics[2].copy_(call.var)
+            torch.add(statistics[2], call.eps, out=statistics[1]).rsqrt_()
+        if batch or saved is not None:
+            library._cpu_moments.default(call.x, call.eps, channels_last, saved, statistics if batch else None)
+        if batch and call.group:
+            merge_statistics(statistics, call)
+    library._cpu_forward.default(
+        call.x, call.weight, call.bias, statistics, call.w1, call.b1, call.w2, call.b2, call.residual, call.factor,
+        *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), channels_last, y, gate, saved, mask,
     )  # fmt: skip
 
 
 def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
     """Fills the gradients by the C++ kernels; None where one is not wanted."""
     if call.norm:
-        _tail_backward(call, gradients, channels_last)
+        _backward_of_norm(call, gradients, channels_last)
         return
-    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     dx, _, _, dw1, db1, dw2, db2, dresidual = gradients
     torch.ops.senet_fused._cpu_backward.default(
-        call.dy, call.dgate, call.x, call.w1, call.w2, call.gate, call.saved, call.mask, *codes,
-        channels_last, dx, dw1, db1, dw2, db2, dresidual,
+        call.dy, call.dgate, call.x, call.w1, call.w2, call.gate, call.saved, call.mask,
+        *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), channels_last,
+        dx, dw1, db1, dw2, db2, dresidual,
     )  # fmt: skip
 
 
-def _tail_forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
-    """(T1) to (T3)."""
-    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
-    library, (y, statistics, gate, saved, mask) = torch.ops.senet_fused, outputs
-    batch = call.norm == "batch"
-    if not batch:
-        statistics[0].copy_(call.mean)
-        statistics[2].copy_(call.var)
-        torch.add(statistics[2], call.eps, out=statistics[1]).rsqrt_()
-    if batch or saved is not None:
-        library._cpu_tail_moments.default(call.x, call.eps, channels_last, saved, statistics if batch else None)
-    if batch and call.group:
-        merge_statistics(statistics, call)
-    library._cpu_tail_forward.default(
-        call.x, call.weight, call.bias, statistics, call.w1, call.b1, call.w2, call.b2, call.residual, call.factor,
-        *codes, channels_last, y, gate, saved, mask,
-    )  # fmt: skip
-
-
-def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
+def _backward_of_norm(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
     """(T4) to (T7)."""
-    codes = codes_of(call.act, call.gate_fn, call.squeeze, call.post_act)
     library = torch.ops.senet_fused
     dx, dweight, dbias, *dweights, dresidual = gradients
-    # (T7) needs them in any case.
+    # (T7) always needs them.
     dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))
     dpooled = None if call.gate is None else torch.empty_like(call.gate)
-    library._cpu_tail_sums.default(
+    library._cpu_gradient_sums.default(
         call.dy, call.x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
-        call.saved, *codes, channels_last, dweight, dbias, dpooled, *dweights,
+        call.saved, *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), channels_last, dweight, dbias,
+        dpooled, *dweights,
     )  # fmt: skip
     if dx is None and dresidual is None:
         return
@@ -115,7 +102,7 @@ def _tail_backward(call: GradientCall, gradients: Gradients, channels_last: bool
     count = float(values_per_channel(call.x)) if batch else 0.0
     if batch and call.group:  # a process without samples takes part
         count, (dweight, dbias) = 1.0, share_sums(dweight, dbias, call)
-    library._cpu_tail_gradient.default(
+    library._cpu_gradient.default(
         call.dy, call.x, call.mask, call.weight, call.statistics, call.factor, call.gate, dweight, dbias, dpooled,
         count, channels_last, torch.empty_like(call.x) if dx is None else dx, dresidual,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Counters in GPU memory, by which the last block of a group of samples knows that it is the last."""
+"""Counters in GPU memory: the block that counts last in a group of samples sums the group's shares."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Tickets", "tickets_for"]
 
 
 class Tickets:
-    """Counters for the "last_block" strategy on one device: at zero before a kernel takes them, and after it.
+    """Counters for the "last_block" strategy on one device: zero before and after each kernel that uses them.
 
-    Calls in one stream follow each other, so each stream has its own counters and uses them again and again. A graph
-    may be replayed in any stream: each call in it gets counters that nobody else ever gets. When they run out, and in
-    a graph that is captured before any call was made, a call gets fresh ones, which a kernel more has to clear.
+    Calls in one stream are ordered, so each stream reuses counters of its own. A graph may be replayed in any stream:
+    each call in it gets counters that no other call gets. When they run out, and in a graph that is captured before
+    any other call, a call gets fresh ones, which take one more kernel to clear.
     """
 
     SIZE = 1 << 20

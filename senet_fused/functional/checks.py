@@ -1,4 +1,4 @@
-"""What a call has to be: every check of the public functions, with its message."""
+"""The checks of the public functions' arguments, with their messages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["check_functions", "check_input", "check_layer", "check_residual", "c
 
 
 def checked(check: Callable[..., None], *arguments: Any) -> None:
-    """Runs a check, without TorchScript's tracer warning of sizes that Python compares, for these comparisons
-    are no part of the result."""
+    """Runs a check, without the warnings of TorchScript's tracer about comparisons of sizes, on which the result does
+    not depend."""
     if torch.compiler.is_compiling() or not torch_private.is_tracing():
         check(*arguments)
         return
@@ -41,7 +41,7 @@ def check_layer(call: Call) -> None:
 
 
 def check_functions(act: Activation, gate: Activation) -> None:
-    """Raises ValueError unless these are functions for their places."""
+    """Raises ValueError unless act and gate are supported as such."""
     if act.name not in ACT_NAMES:
         raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
     if gate.name not in GATE_NAMES:
@@ -59,11 +59,11 @@ def check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | No
     check_input(x)
     samples, channels = x.shape[:2]
     if (w1 is None) != (w2 is None):
-        raise ValueError("w1 and w2 go together: give both for a gate, neither for none")
+        raise ValueError("w1 and w2 go together: pass both for a gate, or neither")
     if w1 is not None:
         _check_weights(call)
     elif call.b1 is not None or call.b2 is not None:
-        raise ValueError("b1 and b2 are biases of w1 and w2, which are not there")
+        raise ValueError("b1 and b2 are biases of w1 and w2, which are missing")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together")
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": call.weight, "bias": call.bias}
@@ -83,9 +83,9 @@ def check_tail(call: Call, running_mean: Tensor | None, running_var: Tensor | No
         raise ValueError("factor gets no gradient: pass factor.detach()")
     if call.norm == "given":
         if running_mean is None:
-            raise ValueError("training=False normalises by running_mean and running_var, which are not there")
+            raise ValueError("training=False normalises by running_mean and running_var, which are missing")
         if call.group:
-            raise ValueError("group is for training: in evaluation the running statistics are used")
+            raise ValueError("group is for training only: evaluation uses the running statistics")
     elif samples * math.prod(x.shape[2:]) <= 1 and not call.group:
         values = "no value" if samples == 0 else "a single value"
         raise ValueError(

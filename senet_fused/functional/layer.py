@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -16,6 +18,54 @@ __all__ = ["Function", "excitation", "squeeze_excite"]
 Function = str | Activation | nn.Module | type[nn.Module]
 
 
+@overload
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    backend: str | None = None,
+    return_gate: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    backend: str | None = None,
+    return_gate: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    act: Function = "relu",
+    gate: Function = "sigmoid",
+    squeeze: str = "avg",
+    residual: Tensor | None = None,
+    post_act: str | None = None,
+    backend: str | None = None,
+    return_gate: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def squeeze_excite(
     x: Tensor,
     w1: Tensor,
@@ -46,7 +96,7 @@ def squeeze_excite(
         b1, b2: [R] and [C], or None.
         act: function between the two layers: identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, tanh or
             sigmoid; a name, a torch.nn module (class or instance) or a :class:`senet_fused.Activation`.
-        gate: function behind the second layer, likewise: sigmoid, hardsigmoid, tanh, relu or identity.
+        gate: function after the second layer, likewise: sigmoid, hardsigmoid, tanh, relu or identity.
         squeeze: "avg"; "max" (torch.amax: ties share the gradient evenly); "avgmax", half of each (timm's add_maxpool).
         residual: a tensor of x's shape, added to the scaled x; None adds nothing.
         post_act: "relu" or None, applied last.
@@ -63,7 +113,7 @@ def squeeze_excite(
 
     Raises:
         ValueError: a shape, name or memory layout that does not fit; the message says what was expected.
-        TypeError: an argument that is no tensor, or not floating point.
+        TypeError: an argument that is not a tensor, or not floating point.
         BackendUnavailableError: the named backend cannot serve this call.
     """
     act, gate = Activation.of(act), Activation.of(gate)
@@ -80,7 +130,10 @@ def squeeze_excite(
         post_act or "", "",
     )  # fmt: skip
     outputs = serve(call, route(x, backend) if isinstance(x, Tensor) else "reference", return_gate)
-    return (outputs.y, outputs.gate) if return_gate else outputs.y
+    if not return_gate:
+        return outputs.y
+    assert outputs.gate is not None
+    return outputs.y, outputs.gate
 
 
 def excitation(
@@ -120,4 +173,6 @@ def excitation(
     checked(check_input, x)
     pooled = reference.pool(x, squeeze)[..., None]
     call = Call(pooled, None, None, None, None, w1, b1, w2, b2, None, None, 0.0, "", act.spec, gate.spec, "avg", "", "")
-    return serve(call, route(x, backend), True).gate
+    of_x = serve(call, route(x, backend), True).gate
+    assert of_x is not None
+    return of_x

@@ -1,4 +1,4 @@
-"""From a checked call to its outputs: which backend serves it, and which way into that backend's operator."""
+"""From a checked call to its outputs: which backend serves it, and by which entry of its operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 def route(x: Tensor, backend: str | None) -> str:
     """The backend that serves an SE layer's call with x now.
 
-    It is "reference", whatever is named, where the call is seen by something that wants PyTorch's own operators: ONNX
+    It is "reference", whatever is named, where something needs PyTorch's own operators: ONNX
     export, TorchScript's tracer, torch.func's transforms and forward-mode differentiation. Raises as :func:`explain`.
     """
     compiling = torch.compiler.is_compiling()
@@ -40,7 +40,7 @@ def tail_route(x: Tensor, backend: str | None) -> str:
 # torch.compile enters transforms while it traces, so the answer is right, and guards on those that are outside.
 @torch_private.constant_under_compile
 def needs_plain_operators() -> bool:
-    """Whether the call is seen by something that wants PyTorch's own operators, which the reference is made of.
+    """Whether something needs PyTorch's own operators, which the reference is made of.
 
     TorchScript's tracer, torch.func's transforms (an operator's ``register_autograd`` has no torch.func.grad) and
     forward-mode differentiation (dual tensors would lose their tangents in a kernel).
@@ -51,7 +51,7 @@ def needs_plain_operators() -> bool:
 def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
     """Which backend would serve ``squeeze_excite(x, ..., backend=backend)``, and why (``.backend``, ``.reason``).
 
-    Whether a layer calls the function, or its children in place of it, :func:`senet_fused.fuse_report` says.
+    :func:`senet_fused.fuse_report` says whether a layer calls the function or its submodules instead.
 
     Raises:
         ValueError: an unknown backend name.
@@ -63,7 +63,7 @@ def explain(x: Tensor, *, backend: str | None = None) -> select.Choice:
 def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
     """The outputs of a call by the backend that :func:`route` has chosen; an SE layer's call is checked here.
 
-    y has eager PyTorch's dtype and memory layout. The gate is there if it is wanted.
+    y has eager PyTorch's dtype and memory layout. With want_gate the gate is not None.
     """
     if not call.norm:
         if chosen == "cpu" and not torch.is_grad_enabled():
@@ -84,7 +84,8 @@ def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
         wider = torch.promote_types(x.dtype, residual.dtype)
         call = call._replace(x=x.to(wider), residual=residual.to(wider))
     plain, save = not (compiling or in_dispatch_modes()), False
-    for t in call[:TENSORS] if call.norm else (x, call.w1, call.b1, call.w2, call.b2, residual):
+    tensors: tuple[Tensor | None, ...] = (x, call.w1, call.b1, call.w2, call.b2, residual)
+    for t in call[:TENSORS] if call.norm else tensors:
         if t is not None:
             save = save or t.requires_grad
             plain = plain and type(t) in PLAIN_TYPES
@@ -96,7 +97,7 @@ def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
         outputs = operator.eager(call)
     else:
         outputs = operator.infer(call, want_gate)
-    if narrow is not None and want_gate:
+    if narrow is not None and want_gate and outputs.gate is not None:
         outputs = outputs._replace(gate=outputs.gate.to(narrow))
     if not x.is_contiguous() and ops.layout_of(x) is None:
         # empty_like keeps the order of x's strides, as x * gate does.
@@ -105,11 +106,11 @@ def serve(call: Call, chosen: str, want_gate: bool = False) -> Outputs:
 
 
 def _serve_at_once(call: Call, want_gate: bool) -> Outputs | None:
-    """A float32 call of an SE layer on the CPU in eager mode, without gradients, or None if it has to go the long way.
+    """A float32 call of an SE layer on the CPU in eager mode, without gradients, or None if it needs the general path.
 
     A small layer's time is the host's, and within a network the caches hold little of the code that runs between two
-    large convolutions: this is the least code that leads to the kernels. They check sizes, dtypes and memory, and what
-    they refuse goes the long way, to be converted or to get its message.
+    large convolutions: this is the shortest path to the kernels. They check sizes, dtypes and memory, and what
+    they refuse takes the general path, which converts it or raises the right error.
     """
     x = call.x
     for t in (x, call.w1, call.w2, call.b1, call.b2):

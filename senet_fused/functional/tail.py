@@ -53,7 +53,7 @@ def block_tail(
 
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         z = z * sigmoid(linear(relu(linear(z.mean(spatial_dims), w1, b1)), w2, b2))[:, :, None, None]  # with w1 and w2
-        y = relu(z * factor[:, None, None, None] + residual)    # what there is of factor, residual and post_act="relu"
+        y = relu(z * factor[:, None, None, None] + residual)    # with factor, residual and post_act="relu" as given
 
     Args:
         x: [N, C, *spatial] with one to three spatial dimensions; float64, float32, bfloat16 or float16. Contiguous and
@@ -66,7 +66,7 @@ def block_tail(
         momentum, eps: as F.batch_norm's.
         residual: a tensor of x's shape that is added, or None.
         post_act: "relu" or None, applied last.
-        factor: [N], what multiplies each sample's branch before the residual is added (stochastic depth), or None. It
+        factor: [N], multiplies each sample's branch before the residual is added (stochastic depth), or None. It
             gets no gradient.
         group: processes whose samples share the statistics in training (synchronised BatchNorm), None for this one
             alone. All of them have to make the same calls.
@@ -79,7 +79,7 @@ def block_tail(
     Raises:
         ValueError: a shape, name or memory layout that does not fit, running statistics that are missing, or a single
             value per channel in training; the message says what was expected.
-        TypeError: an argument that is no tensor, or not floating point.
+        TypeError: an argument that is not a tensor, or not floating point.
         BackendUnavailableError: the named backend cannot serve this call.
     """
     act, gate = Activation.of(act), Activation.of(gate)
@@ -98,7 +98,7 @@ def block_tail(
     )  # fmt: skip
     checked(check_tail, call, running_mean, running_var)
     y, statistics, *_ = serve(call, tail_route(x, backend))
-    if training and running_mean is not None:
+    if training and running_mean is not None and running_var is not None and statistics is not None:
         at_once = x.is_cuda and not torch.compiler.is_compiling()
         _track(running_mean, running_var, statistics, momentum, at_once)
     return y

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .. import select
 from ..functional import route
 from ..modules import RecordsGates
-from ..recognition import OWN_ATTRIBUTES, Recipe, Unsuited
+from ..parts import OWN_ATTRIBUTES
+from .recipe import GATE_FORMS, Recipe
+from .trial import CannotFuseError
 
 __all__ = [
-    "GATE_FORMS", "Exchanged", "FusedLayer", "Fusion", "alteration", "attach", "check_detachable", "detach",
-    "fused_class", "is_fused", "original_class", "slower",
+    "FusedLayer", "FusedModule", "Fusion", "alteration", "check_revertible", "class_before", "convert", "fused_class",
+    "is_fused", "is_slower", "original_class", "revert",
 ]  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class Fusion(NamedTuple):
     verified: bool
 
 
-class Exchanged:
+class FusedModule:
     """The part of an exchanged class that is the same for layers and blocks: what it carries, and how it pickles."""
 
     _senet_fused: Any = None  # of a new object of this class, which nothing is known of
@@ -53,11 +55,11 @@ class Exchanged:
         return (_restore, (original, type(self).__bases__[0]), state, *rest)
 
 
-class FusedLayer(Exchanged, RecordsGates):
+class FusedLayer(FusedModule, RecordsGates):
     """The part of a fused layer's class that runs squeeze_excite in place of the original forward.
 
     The original forward runs instead where it could tell the difference or is faster: where the layer or a part of
-    it is not what it was (``Recipe.weights`` says why), for an input it was not read for (``Recipe.mismatch``), where
+    it is not what it was (``Recipe.weights`` says why), for an input it was not read for (``Recipe.accepts``), where
     "auto" runs PyTorch's own operators: under torch.compile and torch.export, TorchScript's tracer, torch.func,
     forward-mode differentiation, and where there are no kernels.
     """
@@ -70,9 +72,9 @@ class FusedLayer(Exchanged, RecordsGates):
         x = recipe.input_of(args, kwargs)
         weights = None
         recording = self._senet_captured is not None
-        if recipe.form in GATE_FORMS and not recording and isinstance(x, Tensor) and slower(backend, x.device.type):
+        if recipe.form in GATE_FORMS and not recording and isinstance(x, Tensor) and is_slower(backend, x.device.type):
             return super().forward(*args, **kwargs)
-        if x is not None and original.forward is proven and recipe.mismatch(x) is None:
+        if x is not None and original.forward is proven and recipe.accepts(x):
             weights = recipe.weights(self)
         if not isinstance(weights, tuple):
             if recording and not torch.compiler.is_compiling():
@@ -90,10 +92,7 @@ class FusedLayer(Exchanged, RecordsGates):
         return y
 
 
-GATE_FORMS = ("gate", "flat_gate")
-
-
-def slower(backend: str | None, device_type: str) -> bool:
+def is_slower(backend: str | None, device_type: str) -> bool:
     """Whether a gate alone is known to be made faster by the original, PyTorch's own four operators: on a CPU.
 
     Measured with torch 2.13, 2 cores of a Zen 4, float32, both layouts, nn.Linear inside: for C = 64 at 14x14 and 256
@@ -102,31 +101,31 @@ def slower(backend: str | None, device_type: str) -> bool:
     return device_type == "cpu" and select.requested(backend)[0] == "auto"
 
 
-_classes: dict[tuple[type[nn.Module], type[Exchanged]], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], type[FusedModule]], type[nn.Module]] = {}
 
 
-def fused_class(original: type[nn.Module], mixin: type[Exchanged] = FusedLayer) -> type[nn.Module]:
+def fused_class(original: type[nn.Module], mixin: type[FusedModule] = FusedLayer) -> type[nn.Module]:
     """The subclass of both the mixin and a layer's class, made at the first call.
 
     Raises:
-        Unsuited: there can be none; or the class pickles in a way of its own, which the subclass would not.
+        CannotFuseError: there can be none; or the class pickles in a way of its own, which the subclass would not.
     """
     if issubclass(original, mixin):
         return original  # of an object that was made from a fused layer's class
     if (original, mixin) not in _classes:
         if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
-            raise Unsuited("its class has a __reduce__ of its own")
+            raise CannotFuseError("its class has a __reduce__ of its own")
         members = {"__module__": __name__, "__doc__": original.__doc__}
         try:
             kind = type(original)(f"Fused{original.__name__}", (mixin, original), members)
         except Exception as error:
-            raise Unsuited(f"its class cannot be subclassed: {error}") from error
+            raise CannotFuseError(f"its class cannot be subclassed: {error}") from error
         _pin(kind, mixin, original)
         _classes.setdefault((original, mixin), kind)
     return _classes[original, mixin]
 
 
-def _pin(kind: type[nn.Module], mixin: type[Exchanged], original: type[nn.Module]) -> None:
+def _pin(kind: type[nn.Module], mixin: type[FusedModule], original: type[nn.Module]) -> None:
     """Remembers the original's forward as the one that is proven, and gives kind a forward with its signature."""
     kind._senet_original = (original, original.forward)
     f = mixin.forward
@@ -138,7 +137,7 @@ def _pin(kind: type[nn.Module], mixin: type[Exchanged], original: type[nn.Module
 def original_class(layer: nn.Module) -> type[nn.Module] | None:
     """The class that a fused layer had before; None if it is not fused, or its class has been changed since."""
     kind = type(layer)
-    if not isinstance(layer, Exchanged) or layer._senet_fused is None or len(kind.__bases__) != 2:
+    if not isinstance(layer, FusedModule) or layer._senet_fused is None or len(kind.__bases__) != 2:
         return None
     mixin, original = kind.__bases__
     return original if _classes.get((original, mixin)) is kind else None
@@ -149,15 +148,22 @@ def is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedLayer) and layer._senet_fused is not None
 
 
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a fused one that which it had before."""
+    kind = type(module)
+    return getattr(kind, "_senet_original", (None,))[0] or kind
+
+
 def alteration(layer: nn.Module) -> str | None:
     """Why a fused layer's original forward runs whatever its input; None if it does not."""
     original, proven = layer._senet_original
     if original.forward is not proven:
         return f"the forward of {original.__name__} has been replaced since"
-    return layer._senet_fused.recipe.alteration(layer)
+    weights = layer._senet_fused.recipe.weights(layer)
+    return weights if isinstance(weights, str) else None
 
 
-def attach(layer: nn.Module, fusion: Any, mixin: type[Exchanged] = FusedLayer) -> None:
+def convert(layer: nn.Module, fusion: Any, mixin: type[FusedModule] = FusedLayer) -> None:
     """Makes the layer a fused one, in place."""
     original = type(layer)
     kind = fused_class(original, mixin)
@@ -168,7 +174,7 @@ def attach(layer: nn.Module, fusion: Any, mixin: type[Exchanged] = FusedLayer) -
     layer.__dict__.update(dict.fromkeys(OWN_ATTRIBUTES), _senet_fused=fusion)
 
 
-def check_detachable(layer: nn.Module) -> None:
+def check_revertible(layer: nn.Module) -> None:
     """Raises RuntimeError if something has changed the class of a fused layer since."""
     if "forward" in vars(layer):
         raise RuntimeError(
@@ -182,15 +188,15 @@ def check_detachable(layer: nn.Module) -> None:
         )
 
 
-def detach(layer: nn.Module) -> None:
+def revert(layer: nn.Module) -> None:
     """Makes a fused layer what it was before."""
-    check_detachable(layer)
+    check_revertible(layer)
     object.__setattr__(layer, "__class__", original_class(layer))
     for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
 
 
-def _restore(original: type[nn.Module], mixin: type[Exchanged]) -> nn.Module:
+def _restore(original: type[nn.Module], mixin: type[FusedModule]) -> nn.Module:
     """The empty object that a pickled or copied fused layer is filled into."""
     kind = fused_class(original, mixin)
     return kind.__new__(kind)

@@ -6,7 +6,16 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-__all__ = ["BlockReport", "FuseReport", "LayerReport"]
+from torch import nn
+
+from .. import select
+from ..modules import FusedSE
+from .blocks import KNOWN_BLOCKS, FusedBlock, block_alteration
+from .find import Found
+from .layer import alteration, is_fused, is_slower
+from .recipe import GATE_FORMS
+
+__all__ = ["BlockReport", "FuseReport", "LayerReport", "block_report", "layer_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,3 +125,68 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
         cells = (row[i].rjust(w) if i in right else row[i].ljust(w) for i, w in enumerate(widths))
         lines.append("  ".join((*cells, row[last])).rstrip())
     return [lines[0], "  ".join("-" * w for w in (*widths, 3)), *lines[1:]]
+
+
+_REPLACED = "its forward has been replaced on the object, and that runs"
+_GATE_ON_A_CPU = "a gate alone, which PyTorch's own operators make faster on a CPU; backend='cpu' has the kernels run"
+_SERVED = {
+    "scale": "the whole layer",
+    "residual": "the whole layer, with its addition of the input",
+    "gate": "the gate; the multiplication is its caller's and stays there",
+    "flat_gate": "the gate; the multiplication is its caller's and stays there",
+}
+_TAILS = "every BatchNorm as a tail"
+
+
+def layer_report(found: Found) -> LayerReport:
+    """The present state of an SE layer."""
+    layer, recipe = found.module, found.how
+    if isinstance(recipe, str):
+        return LayerReport(found.name, found.kind, None, None, None, "left", recipe)
+    if isinstance(layer, FusedSE):
+        sizes = ("scale", layer.channels, layer.rd_channels)
+        return LayerReport(found.name, found.kind, *sizes, *_status_of_ours(layer))
+    state = ("can be fused", _SERVED[recipe.form])
+    if is_fused(layer):
+        state = _status(layer, alteration(layer), _SERVED[recipe.form], gate=recipe.form in GATE_FORMS)
+    return LayerReport(found.name, found.kind, recipe.form, recipe.channels, recipe.rd_channels, *state)
+
+
+def block_report(found: Found) -> BlockReport:
+    """The present state of a block around an SE layer."""
+    block, status, reason = found.module, "can be fused", _TAILS
+    if isinstance(found.how, str):
+        status, reason = "left", found.how
+    elif isinstance(block, FusedBlock):
+        status, reason = _status(block, block_alteration(block), _TAILS)
+    norms = len(KNOWN_BLOCKS[found.kind].norms) if status in ("can be fused", "fused") else 0
+    return BlockReport(found.name, found.kind, norms, status, reason)
+
+
+def _status_of_ours(layer: FusedSE) -> tuple[str, str]:
+    if "forward" in vars(layer):
+        return "original runs", _REPLACED
+    if isinstance(altered := layer._weights(), str):
+        return "original runs", f"its children are called: {altered}"
+    return "fused", "a layer of this package"
+
+
+def _status(module: nn.Module, altered: str | None, served: str, *, gate: bool = False) -> tuple[str, str]:
+    """The status of a module that fuse has converted, and why; altered: why its original runs for any input."""
+    if "forward" in vars(module):
+        return "original runs", _REPLACED
+    if altered is not None:
+        return "original runs", altered
+    weight, fusion = next(module.parameters()), module._senet_fused
+    served += "" if fusion.verified else "; not verified"
+    if weight.device.type == "meta":
+        return "fused", served
+    try:
+        backend, reason = select.choose(fusion.backend, weight.device.type, weight.dtype)
+    except select.BackendUnavailableError as error:
+        return "cannot run", str(error)
+    if backend == "reference" and select.requested(fusion.backend)[0] == "auto":
+        return "original runs", f"no kernels: {reason}"
+    if gate and is_slower(fusion.backend, weight.device.type):
+        return "original runs", _GATE_ON_A_CPU
+    return "fused", f"{served}; backend {backend}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,9 +27,10 @@ __all__ = [
 ]  # fmt: skip
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
+_Make = TypeVar("_Make", bound=Callable[..., nn.Module])
 
 
-def _model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _model(make: _Make) -> _Make:
     _MODELS[make.__name__] = make
     return make
 

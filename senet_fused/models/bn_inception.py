@@ -53,12 +53,12 @@ MODULES = {
 def _pool(kind: str, stride: int) -> nn.Module:
     if kind == "avg":
         return nn.AvgPool2d(3, stride=1, padding=1)  # zeros count, in Caffe too
-    # Caffe rounds the sizes behind a pool up.
+    # Caffe rounds the output sizes of a pool up.
     return nn.MaxPool2d(3, stride=stride, padding=1 if stride == 1 else 0, ceil_mode=True)
 
 
 class BNInception(nn.Module):
-    """BN-Inception with an SE layer behind the concatenation of each inception module (Hu et al. 2018, figure 2).
+    """BN-Inception with an SE layer after the concatenation of each inception module (Hu et al. 2018, figure 2).
 
     Convolutions and BatchNorms are children of the network under the names of Cadene's pretrained-models
     (``inception_3a_double_3x3_1``, ``inception_3a_double_3x3_1_bn``), ``last_linear`` is the classifier, and the SE
@@ -72,14 +72,14 @@ class BNInception(nn.Module):
 
     Args:
         modules: the inception modules by their names, in their order.
-        stem: channels of the 7x7, and of the 1x1 and the 3x3 behind the first pool.
+        stem: channels of the 7x7, and of the 1x1 and the 3x3 after the first pool.
         num_classes: of the last layer; 0 for features [N, C] instead.
         in_chans: channels of an image.
         se: "fused", FusedSE; "tails", and every BatchNorm -> ReLU as a block tail; "reference", PyTorch's own
             operators; None, the twin without SE layers.
         reduction, squeeze, act, gate, backend: of the SE layers, as FusedSE's.
         dropout: rate in front of the last layer.
-        conv_bias: whether convolutions have biases, which the BatchNorms behind them undo.
+        conv_bias: whether convolutions have biases, which the BatchNorms after them cancel.
 
     Raises:
         ValueError: an unknown name, or a number out of range; the message says which. Of ``forward``: images whose

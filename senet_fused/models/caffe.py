@@ -106,8 +106,8 @@ def load_caffe(
 
     Raises:
         ValueError: no original in Caffe; missing or unexpected layers with ``strict``; blobs of another number or
-            shape; a file that is no .npz of plain arrays; rgb for images of other than 3 channels; a model on the meta
-            device. The message lists the first few. The model is then as it was.
+            shape; a file that is not an .npz of plain arrays; rgb for images of other than 3 channels; a model on the
+            meta device. The message lists the first few. The model is then as it was.
     """
     tensors, names = _tensors(model), caffe_names(model)
     if any(t.is_meta for t in tensors.values()):
@@ -179,7 +179,7 @@ def _opened(weights: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str,
             return {key: file[key] for key in file.files}
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"load_caffe: {os.fspath(weights)!r} is no .npz of plain arrays; its docstring says how to write one"
+            f"load_caffe: {os.fspath(weights)!r} is not an .npz of plain arrays; its docstring says how to write one"
         ) from error
 
 

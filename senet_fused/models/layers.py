@@ -1,4 +1,4 @@
-"""What all networks here are made of: their SE layers, and what runs BatchNorm -> SE -> + shortcut -> ReLU."""
+"""The parts of all networks here: their SE layers, and the modules that run BatchNorm -> SE -> + shortcut -> ReLU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from senet_fused import Activation, FusedSE, FusedSETail, torch_private
-from senet_fused.tails import has_hooks
+from senet_fused.parts import has_hooks
 
 __all__ = [
     "SE_CHOICES", "Layers", "ReferenceSE", "SeparateTail", "ShortcutConv", "check_rate", "initialise", "kept_samples",
@@ -66,10 +66,10 @@ class ReferenceSE(nn.Module):
 class SeparateTail(nn.Module):
     """act(se(norm(x)) * factor + residual) module by module; called like FusedSETail, with the same keys: none.
 
-    The modules belong to ``owner`` and are looked up there by their names at every call, so that what stands in their
-    place later (SyncBatchNorm, nn.Identity) is called; a norm that is no child of owner, such as another tail, becomes
-    one of this module. A FusedSE with a residual and a ReLU behind it does all three in one call, unless one of them
-    has hooks. (nn.DataParallel's replicas would look at the original's modules, and are refused.)
+    The modules belong to ``owner`` and are looked up there by their names at every call, so that later replacements
+    (SyncBatchNorm, nn.Identity) are called; a norm that is not a child of owner, such as another tail, becomes one of
+    this module. A FusedSE followed by a residual and a ReLU does all three in one call, unless one of them has hooks.
+    (nn.DataParallel's replicas would look at the original's modules, and are refused.)
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SeparateTail(nn.Module):
 
 
 def _do_all(se: nn.Module | None, act: nn.Module | None) -> bool:
-    """Whether + residual and act can be done by the SE layer's operator, and nobody looks at what is between."""
+    """Whether + residual and act can be done by the SE layer's operator, and neither has hooks."""
     if type(se) is not FusedSE or type(act) is not nn.ReLU or se.post_act is not None:
         return False
     return not (has_hooks(se) or has_hooks(act) or torch_private.has_global_hooks())
@@ -177,7 +177,7 @@ class Layers:
 
 
 def check_rate(name: str, rate: float) -> None:
-    """Raises ValueError unless it is a share of what can be dropped."""
+    """Raises ValueError unless 0 <= rate < 1."""
     if not 0 <= rate < 1:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {rate!r}")
 

@@ -42,7 +42,7 @@ class SeparableConv(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """MobileNet with an SE layer behind the last ReLU of every separable convolution (Hu et al. 2018, table 3).
+    """MobileNet with an SE layer after the last ReLU of every separable convolution (Hu et al. 2018, table 3).
 
     Children and keys are those of timm's ``mobilenetv1_100`` (``conv_stem``, ``bn1``, ``blocks.3.5.conv_dw``,
     ``classifier``), whose checkpoints load strictly into the twin (``se=None``); but timm's network has ReLU6, this one

@@ -19,7 +19,7 @@ def _conv(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) ->
     return nn.Conv2d(c_in, c_out, size, stride=stride, padding=size // 2, groups=groups, bias=False)
 
 
-# The convolutions of a block: (C in, planes, groups, stride) -> two or three, each behind the other. Stride and widths
+# The convolutions of a block: (C in, planes, groups, stride) -> two or three, in their order. Stride and widths
 # are where the original Caffe networks have them; torchvision's ResNet-50 has its stride in the 3x3.
 Convolutions = Callable[[int, int, int, int], list[nn.Conv2d]]
 
@@ -135,7 +135,7 @@ class Stem(nn.Module):
 
 
 def _stem(kind: str, in_chans: int, channels: int) -> tuple[list[nn.Conv2d], nn.Module | None]:
-    # Caffe rounds the sizes behind a pool up, and pads no 3x3 pool here.
+    # Caffe rounds the output sizes of a pool up, and pads no 3x3 pool here.
     pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
     if kind == "7x7":
         return [_conv(in_chans, channels, 7, 2)], pool
@@ -155,7 +155,7 @@ class SENet(nn.Module):
         convs: what makes a block's convolutions, from (C in, planes, groups, stride).
         depths: blocks in each of the stages, of which each but the first halves the plane.
         planes: of the first stage; each next one has twice as many.
-        expansion: channels behind a block / its planes.
+        expansion: output channels of a block / its planes.
         groups: of the blocks' 3x3 convolutions.
         stem, stem_channels: "7x7" with a pool, "deep" (three 3x3, pool), or "small" (one 3x3, for 32 x 32 images).
         downsample_size: of the shortcut's convolution in all stages but the first.

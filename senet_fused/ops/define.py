@@ -14,7 +14,7 @@ of the backward.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +61,11 @@ _FIRST, _LAST = GradientCall._fields.index("eps"), GradientCall._fields.index("g
 
 
 def _allocate(call: Call, channels_last: bool, gate: bool, saved: bool, mask: bool) -> Outputs:
-    """The outputs that are to be kept; with a norm the kernels need gate and saved in any case."""
+    """The outputs that are kept; with a norm the kernels always need gate and saved."""
     x, w1, statistics = call.x, call.w1, None
     shape, wide = x.shape, accumulate_dtype(x)
     n, c = shape[0], shape[1]
+    columns = 0 if w1 is None else (c if call.squeeze == "avg" else 3 * c) + w1.shape[0]
     if call.norm:
         statistics = x.new_empty((3, c), dtype=wide)
         gate = saved = w1 is not None
@@ -72,38 +73,36 @@ def _allocate(call: Call, channels_last: bool, gate: bool, saved: bool, mask: bo
         empty_like(x, channels_last),
         statistics,
         x.new_empty((n, c), dtype=wide) if gate else None,
-        x.new_empty((n, (c if call.squeeze == "avg" else 3 * c) + w1.shape[0]), dtype=wide) if saved else None,
+        x.new_empty((n, columns), dtype=wide) if saved else None,
         empty_mask(x, channels_last) if mask and call.post_act == "relu" else None,
     )
 
 
 def _allocate_gradients(call: GradientCall, channels_last: bool) -> Gradients:
-    x, parameters = call.x, (call.weight, call.bias, call.w1, call.b1, call.w2, call.b2)
+    x, contiguous = call.x, torch.contiguous_format
+    parameters: list[Tensor | None] = [None] * 6
     if call.need_weights:
-        contiguous = torch.contiguous_format
-        parameters = [None if t is None else torch.empty_like(t, memory_format=contiguous) for t in parameters]
-    else:
-        parameters = (None,) * 6
-    return Gradients(
-        empty_like(x, channels_last) if call.need_x else None,
-        *parameters,
-        empty_like(x, channels_last) if call.need_residual else None,
-    )
+        of = call.weight, call.bias, call.w1, call.b1, call.w2, call.b2
+        parameters = [None if t is None else torch.empty_like(t, memory_format=contiguous) for t in of]
+    dx = empty_like(x, channels_last) if call.need_x else None
+    dresidual = empty_like(x, channels_last) if call.need_residual else None
+    return Gradients._make((dx, *parameters, dresidual))
 
 
 def _as_tensors(kept: Outputs | Gradients, x: Tensor) -> tuple[Tensor, ...]:
-    """What a registered operator returns, which has to be tensors: without any element where nothing is kept."""
+    """What a registered operator returns, which has to be tensors: empty ones where nothing is kept."""
     return tuple(x.new_empty((0,)) if t is None else t for t in kept)
 
 
 def _gradient_call(arguments: tuple[Any, ...]) -> GradientCall:
-    """From the arguments of a registered backward, among which may be what :func:`_as_tensors` has put in."""
+    """From the arguments of a registered backward, which may contain the empty tensors of :func:`_as_tensors`."""
     *fields, text, need_x, need_weights, need_residual = arguments
-    call = GradientCall(*fields, *options_of(text), need_x, need_weights, need_residual)
+    call = GradientCall._make((*fields, *options_of(text), need_x, need_weights, need_residual))
     absent = [] if call.norm else ["statistics"]
     absent += ["gate", "saved"] if call.w1 is None else []
     absent += [] if call.post_act else ["mask"]
-    return call._replace(**dict.fromkeys(absent)) if absent else call
+    fields_of_none: dict[str, Any] = dict.fromkeys(absent)
+    return call._replace(**fields_of_none) if absent else call
 
 
 # ---------------------------------------------------------------------------------------------------- what kernels read
@@ -117,13 +116,14 @@ def _readable(call: Call, channels_last: bool, vector_dtypes: tuple[torch.dtype,
         x = in_layout(x, channels_last)
     if residual is not None:
         residual = in_layout(residual, channels_last)
-    if w1 is not None:
+    if w1 is not None and w2 is not None:
         w1, w2 = as_weights(w1, w2, wide)
     if b1 is not None:
         b1 = as_vector(b1, wide, vector_dtypes)
     if b2 is not None:
         b2 = as_vector(b2, wide, vector_dtypes)
-    vectors = given = (call.weight, call.bias, call.mean, call.var, call.factor)
+    given = (call.weight, call.bias, call.mean, call.var, call.factor)
+    vectors: Sequence[Tensor | None] = given
     if call.norm:
         vectors = [None if t is None else as_vector(t, wide, vector_dtypes) for t in given]
     if (x is call.x and residual is call.residual and w1 is call.w1 and w2 is call.w2 and b1 is call.b1
@@ -140,7 +140,7 @@ def _readable_gradient(call: GradientCall, channels_last: bool, vector_dtypes: t
     dy, x = in_layout(dy, channels_last), in_layout(x, channels_last)
     if dgate is not None:
         dgate = dgate.to(wide).contiguous()
-    if w1 is not None:
+    if w1 is not None and w2 is not None:
         w1, w2 = as_weights(w1, w2, wide)
     if call.norm:
         weight, bias, factor = (
@@ -160,7 +160,7 @@ def _targets(gradients: Gradients, call: GradientCall, vector_dtypes: tuple[torc
         None if d is None else gradient_target(d, d.dtype if d.dtype in vector_dtypes else wide)
         for d in (dweight, dbias, db1, db2)
     )
-    if dw1 is not None:
+    if dw1 is not None and dw2 is not None and call.w1 is not None and call.w2 is not None:
         dw1, dw2 = gradient_target(dw1, call.w1.dtype), gradient_target(dw2, call.w2.dtype)
     if (dweight is gradients.dweight and dbias is gradients.dbias and dw1 is gradients.dw1 and db1 is gradients.db1
             and dw2 is gradients.dw2 and db2 is gradients.db2):  # fmt: skip
@@ -172,11 +172,11 @@ def _targets(gradients: Gradients, call: GradientCall, vector_dtypes: tuple[torc
 
 
 class Operator(NamedTuple):
-    """One backend's ways into its kernels, each from a call to its outputs, None for those not kept.
+    """One backend's entries to its kernels, each from a call to its outputs, None for those not kept.
 
     ``registered(call, save)`` is the dispatcher's operator, for torch.compile, torch.export, dispatch modes and tensor
-    subclasses; save: whether there may be a backward, ``registered_backward(call)``. What they do not keep is a tensor
-    without any element. The others are for plain tensors in eager mode and run the same kernels with less host time:
+    subclasses; save: whether there may be a backward, ``registered_backward(call)``. What they do not keep is an
+    empty tensor. The others are for plain tensors in eager mode and run the same kernels with less host time:
     ``eager(call)`` has the same backward rule and gives y, statistics and gate; ``infer(call, want_gate)`` has no
     backward.
     """
@@ -190,7 +190,7 @@ class Operator(NamedTuple):
 def _watched(*gradients: Tensor | None) -> bool:
     """Whether a backward that autograd runs for plain tensors is seen by more than autograd.
 
-    By a dispatch mode, by torch.func, or by the older vmap that is_grads_batched and jacobian(vectorize=True) use.
+    By a dispatch mode, torch.func, or the older vmap that is_grads_batched and jacobian(vectorize=True) use.
     """
     return (
         in_dispatch_modes()
@@ -222,7 +222,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         kernels.backward(read, targets, channels_last)
         if targets is not gradients:
             for gradient, target in zip(gradients, targets, strict=True):
-                if target is not gradient:
+                if target is not gradient and gradient is not None and target is not None:
                     gradient.copy_(target)
         count_call(backwards[call.norm != ""])
         return gradients
@@ -273,7 +273,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         """The one backward rule: a gradient for each tensor of the call. run: the registered operator or its kernel."""
         found: list[Tensor | None] = [None] * TENSORS
         if dy is None and dgate is None:
-            return found  # a second derivative comes by here: gate is an input of the backward
+            return found  # in a second derivative: gate is an input of the backward
         tensors = ctx.saved_tensors
         x, mask, masked = tensors[0], tensors[-1], ctx.options[-2] == "relu"
         if masked and mask.dim() == 1 and x.shape[0] > 0:
@@ -281,12 +281,8 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         need_x, need_residual = wanted[0], ctx.has_residual and wanted[_RESIDUAL]
         if dy is None:
             dy = torch.zeros_like(x)
-        gradients = run(
-            GradientCall(
-                dy, dgate, *tensors, *ctx.options, need_x, any([wanted[i] for i in _PARAMETERS]),
-                need_residual and masked,
-            )
-        )  # fmt: skip
+        needs = need_x, any([wanted[i] for i in _PARAMETERS]), need_residual and masked
+        gradients = run(GradientCall._make((dy, dgate, *tensors, *ctx.options, *needs)))
         if need_x:
             found[0] = gradients.dx
         for i, gradient in zip(_PARAMETERS, gradients[1:7], strict=True):
@@ -340,7 +336,8 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         return Outputs(*registered_operator(*call[: TENSORS + 1], text_of(call[TENSORS + 1 :]), save))
 
     def eager(call: Call) -> Outputs:
-        return Outputs(*apply(call, *call[:TENSORS]), None, None)
+        y, statistics, gate = apply(call, *call[:TENSORS])
+        return Outputs(y, statistics, gate, None, None)
 
     def infer(call: Call, want_gate: bool) -> Outputs:
         if call.norm:
@@ -359,7 +356,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
 def infer_at_once(call: Call, want_gate: bool) -> Outputs | None:
     """``OPERATORS["cpu"].infer`` of an SE layer for plain float32 tensors that need no conversion; None for all others.
 
-    That they need none is left to the kernels' own checks, which cost no Python.
+    The kernels' own checks, which cost no Python, find out whether they need any.
     """
     x = call.x
     channels_last = not x.is_contiguous()
@@ -400,6 +397,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
         it = iter(tensors)
         dy, dgate, x, weight, bias, w1, b1, w2, b2 = (next(it) if here else None for here in present)
+        assert dy is not None and x is not None
         call = Call(
             x, weight, bias, mean, var, w1, b1, w2, b2, dy, factor, eps, norm, act, gate_fn, squeeze, post_act, "",
         )  # fmt: skip
@@ -407,7 +405,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = (need_x, *(need_weights,) * 6, need_residual)
         return tuple(t for t, wanted in zip(gradients, needed, strict=True) if wanted and t is not None)
 
-    _, vjp = torch.func.vjp(first_order, *(t for t in inputs if t is not None))
+    vjp = torch.func.vjp(first_order, *(t for t in inputs if t is not None))[1]
     wanted = (need_x, *(need_weights and t is not None for t in inputs[3:]), need_residual)
     grads = iter(vjp(tuple(c for c, w in zip(cotangents, wanted, strict=True) if w)))
     first = [next(grads) if here else None for here in present]

@@ -1,6 +1,8 @@
-"""The names that the operators had in 0.1.0, in programs that torch.export has saved: they call today's."""
+"""The operators' names in 0.1.0, for programs that torch.export has saved: they call today's operators."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,16 +24,21 @@ _TAIL = (
 
 
 def _define(backend: str, operator: Operator) -> None:
-    def layer(x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save) -> tuple[Tensor, ...]:
+    def registered(call: Call, save: bool) -> tuple[Tensor, ...]:
+        # Of a registered operator every output is a tensor.
+        return cast(tuple[Tensor, ...], operator.registered(call, save))
+
+    def layer(*arguments: Any) -> tuple[Tensor, ...]:
+        x, w1, b1, w2, b2, residual, act, gate_fn, squeeze, post_act, save = arguments
         norm = None, None, None, None
         call = Call(x, *norm, w1, b1, w2, b2, residual, None, 0.0, "", act, gate_fn, squeeze, post_act, "")
-        y, _, *kept = operator.registered(call, save)
-        return y, *kept
+        y, _, gate, saved, mask = registered(call, save)
+        return y, gate, saved, mask
 
-    def tail(*arguments) -> tuple[Tensor, ...]:
+    def tail(*arguments: Any) -> tuple[Tensor, ...]:
         *tensors, eps, act, gate_fn, post_act, group, save = arguments
         norm = "batch" if tensors[Call._fields.index("mean")] is None else "given"
-        return operator.registered(Call(*tensors, eps, norm, act, gate_fn, "avg", post_act, group), save)
+        return registered(Call._make((*tensors, eps, norm, act, gate_fn, "avg", post_act, group)), save)
 
     for name, schema, function in (("squeeze_excite", _LAYER, layer), ("block_tail", _TAIL, tail)):
         torch.library.define(f"senet_fused::{name}_{backend}", schema)

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and what of them kernels read: dense samples, contiguous weights, known dtypes."""
+"""Memory layouts, and the form in which kernels read tensors: dense samples, contiguous weights, known dtypes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def layout_of(x: Tensor) -> str | None:
     """ "contiguous" or "channels_last" if each sample of x is dense in that order, else None.
 
-    The stride between samples is free (a slice of a batch needs no copy). Dimensions of size 1 have no say.
+    The stride between samples is free (a slice of a batch needs no copy). Dimensions of size 1 do not matter.
     """
     if x.is_contiguous():
         return "contiguous"

@@ -399,7 +399,7 @@ def test_architectures_that_are_listed(cuda_toolkit, monkeypatch, listed, target
 @pytest.mark.parametrize(
     "listed, problem",
     [
-        ("Hopper", "'Hopper' is no compute capability"),
+        ("Hopper", "'Hopper' is not a compute capability"),
         ("8.0;sm_90", "'sm_90' is no"),
         ("90", "'90' is no"),
         ("9.0+ptx", "is no"),
@@ -459,7 +459,7 @@ def test_source_archive_is_complete(checkout, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames() if not name.endswith("/")}
-    for folder in ("csrc", "senet_fused", "tests", "benchmarks", "buildtools"):
+    for folder in ("csrc", "senet_fused", "tests", "benchmarks", "buildtools", "docs"):
         there = {str(p.relative_to(checkout)) for p in (checkout / folder).rglob("*") if p.is_file()}
         there = {name for name in there if "__pycache__" not in name}
         assert there <= inside, sorted(there - inside)
@@ -468,6 +468,8 @@ def test_source_archive_is_complete(checkout, tmp_path):
         "pyproject.toml",
         "MANIFEST.in",
         "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
         ".ci/run",
@@ -488,7 +490,9 @@ def test_pure_python_package(checkout, tmp_path):
     (made,) = tmp_path.glob("*.whl")
     assert made.name == f"senet_fused-{senet_fused.__version__}-py3-none-any.whl"
     inside = set(zipfile.ZipFile(made).namelist())
-    data = {str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json")}
+    data = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "senet_fused").rglob("*") if p.suffix in (".py", ".json", ".typed")
+    }
     assert {name for name in inside if name.startswith("senet_fused/")} == data
 
     environment = tmp_path / "venv"

@@ -1,4 +1,4 @@
-"""Prints the README's table of networks, as Markdown: python tests/peers/table.py"""
+"""Prints the table of networks in docs/fuse.md, as Markdown: python tests/peers/table.py"""
 
 from __future__ import annotations
 

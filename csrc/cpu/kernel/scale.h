@@ -35,7 +35,8 @@ SENET_INLINE bool can_stream(const void* base, int64_t columns) {
   return reinterpret_cast<uintptr_t>(base) % (kGroup * sizeof(T)) == 0 && columns % kGroup == 0;
 }
 
-template <class T, bool kPixelRows, bool kResidual, bool kRelu, bool kStream>
+// (E4): v = scale * x + residual; kNorm, (T3): v = scale * (x - mean) + shift + residual.
+template <class T, bool kPixelRows, bool kNorm, bool kResidual, bool kRelu, bool kStream>
 void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
   using A = Acc<T>;
   const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
@@ -44,14 +45,19 @@ void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
     const T* residual = kResidual ? static_cast<const T*>(args.residual) + r * columns : nullptr;
     T* y = static_cast<T*>(args.y) + r * columns;
     uint8_t* mask = kRelu && args.mask != nullptr ? args.mask + r * mask_stride : nullptr;
-    const PerChannel<A, kPixelRows> gate(args.gate, r);
+    const PerChannel<A, kPixelRows> scale(args.scale, r);
+    const PerChannel<A, kPixelRows> mean(kNorm ? args.mean : nullptr, r), shift(kNorm ? args.shift : nullptr, r);
     const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
-      const Group<A> scaled = load_upto(x + i, count);
-      Group<A> v;
-      if (kResidual)
-        v = fma(gate.at(i, count), scaled, load_upto(residual + i, count));
-      else
-        v = gate.at(i, count) * scaled;
+      Group<A> v = load_upto(x + i, count);
+      if (kNorm) {
+        const Group<A> centred = v - mean.at(i, count);
+        v = fma(scale.at(i, count), centred, shift.at(i, count));
+        if (kResidual) v = v + load_upto(residual + i, count);
+      } else if (kResidual) {
+        v = fma(scale.at(i, count), v, load_upto(residual + i, count));
+      } else {
+        v = scale.at(i, count) * v;
+      }
       if (kRelu) {
         if (mask != nullptr) {
           const uint16_t bits = positive_lanes(v);
@@ -69,46 +75,36 @@ void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
   if (kStream) end_of_stream();
 }
 
-template <class T, bool kPixelRows, bool kResidual, bool kRelu>
-void scale_choose_store(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.stream && can_stream<T>(args.y, args.columns))
-    scale_rows<T, kPixelRows, kResidual, kRelu, true>(args, r0, r1);
-  else
-    scale_rows<T, kPixelRows, kResidual, kRelu, false>(args, r0, r1);
-}
-
 template <class T, bool kPixelRows>
 void scale(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.residual != nullptr) {
-    if (args.relu)
-      scale_choose_store<T, kPixelRows, true, true>(args, r0, r1);
-    else
-      scale_choose_store<T, kPixelRows, true, false>(args, r0, r1);
-  } else {
-    if (args.relu)
-      scale_choose_store<T, kPixelRows, false, true>(args, r0, r1);
-    else
-      scale_choose_store<T, kPixelRows, false, false>(args, r0, r1);
-  }
+  choose(
+      [&](auto norm, auto residual, auto relu, auto stream) {
+        scale_rows<T, kPixelRows, norm.value, residual.value, relu.value, stream.value>(args, r0, r1);
+      },
+      args.mean != nullptr, args.residual != nullptr, args.relu, args.stream && can_stream<T>(args.y, args.columns));
 }
 
-template <class T, bool kPixelRows, bool kMask, bool kPeak, bool kStream>
-void apply_rows(const ApplyArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+// dx = scale * g + shift; kSlope: + slope * (x - mean); kPeak: at_peak in the place of shift where x is the peak.
+template <class T, bool kPixelRows, bool kMask, bool kResidual, bool kSlope, bool kPeak, bool kStream>
+void gradient_rows(const GradientArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
   using A = Acc<T>;
   const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
   for (int64_t r = r0; r < r1; ++r) {
-    const T* g = static_cast<const T*>(args.g) + r * columns;
-    const T* x = kPeak ? static_cast<const T*>(args.x) + r * columns : nullptr;
+    const T* dy = static_cast<const T*>(args.dy) + r * columns;
+    const T* x = kSlope || kPeak ? static_cast<const T*>(args.x) + r * columns : nullptr;
     T* dx = static_cast<T*>(args.dx) + r * columns;
+    T* dresidual = kResidual ? static_cast<T*>(args.dresidual) + r * columns : nullptr;
     const uint8_t* mask = kMask ? args.mask + r * mask_stride : nullptr;
-    const PerChannel<A, kPixelRows> gate(args.gate, r), shift(args.shift, r);
+    const PerChannel<A, kPixelRows> scale(args.scale, r), shift(args.shift, r);
+    const PerChannel<A, kPixelRows> mean(kSlope ? args.mean : nullptr, r), slope(kSlope ? args.slope : nullptr, r);
     const PerChannel<A, kPixelRows> peak(kPeak ? args.peak : nullptr, r), at_peak(kPeak ? args.at_peak : nullptr, r);
     const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
-      const Group<A> gradient = masked_gradient<T, kMask>(g + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
+      const Group<A> g = masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
+      if (kResidual) put<kStream>(dresidual + i, g, count);
       Group<A> rest = shift.at(i, count);
+      if (kSlope) rest = fma(slope.at(i, count), load_upto(x + i, count) - mean.at(i, count), rest);
       if (kPeak) rest = where_equal(load_upto(x + i, count), peak.at(i, count), at_peak.at(i, count), rest);
-      const Group<A> v = fma(gate.at(i, count), gradient, rest);
-      put<kStream>(dx + i, v, count);
+      put<kStream>(dx + i, fma(scale.at(i, count), g, rest), count);
     };
     int64_t i = 0;
     for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
@@ -117,27 +113,18 @@ void apply_rows(const ApplyArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
   if (kStream) end_of_stream();
 }
 
-template <class T, bool kPixelRows, bool kMask, bool kPeak>
-void apply_choose_store(const ApplyArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.stream && can_stream<T>(args.dx, args.columns))
-    apply_rows<T, kPixelRows, kMask, kPeak, true>(args, r0, r1);
-  else
-    apply_rows<T, kPixelRows, kMask, kPeak, false>(args, r0, r1);
-}
-
 template <class T, bool kPixelRows>
-void apply(const ApplyArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.peak != nullptr) {
-    if (args.mask != nullptr)
-      apply_choose_store<T, kPixelRows, true, true>(args, r0, r1);
-    else
-      apply_choose_store<T, kPixelRows, false, true>(args, r0, r1);
-  } else {
-    if (args.mask != nullptr)
-      apply_choose_store<T, kPixelRows, true, false>(args, r0, r1);
-    else
-      apply_choose_store<T, kPixelRows, false, false>(args, r0, r1);
-  }
+void gradient(const GradientArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
+  const bool aligned = can_stream<T>(args.dx, args.columns) &&
+                       (args.dresidual == nullptr || can_stream<T>(args.dresidual, args.columns));
+  choose(
+      [&](auto mask, auto residual, auto slope, auto peak, auto stream) {
+        // A residual's gradient is g where there is no mask, and a maximum in the squeeze does not go with a norm.
+        if constexpr ((mask.value || !residual.value) && !(slope.value && peak.value))
+          gradient_rows<T, kPixelRows, mask.value, residual.value, slope.value, peak.value, stream.value>(args, r0, r1);
+      },
+      args.mask != nullptr, args.dresidual != nullptr, args.slope != nullptr, args.peak != nullptr,
+      args.stream && aligned);
 }
 
 }  // namespace SENET_ISA

@@ -24,6 +24,25 @@ struct Accumulator<double> {
 template <class T>
 using Acc = typename Accumulator<T>::type;
 
+// Calls f with a Yes or a No for each flag: what a call decides once is a constant in its loops.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+template <class F>
+SENET_INLINE void choose(const F& f) {
+  f();
+}
+template <class F, class... Flags>
+SENET_INLINE void choose(const F& f, bool flag, Flags... flags) {
+  if (flag)
+    choose([&f](auto... chosen) __attribute__((always_inline)) { f(Yes(), chosen...); }, flags...);
+  else
+    choose([&f](auto... chosen) __attribute__((always_inline)) { f(No(), chosen...); }, flags...);
+}
+
 // How many blocks make a part of their sum.
 SENET_INLINE int64_t blocks_of_part(int64_t blocks) {
   if (blocks <= 128) return blocks;
@@ -201,10 +220,7 @@ void dot_planes_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
 }
 template <class T>
 void dot_planes(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>* sum) {
-  if (args.mask != nullptr)
-    dot_planes_impl<T, true>(args, c0, c1, sum);
-  else
-    dot_planes_impl<T, false>(args, c0, c1, sum);
+  choose([&](auto mask) { dot_planes_impl<T, mask.value>(args, c0, c1, sum); }, args.mask != nullptr);
 }
 
 template <class T, bool kMask>
@@ -230,10 +246,7 @@ void dot_pixels_impl(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>
 }
 template <class T>
 void dot_pixels(const DotArgs<Acc<T>>& args, int64_t c0, int64_t c1, Acc<T>* sum, Acc<T>* scratch) {
-  if (args.mask != nullptr)
-    dot_pixels_impl<T, true>(args, c0, c1, sum, scratch);
-  else
-    dot_pixels_impl<T, false>(args, c0, c1, sum, scratch);
+  choose([&](auto mask) { dot_pixels_impl<T, mask.value>(args, c0, c1, sum, scratch); }, args.mask != nullptr);
 }
 
 }  // namespace SENET_ISA

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +19,13 @@ from torch import Tensor, nn
 from ..activations import ACT_NAMES, GATE_NAMES, Activation
 from ..reference import SQUEEZES
 from .effects import Effect, Watch
-from .recipe import FORMS
-from .trial import Unsuited, nothing_around, random_copy
+from .recipe import FORMS, Recipe
+from .trial import CannotFuseError, isolated, random_copy
 
 __all__ = [
-    "FAMILIES", "Family", "Reading", "check_weights", "family_of", "has_weights_of_one", "looks_like_one",
-    "may_be_one", "not_covered", "read_freely", "weights_of",
+    "FAMILIES", "Family", "checked_weights", "family_of", "has_se_weights", "is_named_like_se", "may_be_se",
+    "not_covered", "recipes_by_structure", "weights_of",
 ]  # fmt: skip
-
-
-class Reading(NamedTuple):
-    """What a layer may compute: paths of the weights, and for everything else the possibilities, likeliest first."""
-
-    kind: str
-    first: str
-    second: str
-    functions: tuple[tuple[Activation, Activation], ...]
-    squeezes: tuple[str, ...]
-    forms: tuple[str, ...]
-    channels_last: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +57,17 @@ class Family:
             and all(hasattr(layer, name) for name in self.with_)
         )
 
-    def read(self, layer: nn.Module) -> Reading:
-        """The one possibility that the family's row names. Raises Unsuited if a function is not known here."""
-        functions = (function_of(_find(layer, self.act), ACT_NAMES), function_of(_find(layer, self.gate), GATE_NAMES))
+    def recipe(self, layer: nn.Module) -> Recipe:
+        """What the family's row says. Raises CannotFuseError if a function is not known here."""
         squeeze, form = (v if isinstance(v, str) else v(layer) for v in (self.squeeze, self.form))
-        return Reading(self.kind, self.first, self.second, (functions,), (squeeze,), (form,), (self.channels_last,))
+        return dataclasses.replace(
+            Recipe.of(layer, self.kind, self.first, self.second),
+            act=function_of(_find(layer, self.act), ACT_NAMES),
+            gate=function_of(_find(layer, self.gate), GATE_NAMES),
+            squeeze=squeeze,
+            form=form,
+            channels_last=self.channels_last,
+        )
 
 
 def _maxpool(layer: nn.Module) -> str:
@@ -114,14 +107,14 @@ _OTHERS = {
 # Modules with weights: more than these is a block, or a network named after its attention (CbamResNet, ECAPA).
 _FEW = 4
 _FEW_OF_OTHERS = 7  # global context with both of its branches, a selective kernel with two paths
-_NAMED_LIKE_ONE = re.compile(
+_NAMED_LIKE_SE = re.compile(
     r"(?<![A-Z])SE(?=[A-Z][a-z]|[_\d]|$)|(?i:^se_?(layer|module|block)$|squeeze_?(and|n)?_?excit)"
 )
 
 
-def looks_like_one(layer: nn.Module) -> bool:
+def is_named_like_se(layer: nn.Module) -> bool:
     """Whether the name of its class says that it is an SE layer."""
-    return _NAMED_LIKE_ONE.search(_class_name(layer)) is not None
+    return _NAMED_LIKE_SE.search(_class_name(layer)) is not None
 
 
 def not_covered(layer: nn.Module) -> str | None:
@@ -131,25 +124,25 @@ def not_covered(layer: nn.Module) -> str | None:
     return reason if reason and _modules_with_weights(layer) <= _FEW_OF_OTHERS else None
 
 
-def has_weights_of_one(layer: nn.Module) -> bool:
+def has_se_weights(layer: nn.Module) -> bool:
     """Whether two fitting matrices are all the weights that the layer has."""
     try:
         weights_of(layer)
-    except Unsuited:
+    except CannotFuseError:
         return False
     return True
 
 
-def may_be_one(layer: nn.Module) -> bool:
+def may_be_se(layer: nn.Module) -> bool:
     """Whether a layer of no known family is worth running: its name says SE, or its weights narrow and widen again.
 
     (The two layers of a transformer's MLP widen first.)
     """
-    if has_weights_of_one(layer):
+    if has_se_weights(layer):
         (_, fc1), _ = weights_of(layer)
         out_features, in_features = _kernel(fc1)
-        return out_features <= in_features or looks_like_one(layer)
-    return looks_like_one(layer) and 0 < _modules_with_weights(layer) <= _FEW
+        return out_features <= in_features or is_named_like_se(layer)
+    return is_named_like_se(layer) and 0 < _modules_with_weights(layer) <= _FEW
 
 
 def family_of(layer: nn.Module) -> Family | None:
@@ -159,30 +152,33 @@ def family_of(layer: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.fits(layer)), None)
 
 
-def read_freely(layer: nn.Module, kind: str) -> Reading:
-    """All that a layer with the two weights of an SE layer may compute. Raises Unsuited as :func:`weights_of` does."""
-    (first, fc1), (second, _) = weights_of(layer)
+def recipes_by_structure(layer: nn.Module, recipe: Recipe) -> Iterator[Recipe]:
+    """All that a layer with the two weights of an SE layer may compute, likeliest first."""
     leaves = (child for child in layer.modules() if not child._modules)
     functions = [f for f in map(elementwise, leaves) if f is not None and f.name != "identity"]
-    layouts = (False, True) if isinstance(fc1, nn.Linear) else (False,)
-    return Reading(kind, first, second, tuple(_pairs(functions)), SQUEEZES, FORMS, layouts)
+    linear = isinstance(layer.get_submodule(".".join(recipe.first)), nn.Linear)
+    layouts = (False, True) if linear else (False,)
+    for last, (act, gate), squeeze, form in itertools.product(layouts, _pairs(functions), SQUEEZES, FORMS):
+        yield dataclasses.replace(recipe, act=act, gate=gate, squeeze=squeeze, form=form, channels_last=last)
 
 
 def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.Module]]:
     """The paths and the modules of w1 [R, C] and w2 [C, R], which have to be all the weights that a layer has.
 
     Raises:
-        Unsuited: it has other parameters or buffers, or not two such matrices.
+        CannotFuseError: it has other parameters or buffers, or not two such matrices.
     """
     owners = [(name, child) for name, child in layer.named_modules() if child._parameters or child._buffers]
     for name, child in owners:
         if type(child) in _MATRICES and "weight" not in child._parameters:
-            raise Unsuited(f"its {name} has no parameter 'weight': something computes it, as pruning does")
+            raise CannotFuseError(f"its {name} has no parameter 'weight': something computes it, as pruning does")
     pair = [(name, child) for name, child in owners if _kernel(child) is not None]
     if len(pair) != 2:
         kinds = ", ".join(f"{name or 'itself'}: {type(child).__name__}" for name, child in owners)
         what = kinds if 0 < len(owners) <= _FEW else f"{len(owners)} modules with weights"
-        raise Unsuited(f"it has {len(pair)} plain linear layers or 1x1 convolutions, not an SE layer's two ({what})")
+        raise CannotFuseError(
+            f"it has {len(pair)} plain linear layers or 1x1 convolutions, not an SE layer's two ({what})"
+        )
     if len(owners) != 2:
         names = [
             f"{name}.{own}".lstrip(".")
@@ -190,27 +186,32 @@ def weights_of(layer: nn.Module) -> tuple[tuple[str, nn.Module], tuple[str, nn.M
             if _kernel(child) is None
             for own in (*child._parameters, *child._buffers)
         ]
-        raise Unsuited(f"it has parameters or buffers that belong to no plain SE layer: {', '.join(names)}")
+        raise CannotFuseError(f"it has parameters or buffers that belong to no plain SE layer: {', '.join(names)}")
     sizes = [_kernel(child) for _, child in pair]
     if sizes[0] != sizes[1][::-1]:
-        raise Unsuited(f"its weights are {list(sizes[0])} and {list(sizes[1])}, not [R, C] and [C, R]")
+        raise CannotFuseError(f"its weights are {list(sizes[0])} and {list(sizes[1])}, not [R, C] and [C, R]")
     return pair[0], pair[1]
 
 
-def check_weights(layer: nn.Module) -> None:
-    """Raises Unsuited unless w1 and w2 are there, [R, C] and [C, R] as their modules say, and of a floating dtype."""
+def checked_weights(layer: nn.Module) -> tuple[str, str]:
+    """The paths of w1 [R, C] and w2 [C, R].
+
+    Raises CannotFuseError unless both are there, of a floating dtype and of the sizes that their modules say.
+    """
+    (first, _), (second, _) = weights_of(layer)
     for name, child in weights_of(layer):
         weight, sizes = child.weight, _kernel(child)
         if not isinstance(weight, Tensor):
-            raise Unsuited(f"its {name} has no weight: it is {weight}")
+            raise CannotFuseError(f"its {name} has no weight: it is {weight}")
         if isinstance(weight, nn.UninitializedParameter):
-            raise Unsuited(f"the weight of its {name} is not initialised yet; run the network once before")
+            raise CannotFuseError(f"the weight of its {name} is not initialised yet; run the network once before")
         if not weight.is_floating_point():
-            raise Unsuited(f"the weight of its {name} is {weight.dtype}, not of a floating dtype")
+            raise CannotFuseError(f"the weight of its {name} is {weight.dtype}, not of a floating dtype")
         if weight.shape[:2] != sizes or weight.numel() != math.prod(sizes):
-            raise Unsuited(f"the weight of its {name} is {list(weight.shape)}, which does not fit {list(sizes)}")
+            raise CannotFuseError(f"the weight of its {name} is {list(weight.shape)}, which does not fit {list(sizes)}")
         if 0 in sizes:
-            raise Unsuited(f"the weight of its {name} is {list(sizes)}: it has no channels, or no hidden units")
+            raise CannotFuseError(f"the weight of its {name} is {list(sizes)}: it has no channels, or no hidden units")
+    return first, second
 
 
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -236,10 +237,10 @@ def _pairs(functions: list[Activation]) -> Iterator[tuple[Activation, Activation
 
 
 def function_of(child: nn.Module, known: tuple[str, ...]) -> Activation:
-    """The elementwise function that a child computes. Raises Unsuited unless it is one of the known names."""
+    """The elementwise function that a child computes. Raises CannotFuseError unless it is one of the known names."""
     function = elementwise(child)
     if function is None or function.name not in known:
-        raise Unsuited(f"{type(child).__name__} is not an activation known here (known: {', '.join(known)})")
+        raise CannotFuseError(f"{type(child).__name__} is not an activation known here (known: {', '.join(known)})")
     return function
 
 
@@ -264,7 +265,7 @@ def elementwise(child: nn.Module) -> Activation | None:
     # Libraries have classes of their own for the common functions: take the one that agrees on a grid.
     grid = torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu")
     try:
-        with nothing_around(), torch.no_grad():
+        with isolated(), torch.no_grad():
             copied = random_copy(child, torch.Generator("cpu"))
             with Watch(copied).running():
                 values = type(copied).forward(copied, grid.clone())  # past what hooks all modules

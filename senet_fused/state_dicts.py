@@ -1,17 +1,14 @@
-"""From other people's SE layers to FusedSE: their state dicts, whatever the two weights are called, and the layers."""
+"""State dicts of other people's SE layers, whatever the two weights are called, for FusedSE."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .recognition import Unsuited, examine
-
-__all__ = ["NAMINGS", "from_module", "from_state_dict", "rename_keys"]
+__all__ = ["NAMINGS", "from_state_dict", "rename_keys"]
 
 # (first layer, second layer), as prefixes of ".weight" and ".bias".
 NAMINGS = (
@@ -77,30 +74,3 @@ def from_state_dict(cls: type, state_dict: Mapping[str, Tensor], **options: Any)
 
 def _naming(keys: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in NAMINGS if all(f"{part}.weight" in keys for part in pair)), None)
-
-
-def from_module(cls: type, layer: nn.Module) -> Any:
-    """See ``FusedSE.from_module``."""
-    if isinstance(layer, cls):
-        return copy.deepcopy(layer)
-    kind = type(layer).__name__
-    try:
-        recipe = examine(layer)
-    except Unsuited as error:
-        raise ValueError(f"{kind} is not understood as an SE layer: {error}") from error
-    if recipe.form == "residual":
-        raise ValueError(
-            f"{kind} adds its input to the result, which is no part of FusedSE; load its weights with "
-            "FusedSE.from_state_dict and call that as layer(x, residual=x); senet_fused.fuse converts it in place"
-        )
-    if recipe.form != "scale" or recipe.channels_last:
-        what = "takes its channels last" if recipe.channels_last else "returns the gate, not the scaled input"
-        raise ValueError(f"{kind} {what}, which FusedSE does not; senet_fused.fuse converts it in place")
-    paths = {"fc1": ".".join(recipe.first), "fc2": ".".join(recipe.second)}
-    weights = {f"{fc}.{k}": p for fc, path in paths.items() for k, p in layer.get_submodule(path).named_parameters()}
-    fused = from_state_dict(
-        cls, {name: p.detach() for name, p in weights.items()}, act=recipe.act, gate=recipe.gate, squeeze=recipe.squeeze
-    )
-    for name, parameter in fused.named_parameters():
-        parameter.requires_grad_(weights[name].requires_grad)
-    return fused.train(layer.training)

@@ -19,7 +19,7 @@ import sys
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +52,59 @@ def is_foreign(module: object) -> bool:
     return root not in _OURS_AND_TORCHS and root not in sys.stdlib_module_names
 
 
-class _Known(NamedTuple):
-    """An object, what it is called, its parts by name as they were, and a tensor's version and values."""
+class _Snapshot:
+    """An object as it was: its parts, by the ends of their names, and its value where it has one of its own."""
 
-    label: str
-    thing: Any
-    parts: list[tuple[str, Any]]
-    version: int | None
-    values: Any
+    def __init__(self, label: str, thing: Any) -> None:
+        self.label, self.thing = label, thing
+        self.parts, self.value = _parts(thing), _value(thing)
+
+    def change(self) -> str | None:
+        """What has been changed since; None if nothing has."""
+        now, before = _parts(self.thing), self.parts
+        if [name for name, _ in now] != [name for name, _ in before]:
+            new = [name for name, _ in now if name not in dict(before)]
+            return self.label + (new[0] if new and isinstance(self.thing, (dict, type)) else "")
+        for (name, was), (_, part) in zip(before, now, strict=True):
+            if was is not part and not (type(was) is type(part) and isinstance(was, _ATOMS) and was == part):
+                return self.label + name
+        return None if _same(self.value, _value(self.thing)) else self.label
+
+    def restore(self) -> None:
+        """Makes a thing that can be changed what it was."""
+        thing, before = self.thing, dict(self.parts)
+        if isinstance(thing, dict):
+            for key, (name, _) in list(zip(dict.keys(thing), _parts(thing), strict=False)):
+                if name in before:
+                    dict.__setitem__(thing, key, before[name])
+                else:
+                    dict.__delitem__(thing, key)
+        elif isinstance(thing, (list, set, collections.deque)):
+            items = [part for name, part in self.parts if name.startswith("[")]
+            thing.clear()
+            (thing.update if isinstance(thing, set) else thing.extend)(items)
+        elif isinstance(thing, type):
+            now = {f".{name}" for name in vars(thing) if not name.startswith("__")}
+            for name in now - before.keys():
+                delattr(thing, name[1:])
+            for name, part in before.items():
+                if name and vars(thing).get(name[1:], thing) is not part:
+                    setattr(thing, name[1:], part)
+        elif isinstance(thing, types.FunctionType):
+            for cell, (_, part) in zip(thing.__closure__ or (), self.parts, strict=False):
+                if _inside(cell) is not part:
+                    cell.cell_contents = part
+        elif isinstance(thing, Tensor) and self.value[1] is not None:
+            thing.data.copy_(self.value[1])
+        elif hasattr(self.value, "tobytes"):
+            thing[...] = self.value
 
 
 class _Contents:
     """All that is reachable from some objects, as it was when they were added."""
 
     def __init__(self) -> None:
-        self.known: dict[int, _Known] = {}
+        self.known: dict[int, _Snapshot | None] = {}  # None: of what may change
 
     def add(self, label: str, thing: Any) -> None:
         waiting = [(label, thing)]
@@ -76,58 +114,49 @@ class _Contents:
                 continue
             if len(self.known) > _MOST:
                 raise Effect("it reaches too many objects to compare them before and after its forward")
-            parts = _parts(thing)
-            self.known[id(thing)] = _Known(label, thing, parts, *_state(thing))
-            waiting += [(label + name, part) for name, part in parts]
+            self.known[id(thing)] = snapshot = _Snapshot(label, thing)
+            waiting += [(label + name, part) for name, part in snapshot.parts]
 
-    def changed(self) -> str | None:
-        """What the first object that has been changed is called; None if there is none."""
-        return next((name for known in self.known.values() if (name := _change(known)) is not None), None)
+    def changed(self) -> list[tuple[str, _Snapshot]]:
+        """What has been changed: what it is called, and as it was."""
+        found = ((one.change(), one) for one in self.known.values() if one is not None)
+        return [(name, one) for name, one in found if name is not None]
 
     def restore(self) -> None:
         """Puts everything back that has been changed."""
-        for known in self.known.values():
-            if _change(known) is not None:
-                _put_back(known)
+        for _, one in self.changed():
+            one.restore()
 
-    def again(self) -> _Contents:
-        """The same objects as they are now."""
-        now = _Contents()
-        for known in self.known.values():
-            now.add(known.label, known.thing)
-        return now
+
+# What consists of other objects, and the attributes that hold them.
+_HOLDERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (types.MethodType, ("__self__", "__func__")),
+    (types.BuiltinMethodType, ("__self__",)),
+    (functools.partial, ("func", "args", "keywords")),
+    ((staticmethod, classmethod), ("__func__",)),
+    ((Tensor, types.ModuleType), ()),
+)
 
 
 def _parts(thing: Any) -> list[tuple[str, Any]]:
     """What an object consists of, each with the end of its name."""
+    for kinds, names in _HOLDERS:
+        if isinstance(thing, kinds):
+            return [("", getattr(thing, name)) for name in names]
+    kind, parts = type(thing), []
     if isinstance(thing, dict):
         parts = [(_key(key), part) for key, part in dict.items(thing)]
     elif isinstance(thing, _SEQUENCES):
         parts = [(f"[{i}]", part) for i, part in enumerate(thing)]
-    elif isinstance(thing, type):
+    elif isinstance(thing, (type, types.FunctionType)):
         if not is_foreign(thing.__module__):
             return []
-        own = [(f".{name}", part) for name, part in vars(thing).items() if not name.startswith("__")]
-        return own + [("", base) for base in thing.__bases__]
-    elif isinstance(thing, types.FunctionType):
-        if not is_foreign(thing.__module__):
-            return []
-        names = thing.__code__.co_freevars
-        cells = [(f".{name}", _inside(cell)) for name, cell in zip(names, thing.__closure__ or (), strict=True)]
-        return [*cells, ("", thing.__defaults__), ("", thing.__kwdefaults__), ("", vars(thing))]
-    elif isinstance(thing, types.MethodType):
-        return [("", thing.__self__), ("", thing.__func__)]
-    elif isinstance(thing, types.BuiltinMethodType):
-        return [("", thing.__self__)]
-    elif isinstance(thing, functools.partial):
-        return [("", thing.func), ("", thing.args), ("", thing.keywords)]
-    elif isinstance(thing, (staticmethod, classmethod)):
-        return [("", thing.__func__)]
-    elif isinstance(thing, (Tensor, types.ModuleType)):
-        return []
-    else:
-        parts = []
-    kind = type(thing)
+        if isinstance(thing, type):
+            own = [(f".{name}", part) for name, part in vars(thing).items() if not name.startswith("__")]
+            return own + [("", base) for base in thing.__bases__]
+        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+        closure = [(f".{name}", _inside(cell)) for name, cell in cells]
+        return [*closure, *(("", part) for part in (thing.__defaults__, thing.__kwdefaults__, vars(thing)))]
     # PyTorch's own objects change as they like (a generator, a process group); its modules do not.
     if isinstance(thing, nn.Module) or is_foreign(kind.__module__) or kind is types.SimpleNamespace:
         with contextlib.suppress(Exception):
@@ -154,71 +183,25 @@ def _inside(cell: types.CellType) -> Any:
         return None
 
 
-def _state(thing: Any) -> tuple[int | None, Any]:
-    """A tensor's version and values; of a few other things what their values are."""
+def _value(thing: Any) -> Any:
+    """A tensor's version and a copy of its values; of a few other things their values."""
     if isinstance(thing, _ITERATORS):
-        return None, repr(thing)
+        return repr(thing)
     if isinstance(thing, Tensor):
-        version = torch_private.version_of(thing)
-        if thing.device.type != "cpu" or thing.layout != torch.strided or thing.numel() > _CLONED:
-            return version, None
-        return version, thing.detach().clone()
+        seen = thing.device.type == "cpu" and thing.layout == torch.strided and thing.numel() <= _CLONED
+        return torch_private.version_of(thing), thing.detach().clone() if seen else None
     numpy = sys.modules.get("numpy")
-    return None, (thing.copy() if numpy is not None and isinstance(thing, numpy.ndarray) else None)
+    return thing.copy() if numpy is not None and isinstance(thing, numpy.ndarray) else None
 
 
-def _change(known: _Known) -> str | None:
-    now = _parts(known.thing)
-    before = known.parts
-    if [name for name, _ in now] != [name for name, _ in before]:
-        new = [name for name, _ in now if name not in dict(before)]
-        return known.label + (new[0] if new and isinstance(known.thing, (dict, type)) else "")
-    for (name, was), (_, part) in zip(before, now, strict=True):
-        if was is not part and not (type(was) is type(part) and isinstance(was, _ATOMS) and was == part):
-            return known.label + name
-    version, values = _state(known.thing)
-    if version != known.version or type(values) is not type(known.values):
-        return known.label
-    if isinstance(values, Tensor):
-        same = values.shape == known.values.shape and torch.equal(values.nan_to_num(), known.values.nan_to_num())
-    elif values is None or isinstance(values, str):
-        same = values == known.values
-    else:
-        same = values.tobytes() == known.values.tobytes()
-    return None if same else known.label
-
-
-def _put_back(known: _Known) -> None:
-    thing, parts = known.thing, known.parts
-    values = [part for _, part in parts]
-    if isinstance(thing, dict):
-        names, before = [name for name, _ in _parts(thing)], dict(parts)
-        for key, name in list(zip(dict.keys(thing), names, strict=False)):
-            if name in before:
-                dict.__setitem__(thing, key, before[name])
-            else:
-                dict.__delitem__(thing, key)
-    elif isinstance(thing, (list, set, collections.deque)):
-        items = values[: sum(name.startswith("[") for name, _ in parts)]
-        thing.clear()
-        (thing.update if isinstance(thing, set) else thing.extend)(items)
-    elif isinstance(thing, type):
-        before = {name[1:]: part for name, part in parts if name}
-        for name in [name for name in vars(thing) if not name.startswith("__")]:
-            if name not in before:
-                delattr(thing, name)
-        for name, part in before.items():
-            if vars(thing).get(name, thing) is not part:
-                setattr(thing, name, part)
-    elif isinstance(thing, types.FunctionType):
-        for cell, value in zip(thing.__closure__ or (), values, strict=False):
-            if _inside(cell) is not value:
-                cell.cell_contents = value
-    elif isinstance(known.values, Tensor):
-        with torch.no_grad():
-            thing.data.copy_(known.values)
-    elif known.values is not None and not isinstance(known.values, str):
-        thing[...] = known.values
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return all(map(_same, before, now))
+    if isinstance(before, Tensor) and isinstance(now, Tensor):
+        return before.shape == now.shape and torch.equal(before.nan_to_num(), now.nan_to_num())
+    if hasattr(before, "tobytes") and hasattr(now, "tobytes"):
+        return before.tobytes() == now.tobytes()
+    return type(before) is type(now) and before == now
 
 
 class Watch:
@@ -239,7 +222,9 @@ class Watch:
 
     def settle(self) -> None:
         """From here on, what lies outside may not be changed. Before, other people's caches may be filled."""
-        self._before, self._settled = self._first.again(), True
+        self._before, self._settled = _Contents(), True
+        for one in self._first.known.values():
+            self._before.add(one.label, one.thing)
 
     def restore(self) -> None:
         """What lies outside is afterwards as it was before the module has run."""
@@ -251,18 +236,19 @@ class Watch:
         own = _Contents()
         if not self._buffers:
             for module in self._copied.modules():
-                for thing in (module._buffers, *module._buffers.values()):
-                    own.known[id(thing)] = _Known("", None, [], None, None)
+                own.known.update((id(thing), None) for thing in (module._buffers, *module._buffers.values()))
         own.add("its", self._copied)
         try:
             with self._hooked():
                 yield
         finally:
-            if (name := own.changed()) is not None:
-                own.restore()
-        if name is None and self._settled:
-            name = self._before.changed()
-        if name is not None:
+            changed = own.changed()
+            for _, one in changed:
+                one.restore()
+        if not changed and self._settled:
+            changed = self._before.changed()
+        if changed:
+            name = changed[0][0]
             for container in ("._modules", "._parameters", "._buffers"):
                 name = name.replace(container, "")
             name = name.replace("its.", "its ", 1)

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from .. import select, torch_private
 from ..functional import block_tail, tail_route
 from ..modules import FusedSE, RecordsGates
-from ..recognition import Recipe, Unsuited, Weights, examine, is_patched, parts_of
+from ..parts import PLAIN_TENSORS, Weights, has_hooks
+from .layer import class_before
+from .proof import examine
+from .recipe import Recipe
+from .trial import CannotFuseError
 
-__all__ = ["FusedSETail", "Reading", "Tail", "fits", "has_hooks", "norm_problem"]
+__all__ = ["NORMS", "FusedSETail", "Tail", "norm_problem", "recipe_in_tail"]
 
 _DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # a synchronised one takes any
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class FusedSETail(nn.Module):
@@ -61,19 +64,13 @@ class FusedSETail(nn.Module):
         if act is not None and type(act) is not nn.ReLU:
             raise TypeError(f"FusedSETail: act must be nn.ReLU or None, got {type(act).__name__}; call it yourself")
         select.check_name(backend, "FusedSETail")
-        reading = None
+        self.backend = backend
+        self._recipe: Recipe | None = None
         if se is not None:
             try:
-                reading = Reading.of(se)
-            except Unsuited as error:
+                self._recipe = recipe_in_tail(se, norm)
+            except CannotFuseError as error:
                 raise ValueError(f"FusedSETail: se ({type(se).__name__}) cannot be part of a tail: {error}") from error
-            if reading.recipe.channels != norm.num_features:
-                channels = reading.recipe.channels
-                raise ValueError(f"FusedSETail: norm is for {norm.num_features} channels, se for {channels}")
-            if not fits(norm, reading.recipe):
-                raise ValueError(f"FusedSETail: se is not for as many dimensions as a {type(norm).__name__}")
-        self.backend = backend
-        self._reading = reading
         self._owner, self._names = None, ("norm", "se", "act")
         if owner is None:
             self.norm, self.se, self.act = norm, se, act
@@ -87,7 +84,7 @@ class FusedSETail(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """y; x and residual [N, C, *spatial], factor [N], dtypes and errors as in :func:`block_tail`."""
         norm, se, act = self._parts()
-        return Tail(norm, se, self._reading, act, self.backend)(x, residual, factor)
+        return Tail(norm, se, self._recipe, act, self.backend)(x, residual, factor)
 
     def _parts(self) -> tuple[nn.Module | None, ...]:
         """norm, se and act, as they are now."""
@@ -104,41 +101,22 @@ class FusedSETail(nn.Module):
             "torch.jit.script cannot compile FusedSETail; record it with torch.jit.trace, or with torch.export"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a pickle of 0.1.0 the recipe is called a reading.
+        super().__setstate__({"_recipe" if key == "_reading" else key: value for key, value in state.items()})
+
     def extra_repr(self) -> str:
         parts = [f"backend={self.backend}"] if self.backend is not None else []
         names = [f"of its owner's {', '.join(n for n in self._names if n)}"] if self._owner else []
         return ", ".join(names + parts)
 
 
-class Reading(NamedTuple):
-    """An SE layer as it was when it was read: its recipe, its class (before fuse) and that class's forward."""
-
-    recipe: Recipe
-    kind: type[nn.Module]
-    forward: Any
-
-    @classmethod
-    def of(cls, se: nn.Module, *, verify: bool = True, proven: dict[Any, Any] | None = None) -> Reading:
-        """proven: as of recognition.examine. Raises Unsuited if it cannot be part of a tail; the message says why."""
-        kind = _class_of(se)
-        return cls(_recipe_of(se, verify, proven), kind, kind.forward)
-
-    def weights(self, se: nn.Module) -> Weights | str:
-        """w1, w2, b1, b2; or, as text, why the layer has to be called instead."""
-        kind = _class_of(se)
-        if kind is not self.kind:
-            return f"its SE layer was a {self.kind.__name__} and is a {kind.__name__}"
-        if kind.forward is not self.forward:
-            return f"the forward of {kind.__name__} has been replaced since"
-        return self.recipe.weights(se)
-
-
 class Tail(NamedTuple):
-    """Modules to be run as one tail, and what is known of the SE layer."""
+    """Modules to be run as one tail; recipe: of the SE layer, as it was when it was examined."""
 
     norm: nn.Module
     se: nn.Module | None = None
-    reading: Reading | None = None
+    recipe: Recipe | None = None
     act: nn.Module | None = None
     backend: str | None = None
 
@@ -146,9 +124,9 @@ class Tail(NamedTuple):
         weights = self.weights()
         if isinstance(weights, tuple) and self._takes(x) and not self._prefers_modules(x):
             return self._fused(x, residual, factor, weights)
-        return self.stock(x, residual, factor)
+        return self.by_modules(x, residual, factor)
 
-    def stock(self, x: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
+    def by_modules(self, x: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
         """The same by the modules themselves."""
         y = self.norm(x)
         if self.se is not None:
@@ -174,15 +152,20 @@ class Tail(NamedTuple):
             return "its SE layer has hooks or another forward, which only run if it is called"
         if isinstance(se, RecordsGates) and se._senet_captured is not None:
             return "its gates are being captured"
-        if self.reading is None:
+        if self.recipe is None:
             return "its SE layer has not been there when it was read"
-        return self.reading.weights(se)
+        kind, proven = class_before(se), self.recipe.parts[0]
+        if kind is not proven.kind:
+            return f"its SE layer was a {proven.kind.__name__} and is a {kind.__name__}"
+        if kind.forward is not proven.forward:
+            return f"the forward of {kind.__name__} has been replaced since"
+        return self.recipe.weights(se)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x is of a kind that block_tail is for; what BatchNorm refuses, it is to refuse itself."""
-        if not isinstance(x, Tensor) or (type(x) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
+        if not isinstance(x, Tensor) or (type(x) not in PLAIN_TENSORS and not torch.compiler.is_compiling()):
             return False
-        if not 3 <= x.dim() <= 5 or (self.reading is not None and x.dim() - 2 not in self.reading.recipe.dimensions):
+        if not 3 <= x.dim() <= 5 or (self.recipe is not None and x.dim() - 2 not in self.recipe.dimensions):
             return False
         if not torch.jit.is_tracing() and x.numel() == 0:  # which a tracer would warn of
             # One of several processes may have no sample.
@@ -200,7 +183,7 @@ class Tail(NamedTuple):
     def _fused(
         self, x: Tensor, residual: Tensor | None, factor: Tensor | None, weights: tuple[Tensor | None, ...]
     ) -> Tensor:
-        norm, recipe = self.norm, None if self.reading is None else self.reading.recipe
+        norm, recipe = self.norm, self.recipe
         # As _BatchNorm.forward of torch.nn: momentum None is the cumulative average.
         momentum = 0.0 if norm.momentum is None else norm.momentum
         counting = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
@@ -242,56 +225,35 @@ def norm_problem(norm: nn.Module) -> str | None:
     if has_hooks(norm):
         return "it has hooks or another forward, which only run if it is called"
     for t in (*norm._parameters.values(), *norm._buffers.values()):
-        if t is not None and type(t) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+        if t is not None and type(t) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
             return f"one of its tensors is a {type(t).__name__}, not a plain tensor"
     return None
 
 
-def _recipe_of(se: nn.Module, verify: bool, proven: dict[Any, Any] | None) -> Recipe:
-    """How a tail reads an SE layer. Raises Unsuited if it cannot be part of one; the message says why."""
+def recipe_in_tail(
+    se: nn.Module, norm: nn.Module, *, verify: bool = True, proofs: dict[Any, Any] | None = None
+) -> Recipe:
+    """How a tail with this BatchNorm computes what the SE layer computes.
+
+    verify, proofs: as of :func:`examine`. Raises CannotFuseError if the layer cannot be part of it; the message says
+    why.
+    """
     if type(se) is FusedSE:
         if se.post_act is not None:
-            raise Unsuited(f"its post_act={se.post_act!r} belongs behind the addition: leave it out")
-        recipe = Recipe(
-            kind="FusedSE", first=("fc1",), second=("fc2",), act=se.act, gate=se.gate, squeeze=se.squeeze, form="scale",
-            channels=se.channels, rd_channels=se.rd_channels, channels_last=False, dimensions=(1, 2, 3), argument="x",
-            parts=parts_of(se),
-        )  # fmt: skip
+            raise CannotFuseError(f"its post_act={se.post_act!r} belongs behind the addition: leave it out")
+        recipe = Recipe.of_fused_se(se)
     else:
-        known = getattr(se, "_senet_fused", None)
-        recipe = examine(se, verify=verify, proven=proven) if known is None else known.recipe
+        fusion = getattr(se, "_senet_fused", None)
+        recipe = examine(se, verify=verify, proofs=proofs) if fusion is None else fusion.recipe
     if recipe.form != "scale" or recipe.channels_last:
-        raise Unsuited("it does not return x * gate for x [N, C, *spatial]")
+        raise CannotFuseError("it does not return x * gate for x [N, C, *spatial]")
     if recipe.squeeze != "avg":
-        raise Unsuited(f"its squeeze is {recipe.squeeze!r}; a maximum does not follow from BatchNorm's sums")
+        raise CannotFuseError(f"its squeeze is {recipe.squeeze!r}; a maximum does not follow from BatchNorm's sums")
+    if recipe.channels != norm.num_features:
+        raise CannotFuseError(f"norm is for {norm.num_features} channels, se for {recipe.channels}")
+    if _DIMENSIONS.get(type(norm), recipe.dimensions[0]) not in recipe.dimensions:
+        raise CannotFuseError(f"it is not for as many dimensions as a {type(norm).__name__}")
     return recipe
-
-
-def fits(norm: nn.Module, recipe: Recipe) -> bool:
-    """Whether the SE layer has been read for the dimensions that a BatchNorm is for; a synchronised one takes any."""
-    dimensions = _DIMENSIONS.get(type(norm))
-    return dimensions is None or dimensions in recipe.dimensions
-
-
-def _class_of(se: nn.Module) -> type[nn.Module]:
-    """The class of an SE layer, of a fused one that which it had before."""
-    kind = type(se)
-    return getattr(kind, "_senet_original", (None,))[0] or kind
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would run more than its class's forward, or something else.
-
-    A class of torch.nn whose forward has been replaced, for all its modules, is something else.
-    """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or is_patched(type(module))
-    )
 
 
 def _group_of(norm: nn.Module) -> object | None:

@@ -1,9 +1,12 @@
-"""A recipe: how the parts of somebody's SE layer become one call of squeeze_excite, and when they no longer do."""
+"""The parts of an SE layer, ours or somebody's, as they were when it was read, and whether they still are so.
+
+An operator in a layer's place reads the weights of the layer's children and calls none of them: it may only run while
+that makes no difference.
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,20 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import torch_private
-from ..activations import Activation
-from ..call import Call
-from ..functional import excitation, serve, squeeze_excite
+from . import torch_private
 
 __all__ = [
-    "FORMS", "Part", "Recipe", "Weights", "is_patched", "parts_of", "plain_weights", "quantising", "settings_of",
+    "OWN_ATTRIBUTES", "PLAIN_TENSORS", "Part", "Weights", "has_hooks", "is_patched", "is_stand_in", "parts_of",
+    "quantising", "settings_of", "weights_or_reason",
 ]  # fmt: skip
 
-# What the layer returns: x * gate, x * gate + x, the gate [N, C, 1, ...], or the gate [N, C].
-FORMS = ("scale", "residual", "gate", "flat_gate")
-
 # Exactly these: a subclass may compute something else, and a subclass of Tensor may not hold the numbers it stands for.
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 Weights = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 
@@ -35,6 +33,21 @@ _FORWARDS = {kind: kind.forward for kind in vars(nn).values() if isinstance(kind
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class of torch.nn is another one than when this package was imported."""
     return kind.forward is not _FORWARDS.get(kind, kind.forward)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would run more than its class's forward, or something else.
+
+    A class of torch.nn whose forward has been replaced, for all its modules, is something else.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or is_patched(type(module))
+    )
 
 
 class Part(NamedTuple):
@@ -64,91 +77,7 @@ class Part(NamedTuple):
         return self if settings is self.settings else self._replace(settings=settings)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a layer computes, as arguments of squeeze_excite, with the parts that it depends on.
-
-    kind: the family in words. first, second: paths of the two children with the weights. act, gate, squeeze: as in
-        squeeze_excite. form: one of :data:`FORMS`. channels, rd_channels: C and R. channels_last: x is
-        [N, *spatial, C]. dimensions: the numbers of spatial dimensions of x that it holds for. argument: the name of
-        x in the layer's forward. parts: the layer and its submodules, outermost first.
-    """
-
-    kind: str
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    act: Activation
-    gate: Activation
-    squeeze: str
-    form: str
-    channels: int
-    rd_channels: int
-    channels_last: bool
-    dimensions: tuple[int, ...]
-    argument: str
-    parts: tuple[Part, ...]
-
-    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """x, of a call with that one argument; None for any other call."""
-        if len(args) == 1 and not kwargs:
-            return args[0]
-        if len(kwargs) == 1 and not args:
-            return kwargs.get(self.argument)
-        return None
-
-    def alteration(self, layer: nn.Module) -> str | None:
-        """Why the layer's parts have to be called, now that they are not what was read; None if they are."""
-        weights = self.weights(layer)
-        return weights if isinstance(weights, str) else None
-
-    def weights(self, layer: nn.Module) -> Weights | str:
-        """w1, w2, b1, b2 of the layer; or, as text, why its parts have to be called instead: :func:`plain_weights`."""
-        return plain_weights(layer, self.parts, self.first, self.second)
-
-    def mismatch(self, x: Any) -> str | None:
-        """Why this input goes to the layer's own forward; None if the recipe holds for it."""
-        if type(x) not in _PLAIN_TENSORS:
-            if isinstance(x, torch.fx.Proxy):
-                if quantising(x):
-                    return "FX quantisation is to see its children"
-                return None if self.form in ("scale", "residual") else "a gate's shape is not known to FX"
-            if not _is_stand_in(x):
-                return f"its input is a {type(x).__name__}, not a plain tensor"
-        if not torch.jit.is_tracing() and x.numel() == 0 and x.shape[0] != 0:  # which a tracer would warn of
-            return "its input has no positions"
-        if x.dim() - 2 not in self.dimensions:
-            known = " or ".join(str(d + 2) for d in self.dimensions)
-            return f"its input has {x.dim()} dimensions; the layer was read for {known}"
-        return None
-
-    def apply(
-        self, weights: Weights, x: Tensor, *, chosen: str, with_gate: bool = False, backend: str | None = None
-    ) -> tuple[Tensor, Any]:
-        """What the layer returns for x, and the gate [N, C] if it is wanted (None if not).
-
-        chosen: the backend, from functional.route. backend: the one asked for, where FX is to see squeeze_excite.
-        """
-        if self.form in ("gate", "flat_gate"):
-            gate = excitation(x, *weights, act=self.act, gate=self.gate, squeeze=self.squeeze, backend=chosen)
-            y = gate.to(_gate_dtype(x))
-            return (y if self.form == "flat_gate" else y[(..., *(None,) * (x.dim() - 2))]), gate
-        planes = x.movedim(-1, 1) if self.channels_last else x
-        residual = planes if self.form == "residual" else None
-        if isinstance(x, torch.fx.Proxy):
-            options: dict[str, Any] = {"act": self.act, "gate": self.gate, "squeeze": self.squeeze, "backend": backend}
-            y = squeeze_excite(planes, *weights, residual=residual, **options)
-            gate = None
-        else:
-            w1, w2, b1, b2 = weights
-            call = Call(
-                planes, None, None, None, None, w1, b1, w2, b2, residual, None, 0.0, "", self.act.spec, self.gate.spec,
-                self.squeeze, "", "",
-            )  # fmt: skip
-            y, _, gate, *_ = serve(call, chosen, with_gate)
-        return (y.movedim(1, -1) if self.channels_last else y), gate
-
-
-def plain_weights(
+def weights_or_reason(
     layer: nn.Module, parts: tuple[Part, ...], first: tuple[str, ...], second: tuple[str, ...]
 ) -> Weights | str:
     """w1, w2, b1, b2 of an SE layer; or, as text, why its parts have to be called instead.
@@ -186,7 +115,7 @@ def plain_weights(
             return f"{_name(path)} has got a parameter or a buffer, or lost one"
         for name, value in settings:
             now = own.get(name, _GONE)
-            if now is not value and (type(value) not in SCALARS or now != value):
+            if now is not value and (type(value) not in _SCALARS or now != value):
                 return f"{name} of {_name(path)} was {_shown(value)} and has been changed"
         if (_COUNTED_IN_GRAPHS or not torch.compiler.is_compiling()) and len(own) != attributes:
             if (name := _shadowing(own, settings, kind)) is not None:
@@ -194,7 +123,7 @@ def plain_weights(
     fc1, fc2 = _at(layer, first), _at(layer, second)
     weights = (_tensor(fc1, "weight"), _tensor(fc2, "weight"), _tensor(fc1, "bias"), _tensor(fc2, "bias"))
     for t in weights:
-        if t is not None and type(t) not in _PLAIN_TENSORS and not _is_stand_in(t):
+        if t is not None and type(t) not in PLAIN_TENSORS and not is_stand_in(t):
             return f"one of its weights is a {type(t).__name__}, not a plain tensor"
     return weights
 
@@ -218,18 +147,10 @@ _QUANTISED = (
 )
 
 
-def _gate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that PyTorch's own operators give a gate: x's, or autocast's."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
-
-
 OWN_ATTRIBUTES = ("_senet_fused", "_senet_captured")  # what fuse adds to a layer's
-_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *OWN_ATTRIBUTES, "inplace", "forward"))
+_IN_EVERY_MODULE = frozenset((*vars(nn.Module()), *OWN_ATTRIBUTES, "inplace", "forward"))
 _OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "groups")
-SCALARS = (bool, int, float, str, tuple)
+_SCALARS = (bool, int, float, str, tuple)
 _GONE = object()
 # Dynamo cannot count a module's attributes in torch 2.11. Without a backend by name the original runs there anyway.
 _COUNTED_IN_GRAPHS = torch.__version__ >= (2, 13)
@@ -256,7 +177,7 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
         return ()  # its weight says it all
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return tuple((name, getattr(module, name)) for name in _OF_CONVOLUTIONS)
-    return tuple((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+    return tuple((name, value) for name, value in vars(module).items() if name not in _IN_EVERY_MODULE)
 
 
 def _shadowing(own: dict[str, Any], settings: tuple[tuple[str, object], ...], kind: type[nn.Module]) -> str | None:
@@ -266,13 +187,13 @@ def _shadowing(own: dict[str, Any], settings: tuple[tuple[str, object], ...], ki
     """
     known = {name for name, _ in settings}
     for name in own:
-        if name not in known and name[0] != "_" and name not in _OF_EVERY_MODULE and hasattr(kind, name):
+        if name not in known and name[0] != "_" and name not in _IN_EVERY_MODULE and hasattr(kind, name):
             return name
     return None
 
 
 def _shown(value: object) -> str:
-    return repr(value) if type(value) in SCALARS else f"a {type(value).__name__}"
+    return repr(value) if type(value) in _SCALARS else f"a {type(value).__name__}"
 
 
 def _name(path: tuple[str, ...]) -> str:
@@ -301,6 +222,6 @@ def _is_wrapped_by_export(part: nn.Module, kind: type[nn.Module]) -> bool:
     return torch.compiler.is_exporting() and isinstance(part, kind) and type(part).__name__ == kind.__name__
 
 
-def _is_stand_in(t: object) -> bool:
+def is_stand_in(t: object) -> bool:
     """Whether t stands for a plain tensor while somebody traces: FX's proxies, fake and functional tensors."""
     return isinstance(t, (torch.fx.Proxy, *torch_private.stand_ins))

@@ -1,11 +1,10 @@
-// Block tails, senet_fused/reference.py: first sweeps (T1), (T4), second sweeps (T3), (T7).
+// First sweeps with a norm: (T1) forward, (T4) backward.
 //
 // Sums run in a fixed order that depends on the sizes of one sample alone: blocks of kBlock elements along a plane, of
 // pixels_of_block pixels in channels_last; within a block in A, over blocks in double.
 #pragma once
 #include "../kernels.h"
 #include "../vec.h"
-#include "scale.h"
 #include "squeeze.h"
 
 namespace senet {
@@ -152,7 +151,7 @@ void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1,
 // ------------------------------------------------------------------------------------------------ gradient sums (T4)
 
 template <class T, bool kMask>
-void tail_sums_planes_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1) {
+void gradient_moments_planes_impl(const MomentArgs<Acc<T>>& args, int64_t c0, int64_t c1) {
   using A = Acc<T>;
   const int64_t m = args.columns, mask_stride = (m + 7) / 8;
   for (int64_t c = c0; c < c1; ++c) {
@@ -183,16 +182,13 @@ void tail_sums_planes_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t
   }
 }
 template <class T>
-void tail_sums_planes(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double*) {
-  if (args.mask != nullptr)
-    tail_sums_planes_impl<T, true>(args, c0, c1);
-  else
-    tail_sums_planes_impl<T, false>(args, c0, c1);
+void gradient_moments_planes(const MomentArgs<Acc<T>>& args, int64_t c0, int64_t c1, double*) {
+  choose([&](auto mask) { gradient_moments_planes_impl<T, mask.value>(args, c0, c1); }, args.mask != nullptr);
 }
 
 template <class T, bool kMask, int kGroups>
-SENET_INLINE void tail_sums_strip(const TailSumsArgs<Acc<T>>& args, int64_t i, int64_t begin, int64_t end, bool more,
-                                  int count, double* total0, double* total1) {
+SENET_INLINE void gradient_moments_strip(const MomentArgs<Acc<T>>& args, int64_t i, int64_t begin, int64_t end,
+                                         bool more, int count, double* total0, double* total1) {
   using A = Acc<T>;
   const int64_t c = args.columns, mask_stride = (c + 7) / 8, ahead = pixels_of_block(c * int64_t(sizeof(T))) * c;
   const T* x = static_cast<const T*>(args.x) + i;
@@ -230,7 +226,7 @@ SENET_INLINE void tail_sums_strip(const TailSumsArgs<Acc<T>>& args, int64_t i, i
 }
 
 template <class T, bool kMask>
-void tail_sums_pixels_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
+void gradient_moments_pixels_impl(const MomentArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
   using A = Acc<T>;
   const int64_t c = args.columns, m = args.rows, pixels = pixels_of_block(c * int64_t(sizeof(T)));
   double *total0 = scratch, *total1 = scratch + c;
@@ -240,10 +236,10 @@ void tail_sums_pixels_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t
     const bool more = end + pixels <= m;
     int64_t i = c0;
     for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup)
-      tail_sums_strip<T, kMask, kStrip>(args, i, begin, end, more, kGroup, total0 + i, total1 + i);
+      gradient_moments_strip<T, kMask, kStrip>(args, i, begin, end, more, kGroup, total0 + i, total1 + i);
     for (; i < c1; i += kGroup) {
       const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
-      tail_sums_strip<T, kMask, 1>(args, i, begin, end, more, count, total0 + i, total1 + i);
+      gradient_moments_strip<T, kMask, 1>(args, i, begin, end, more, count, total0 + i, total1 + i);
     }
   }
   for (int64_t i = c0; i < c1; ++i) {
@@ -252,122 +248,8 @@ void tail_sums_pixels_impl(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t
   }
 }
 template <class T>
-void tail_sums_pixels(const TailSumsArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
-  if (args.mask != nullptr)
-    tail_sums_pixels_impl<T, true>(args, c0, c1, scratch);
-  else
-    tail_sums_pixels_impl<T, false>(args, c0, c1, scratch);
-}
-
-// ------------------------------------------------------------------------------------------------ second sweeps
-
-template <class T, bool kPixelRows, bool kResidual, bool kRelu, bool kStream>
-void tail_rows(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  using A = Acc<T>;
-  const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
-  for (int64_t r = r0; r < r1; ++r) {
-    const T* x = static_cast<const T*>(args.x) + r * columns;
-    const T* residual = kResidual ? static_cast<const T*>(args.residual) + r * columns : nullptr;
-    T* y = static_cast<T*>(args.y) + r * columns;
-    uint8_t* mask = kRelu && args.mask != nullptr ? args.mask + r * mask_stride : nullptr;
-    const PerChannel<A, kPixelRows> mean(args.mean, r), scale(args.scale, r), shift(args.shift, r);
-    const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
-      const Group<A> centred = load_upto(x + i, count) - mean.at(i, count);
-      Group<A> v = fma(scale.at(i, count), centred, shift.at(i, count));
-      if (kResidual) v = v + load_upto(residual + i, count);
-      if (kRelu) {
-        if (mask != nullptr) {
-          const uint16_t bits = positive_lanes(v);
-          mask[i / 8] = uint8_t(bits);
-          if (count > 8) mask[i / 8 + 1] = uint8_t(bits >> 8);
-        }
-        v = relu(v);
-      }
-      put<kStream>(y + i, v, count);
-    };
-    int64_t i = 0;
-    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
-    if (i < columns) group(i, int(columns - i));
-  }
-  if (kStream) end_of_stream();
-}
-
-template <class T, bool kPixelRows, bool kResidual, bool kRelu>
-void tail_choose_store(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.stream && can_stream<T>(args.y, args.columns))
-    tail_rows<T, kPixelRows, kResidual, kRelu, true>(args, r0, r1);
-  else
-    tail_rows<T, kPixelRows, kResidual, kRelu, false>(args, r0, r1);
-}
-
-template <class T, bool kPixelRows>
-void tail(const TailArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.residual != nullptr) {
-    if (args.relu)
-      tail_choose_store<T, kPixelRows, true, true>(args, r0, r1);
-    else
-      tail_choose_store<T, kPixelRows, true, false>(args, r0, r1);
-  } else {
-    if (args.relu)
-      tail_choose_store<T, kPixelRows, false, true>(args, r0, r1);
-    else
-      tail_choose_store<T, kPixelRows, false, false>(args, r0, r1);
-  }
-}
-
-// kSlope: BatchNorm's statistics are x's own; x is not read otherwise.
-template <class T, bool kPixelRows, bool kMask, bool kResidual, bool kSlope, bool kStream>
-void tail_backward_rows(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  using A = Acc<T>;
-  const int64_t columns = args.columns, mask_stride = (columns + 7) / 8;
-  for (int64_t r = r0; r < r1; ++r) {
-    const T* dy = static_cast<const T*>(args.dy) + r * columns;
-    const T* x = kSlope ? static_cast<const T*>(args.x) + r * columns : nullptr;
-    T* dx = static_cast<T*>(args.dx) + r * columns;
-    T* dresidual = kResidual ? static_cast<T*>(args.dresidual) + r * columns : nullptr;
-    const uint8_t* mask = kMask ? args.mask + r * mask_stride : nullptr;
-    const PerChannel<A, kPixelRows> scale(args.scale, r), shift(args.shift, r);
-    const PerChannel<A, kPixelRows> mean(kSlope ? args.mean : nullptr, r), slope(kSlope ? args.slope : nullptr, r);
-    const auto group = [&](int64_t i, int count) __attribute__((always_inline)) {
-      const Group<A> g = masked_gradient<T, kMask>(dy + i, kMask ? mask + i / 8 : nullptr, nullptr, count);
-      if (kResidual) put<kStream>(dresidual + i, g, count);
-      Group<A> rest = shift.at(i, count);
-      if (kSlope) rest = fma(slope.at(i, count), load_upto(x + i, count) - mean.at(i, count), rest);
-      put<kStream>(dx + i, fma(scale.at(i, count), g, rest), count);
-    };
-    int64_t i = 0;
-    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
-    if (i < columns) group(i, int(columns - i));
-  }
-  if (kStream) end_of_stream();
-}
-
-template <class T, bool kPixelRows, bool kMask, bool kResidual, bool kSlope>
-void tail_backward_choose_store(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  const bool aligned =
-      can_stream<T>(args.dx, args.columns) && (!kResidual || can_stream<T>(args.dresidual, args.columns));
-  if (args.stream && aligned)
-    tail_backward_rows<T, kPixelRows, kMask, kResidual, kSlope, true>(args, r0, r1);
-  else
-    tail_backward_rows<T, kPixelRows, kMask, kResidual, kSlope, false>(args, r0, r1);
-}
-
-template <class T, bool kPixelRows, bool kSlope>
-void tail_backward_choose(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.dresidual != nullptr)
-    tail_backward_choose_store<T, kPixelRows, true, true, kSlope>(args, r0, r1);
-  else if (args.mask != nullptr)
-    tail_backward_choose_store<T, kPixelRows, true, false, kSlope>(args, r0, r1);
-  else
-    tail_backward_choose_store<T, kPixelRows, false, false, kSlope>(args, r0, r1);
-}
-
-template <class T, bool kPixelRows>
-void tail_backward(const TailBackwardArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
-  if (args.slope != nullptr)
-    tail_backward_choose<T, kPixelRows, true>(args, r0, r1);
-  else
-    tail_backward_choose<T, kPixelRows, false>(args, r0, r1);
+void gradient_moments_pixels(const MomentArgs<Acc<T>>& args, int64_t c0, int64_t c1, double* scratch) {
+  choose([&](auto mask) { gradient_moments_pixels_impl<T, mask.value>(args, c0, c1, scratch); }, args.mask != nullptr);
 }
 
 }  // namespace SENET_ISA
