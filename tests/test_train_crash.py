@@ -225,7 +225,7 @@ def test_the_disk_is_full(folder, capsys, monkeypatch):
     assert cli.main([*TINY, *more]) == 2
     monkeypatch.undo()
     os.close(full)
-    assert f"error: cannot write: {os.strerror(errno.ENOSPC)}. Make room" in capsys.readouterr().err
+    assert f"error: cannot read or write: {os.strerror(errno.ENOSPC)}. Make room" in capsys.readouterr().err
     # With room again it goes on, and the log has each step once.
     assert cli.main([*TINY, *more]) == 0
     rows = (folder / "log.csv").read_text().splitlines()

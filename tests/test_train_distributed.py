@@ -246,7 +246,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(folder, told):
         ("unused", "Unused: head.weight, head.bias. For several processes freeze them"),
         ("checkpoint", "cannot save a checkpoint: no room"),
         ("opening", "log.csv: Is a directory"),
-        ("log", "cannot write: No space left on device. Make room"),
+        ("log", "cannot read or write: No space left on device. Make room"),
         ("weights", "model.pt: No space left on device"),
         ("other settings", "--seed was 0 and is 1"),
         ("taken", "holds the checkpoint last.pt"),

@@ -174,10 +174,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folder_name(model: str, data: str) -> str:
-    """Of model and data, each without the folders of its path."""
-    names = []
-    for word in (model, data):
-        kind, colon, where = word.rpartition(":") if word == model else word.partition(":")
-        kind, where = Path(kind).name, Path(where).resolve().name if where else ""
-        names.append(re.sub(r"[^\w.+-]+", "_", f"{kind}{colon}{where}").strip("_"))
-    return "-".join(names)
+    """MODEL-DATA, each without the folders of its path."""
+    parts = (*model.rpartition(":"), "-", *data.partition(":"))
+    return re.sub(r"[^\w.+-]+", "_", "".join(Path(part).resolve().name for part in parts if part))

@@ -58,8 +58,8 @@ class Processes:
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             problem = (
-                f"cannot write{where}: {error.strerror or error}. Make room, or make it writable; --resume then "
-                "continues from the last checkpoint"
+                f"cannot read or write{where}: {error.strerror or error}. Make room, or change its permissions; "
+                "--resume then continues from the last checkpoint"
             )
         for rank, text in enumerate(self.gather(problem)):
             if text is not None:
