@@ -164,6 +164,21 @@ def test_the_comparison_of_bits_sees_a_resumed_run_without_its_random_state(tmp_
     assert difference(weights(whole), weights(parts)) is not None
 
 
+def test_a_checkpoint_of_0_1_0_resumes(tmp_path):
+    """It also has the place among the images, the length of the logs, and what is not an option any more."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*EVERYTHING, "--ema", "0"]
+    assert train(*words, "--output", whole) == 0
+    assert train(*words, "--output", parts, "--max-steps", 3) == 0
+    state = checkpoint.load(parts)
+    state["settings"]["broken_images"] = "raise"
+    state["processes"][0]["loader"] = {"epoch": 0, "batches": 3, "images": 40, "images_per_step": 8, "seed": 0}
+    more = {"description": {"model": words[1], "classes": 6}, "log_offsets": {"log.csv": 100, "epochs.csv": 70}}
+    checkpoint.save(parts, {**state, **more, "ema": None})
+    assert train(*words, "--output", parts, "--resume") == 0
+    assert difference(weights(whole), weights(parts)) is None
+
+
 def test_rows_behind_the_checkpoint_are_cut_off(tmp_path):
     assert train(*EVERYTHING, "--output", tmp_path, "--max-steps", "3") == 0
     before = (tmp_path / "log.csv").read_text()
