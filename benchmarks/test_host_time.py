@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contender import prepare
+from contender import prepared
 
 from senet_fused.bench.problems import DIRECTIONS, Case, Shape
-from senet_fused.bench.providers import compiling_for
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +22,6 @@ def one_thread():
 def test_call(benchmark, provider_name, direction):
     case = Case("tiny", 1, Shape(8, 2, (4, 4)), direction=direction)
     benchmark.group = f"host time of a call, {direction}"
-    call, provider = prepare(case, provider_name, cold=False)
-    with compiling_for(case), torch.set_grad_enabled(case.backward):
+    with prepared(case, provider_name, cold=False) as (call, provider):
         benchmark(call)
     benchmark.extra_info.update(provider=provider_name, backend=provider.path())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from contender import prepare
+from contender import prepared
 
 from senet_fused.bench.problems import DIRECTIONS, LAYOUTS, Case
-from senet_fused.bench.providers import compiling_for
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -16,7 +14,6 @@ from senet_fused.bench.providers import compiling_for
 def test_layer(benchmark, problem, batch, shape, provider_name, direction, dtype, layout):
     case = Case(problem.name, batch, shape, problem.act, problem.gate, dtype, layout, direction)
     benchmark.group = f"{case.problem} {case.label} {dtype} {layout} {direction}"
-    call, provider = prepare(case, provider_name, cold=benchmark.enabled)
-    with compiling_for(case), torch.set_grad_enabled(case.backward):
+    with prepared(case, provider_name, cold=benchmark.enabled) as (call, provider):
         benchmark(call)
     benchmark.extra_info.update(provider=provider_name, backend=provider.path(), passes=case.passes)

@@ -21,7 +21,20 @@ import senet_fused
 from senet_fused import backends, cli
 from senet_fused.accuracy import relative_error
 from senet_fused.arguments import RequestError
-from senet_fused.bench import buffers, command, cuda_timing, oracle, problems, providers, report, runner, timing
+from senet_fused.bench import (
+    buffers,
+    command,
+    cuda_timing,
+    oracle,
+    plot,
+    problems,
+    providers,
+    report,
+    runner,
+    saved,
+    tables,
+    timing,
+)
 from senet_fused.bench.problems import Case, Shape
 
 CPU = torch.device("cpu")
@@ -292,9 +305,9 @@ def test_forward_judges_the_output_only():
 
 
 def test_a_broken_yardstick_judges_nobody():
-    with pytest.raises(RuntimeError, match="no yardstick"):
-        oracle.yardstick(small_case(), [{"y": 1e-7, "dx": 1e-7}, {"y": 1e-7, "dx": 0.5}])
-    assert oracle.yardstick(small_case(), [{"y": 1e-7}, {"y": 3e-7}]) == {"y": 3e-7}
+    with pytest.raises(RuntimeError, match="no baseline"):
+        oracle.stock_errors(small_case(), [{"y": 1e-7, "dx": 1e-7}, {"y": 1e-7, "dx": 0.5}])
+    assert oracle.stock_errors(small_case(), [{"y": 1e-7}, {"y": 3e-7}]) == {"y": 3e-7}
 
 
 @pytest.mark.parametrize("spatial", [(9,), (7, 9), (3, 5, 7)])
@@ -661,7 +674,9 @@ def test_a_backend_as_a_provider_runs_on_that_backend_under_our_rule(monkeypatch
 def test_a_backend_as_a_provider_is_insisted_on(monkeypatch):
     snapshots = iter([{}, {"triton.forward": 1, "triton.backward": 1}])
     monkeypatch.setattr(senet_fused, "call_counts", lambda: next(snapshots))
-    monkeypatch.setattr(providers, "_fused_module", lambda case, weights, _: providers.StockSE(case, weights, "conv"))
+    monkeypatch.setattr(
+        providers, "_fused_module", lambda case, weights, _: providers._stock_module(case, weights, "conv")
+    )
     row = by_provider(measure([small_case()], providers=("cuda",)))["cuda"]
     assert row["error"] == "RuntimeError: backend 'cuda' was asked for, but 'triton' ran"
     assert row["median_s"] is None
@@ -728,7 +743,7 @@ def test_stock_pytorch_that_is_broken_is_no_yardstick(monkeypatch):
     real = providers.StockSE.forward
     monkeypatch.setattr(providers.StockSE, "forward", lambda self, x, residual=None: real(self, x, residual) * 2)
     rows = measure([small_case()])
-    assert all("no yardstick" in row["error"] and row["median_s"] is None for row in rows)
+    assert all("no baseline" in row["error"] and row["median_s"] is None for row in rows)
 
 
 @pytest.mark.parametrize("form", providers.STOCK_FORMS)
@@ -899,6 +914,9 @@ def fake_cuda(monkeypatch):
         "stream": stream,
         "current_stream": Stream,
         "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 0,
         "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**12),
     }
     for name, fake in fakes.items():
@@ -922,6 +940,16 @@ def test_graph_replays_are_timed_per_call(fake_cuda):
     assert outcomes["a"] == timing.Outcome(timing.Statistics(0.002, 0.0, 3, 4))
     assert "not permitted" in outcomes["bad"].error
     assert fake_cuda.count("capture") == 1 and fake_cuda.count("replay") == 1 + 3
+
+
+def test_a_capture_warms_up_in_the_stream_that_it_captures(fake_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    seen = []
+    found = cuda_timing.capture(lambda: seen.append((fake_cuda.inside, list(fake_cuda))) or "result")
+    assert seen == [(True, [])] * 3 + [(False, ["capture"])]  # the stand-in's capture is in the stream that it is given
+    found.replay()
+    assert fake_cuda == ["capture", "captured", "replay"] and len(seen) == 4 and found[1:] == ("result", 250)
 
 
 @pytest.mark.networks
@@ -1022,29 +1050,43 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("columns", ["60", "200"])
-@pytest.mark.parametrize("kind", ["rich", "plain", "file", "no rich"])
-def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind, columns):
-    monkeypatch.setenv("COLUMNS", columns)
-    if kind == "rich":
-        pytest.importorskip("rich")
-    if kind == "no rich":
-        monkeypatch.setitem(sys.modules, "rich", None)
+@pytest.mark.parametrize("kind", ["terminal", "plain", "file"])
+def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind):
+    monkeypatch.setenv("COLUMNS", "60")  # the terminal wraps lines, nothing is cut
     rows = [made_row("eager", 1.0, form="linear", backend="aten"), failed_row(), made_row("cuda", speedup=2.0)]
     out = io.StringIO() if kind == "file" else Terminal()
     header = {"device": {"name": "a CPU"}, "cache": "cold: inputs rotate", "revision": None}
     report.render(header, rows, report.summarise(rows), out, plain=kind == "plain")
     text = out.getvalue()
     assert "cold: inputs rotate" in text and "a CPU" in text and "revision" not in text
-    assert "wrong output: y is off by 1.0e+00" in text.replace("\n", " ")
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert re.search(r"compile +ERROR \[1\]", bare) and "[1] wrong output: y is off by 1.0e+00" in bare
     assert "500 us" in text and "2.00" in text and "Geometric means" in text
-    assert ("\x1b[" in text) == (kind == "rich")
-    assert ("\x1b[1mcuda" in text) == (kind == "rich")  # ours is bold
+    assert ("\x1b[" in text) == (kind == "terminal")
+    assert ("\x1b[1mcuda" in text) == (kind == "terminal")  # ours is bold
+    assert re.search(r"\n8 x 256/16 @ 56x56 +contiguous +eager +aten \(linear\) +1 ms +10 us +1\.00 +3\.00", bare)
+
+
+def test_figures_are_readable():
+    times = [tables.time_label(seconds) for seconds in (None, 2.5, 0.0125, 1.2e-3, 512e-6, 3e-7, 1234.0)]
+    assert times == ["-", "2.5 s", "12.5 ms", "1.2 ms", "512 us", "0.3 us", "1234 s"]
+    assert [tables.ratio_label(value) for value in (None, 1.234, 123.4)] == ["-", "1.23", "123"]
+    assert [tables.share_label(value) for value in (None, 0.0512, 0.99)] == ["-", "5.1%", "99%"]
+    assert tables.megabytes_label(25_700_000, 0.79) == "25.7 (-21%)" and tables.megabytes_label(None, None) == "-"
+
+
+def test_without_rich_the_message_says_what_to_install(monkeypatch, tmp_path, capsys):
+    path = save(tmp_path / "out.json", [made_row()])
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
+    for argv in (["--from", str(path)], ["--quick"]):
+        assert cli.main(["bench", *argv]) == 2
+        assert "need rich: pip install 'senet-fused[bench]'" in capsys.readouterr().err
 
 
 def test_json_is_plain_json(tmp_path):
     rows = [made_row(), failed_row()]
-    report.write_json(tmp_path / "out.json", {"threads": 2}, rows, report.summarise(rows))
+    saved.write_json(tmp_path / "out.json", {"threads": 2}, rows, report.summarise(rows))
     data = json.loads((tmp_path / "out.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     assert data["rows"] == rows and data["header"] == {"threads": 2}
     assert [entry["provider"] for entry in data["summary"]] == ["fused", "compile"]
@@ -1053,8 +1095,6 @@ def test_json_is_plain_json(tmp_path):
 def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
-
-    from senet_fused.bench import plot
 
     header = {
         "device": {"name": "a CPU"},
@@ -1091,8 +1131,8 @@ HEADER = {
 }
 
 
-def saved(path, rows, **changes):
-    report.write_json(path, HEADER | changes, rows, report.summarise(rows))
+def save(path, rows, **changes):
+    saved.write_json(path, HEADER | changes, rows, report.summarise(rows))
     return path
 
 
@@ -1113,23 +1153,10 @@ def test_sizes_are_those_of_the_tensor():
     assert [report.size_label(n) for n in (512, 25_690_112, 3e9)] == ["0.512 kB", "25.7 MB", "3 GB"]
 
 
-def test_the_roofline_table_has_every_stage_beside_the_copy():
-    rows = [*roofline_rows(), failed_row(shape="8,512,32,28,28"), made_row("copy", shape="8,512,32,28,28", gbps=25.0)]
-    out = io.StringIO()
-    report.render({}, rows, report.summarise(rows), out, roofline=True)
-    text = out.getvalue()
-    assert text.count("GB/s (of copy), cold, senet154: ") == 6
-    assert re.search(r"8 x 256/16 @ 56x56 +contiguous +25\.7 MB +10 +10 \(20%\) +10 \(70%\) +10 \(60%\) +-\n", text)
-    assert re.search(r"8 x 512/32 @ 28x28 +contiguous +12\.8 MB +25 +- +- +- +error\n", text)
-    plain = io.StringIO()
-    report.render({}, rows, report.summarise(rows), plain)
-    assert "(of copy)" not in plain.getvalue()
-
-
 def test_saved_files_are_read_together(tmp_path):
-    one = saved(tmp_path / "1.json", [made_row()])
-    two = saved(tmp_path / "2.json", [made_row(dtype="bfloat16")], revision="def", warning="busy", date="2021")
-    header, rows = report.read_json([one, two])
+    one = save(tmp_path / "1.json", [made_row()])
+    two = save(tmp_path / "2.json", [made_row(dtype="bfloat16")], revision="def", warning="busy", date="2021")
+    header, rows = saved.read_json([one, two])
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
     assert (header["revision"], header["warning"], header["command"]) == ("abc; def", "busy", "senet-fused bench")
     assert header["device"] == HEADER["device"] and header["date"] == HEADER["date"]
@@ -1147,28 +1174,28 @@ def test_saved_files_are_read_together(tmp_path):
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, message):
-    good, bad = saved(tmp_path / "good.json", [made_row()]), tmp_path / "bad.json"
+    good, bad = save(tmp_path / "good.json", [made_row()]), tmp_path / "bad.json"
     if content is not None:
         bad.write_text(content)
     with pytest.raises(RequestError, match=message):
-        report.read_json([good, bad])
+        saved.read_json([good, bad])
 
 
 @pytest.mark.networks
 def test_saved_results_are_reported_and_drawn_without_measuring(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
-    path = saved(tmp_path / "out.json", roofline_rows())
+    path = save(tmp_path / "out.json", roofline_rows())
     plot, roofline, again = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "again.json"
     argv = ["bench", "--from", str(path), "--plot", str(plot), "--roofline", str(roofline), "--json", str(again)]
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    assert "a GPU" in text and "Geometric means" in text and "GB/s (of copy)" in text
+    assert "a GPU" in text and "Geometric means" in text and "of copy" in text
     assert plot.read_bytes().startswith(b"\x89PNG") and roofline.read_bytes().startswith(b"\x89PNG")
     assert json.loads(again.read_text())["rows"] == roofline_rows()
 
-    assert cli.main(["bench", "--from", str(saved(path, [failed_row(), made_row()]))]) == 1
-    assert "ERROR wrong output" in capsys.readouterr().out
+    assert cli.main(["bench", "--from", str(save(path, [failed_row(), made_row()]))]) == 1
+    assert "[1] wrong output" in capsys.readouterr().out
     assert cli.main(["bench", "--from", str(tmp_path / "none.json")]) == 2
     assert cli.main(["bench", "--from", str(path), "--roofline", "x.txt"]) == 2
     assert "end it in .png" in capsys.readouterr().err
@@ -1199,17 +1226,13 @@ def test_a_run_that_is_killed_has_left_what_is_done(tmp_path, monkeypatch):
 
 
 def test_every_provider_can_be_asked_for_and_drawn():
-    from senet_fused.bench import plot
-
-    assert command.PROVIDERS == tuple(providers.BUILDERS) == tuple(plot._COLOURS)
-    assert plot._COLOURS.keys() == plot._LABELS.keys() == plot._MARKERS.keys()
+    assert command.PROVIDERS == tuple(providers.BUILDERS) == tuple(plot.STYLES)
+    assert len(set(plot.STYLES.values())) == len(plot.STYLES)
 
 
 def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
-
-    from senet_fused.bench import plot
 
     figures, real = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self) or real(self, path))
@@ -1220,7 +1243,7 @@ def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
     assert "device time" in figure.texts[1].get_text() and "cold cache" in figure.texts[1].get_text()
     panels = figure.axes
     assert [axes.get_title("left") for axes in panels] == [
-        f"{direction}, {dtype}" for direction in problems.DIRECTIONS for dtype in ("float32", "bfloat16")
+        f"senet154, {direction}, {dtype}" for direction in problems.DIRECTIONS for dtype in ("float32", "bfloat16")
     ]
     for axes in panels:
         assert "copy" in [text.get_text() for text in axes.texts]
@@ -1235,8 +1258,6 @@ def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
 
 def test_a_roofline_picture_is_drawn_whatever_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
-    from senet_fused.bench import plot
-
     many = [made_row(shape=f"8,{c},4,{m},{m}", problem=p) for p in ("a", "b") for c in range(8, 28) for m in (7, 14)]
     for rows in (
         [failed_row()],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import io
 import json
 import re
 import sys
@@ -17,13 +17,15 @@ import senet_fused
 from senet_fused import cli
 from senet_fused.arguments import RequestError
 from senet_fused.bench import (
+    cuda_timing,
     model,
     model_case,
-    model_graph,
     model_memory,
+    model_report,
     model_run,
     problems,
-    report,
+    saved,
+    session,
     timing,
     variants,
     zoo,
@@ -231,11 +233,6 @@ def test_a_network_that_cannot_be_made_is_refused_with_the_reason(file, tmp_path
         zoo.load(name.format(file=file, bad=bad))
 
 
-def test_a_factory_takes_no_number_of_classes(file):
-    with pytest.raises(RequestError, match="makes its network itself"):
-        zoo.load(f"{file}:small", num_classes=3)
-
-
 @pytest.fixture
 def libraries(monkeypatch):
     """Stand-ins for timm and torchvision, and what they are asked to make."""
@@ -280,11 +277,6 @@ def libraries(monkeypatch):
 def test_timm_is_asked_first_and_nothing_is_downloaded(libraries, name, made):
     assert zoo.load(name).training
     assert libraries == [made]
-
-
-def test_the_number_of_classes_reaches_the_library(libraries):
-    assert zoo.load("seresnet50", num_classes=3).out_features == 3
-    assert libraries == [("seresnet50", {"pretrained": False, "num_classes": 3})]
 
 
 @pytest.mark.parametrize(
@@ -352,22 +344,22 @@ def test_settling_wakes_new_normalisations_and_leaves_trained_ones():
 # ------------------------------------------------------------------------------------------------ the variants
 
 
-def test_the_twin_is_the_network_without_its_layers(file):
+def test_without_se_the_layers_are_identities(file):
     network = zoo.load(f"{file}:small")
     network.add_module("again", network[3])  # one layer in two places
-    twin = variants.twin(network)
-    assert [type(twin[i]) for i in (3, 7)] == [nn.Identity] * 2 and isinstance(twin.again, nn.Identity)
-    assert type(network[3]).__name__ == "SELayer" and torch.equal(twin[0].weight, network[0].weight)
+    without = variants.without_se(network)
+    assert [type(without[i]) for i in (3, 7)] == [nn.Identity] * 2 and isinstance(without.again, nn.Identity)
+    assert type(network[3]).__name__ == "SELayer" and torch.equal(without[0].weight, network[0].weight)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gated", r"no twin: 3\.se .* returns its gate"),
-        ("plain", "no twin: the network has no SE layer"),
+        ("gated", r"not made: 3\.se .* returns its gate"),
+        ("plain", "not made: the network has no SE layer"),
     ],
 )
-def test_where_there_is_no_twin_a_note_says_why(file, name, message):
+def test_where_se_cannot_be_removed_a_note_says_why(file, name, message):
     rows = measure(zoo.load(f"{file}:{name}"), modes=["inference"])
     row = by_provider(rows)["no-se"]
     assert re.search(message, row["note"]) and row["error"] is None and row["median_s"] is None
@@ -380,9 +372,9 @@ def test_where_there_is_no_twin_a_note_says_why(file, name, message):
     assert re.match(note, fused["note"])
 
 
-def test_a_network_that_is_the_layer_has_no_twin():
+def test_a_network_that_is_the_layer_is_not_made_without_it():
     with pytest.raises(variants.NoVariant, match="the network itself is the SE layer"):
-        variants.twin(senet_fused.FusedSE(8, 2))
+        variants.without_se(senet_fused.FusedSE(8, 2))
 
 
 def test_a_layer_that_is_left_is_named_and_none_at_all_is_an_error(file):
@@ -415,7 +407,7 @@ def test_variants_begin_with_the_same_weights_in_every_case(file, monkeypatch):
     assert [name for name, _ in seen] == ["stock", "no-se", "fused"] * 3
     for name, state in seen:
         for key, value in state.items():
-            if name != "no-se" or "running" not in key:  # the twin has its own activations
+            if name != "no-se" or "running" not in key:  # without SE activations are others
                 assert torch.equal(value, seen[0][1][key])
 
 
@@ -556,7 +548,7 @@ def test_a_memory_that_cannot_be_measured_is_a_note(file, monkeypatch):
 @pytest.mark.parametrize("layout", problems.LAYOUTS)
 def test_rows_hold_what_was_measured(file, layout, dtype, amp):
     rows = measure(zoo.load(f"{file}:small"), layout=layout, dtype=dtype, amp=amp)
-    assert set(rows[0]) >= set(report._NEEDED["model"])
+    assert set(rows[0]) >= set(saved.KINDS["model"].needed)
     assert [(row["mode"], row["provider"]) for row in rows] == [
         (mode, name) for mode in model.MODES for name in ("stock", "fused", "no-se")
     ]
@@ -659,7 +651,7 @@ def test_an_input_that_the_network_cannot_take_is_told_with_the_option(file):
 def test_where_stock_fails_nothing_is_compared():
     rows = by_provider(measure(nn.Conv2d(4, 4, 1), ("compile", "no-se"), modes=["inference"]))
     assert rows["compile"]["error"].startswith("RuntimeError: nothing to compare with: stock failed, RuntimeError")
-    assert rows["no-se"]["note"].startswith("no twin")
+    assert rows["no-se"]["note"].startswith("not made")
 
 
 @pytest.mark.networks
@@ -717,7 +709,7 @@ def test_every_variant_can_be_measured(file, quick_compile):
     assert all(row["median_s"] > 0 and row["price_of_se"] > 0 for row in rows)
     compared = {row["provider"] for row in rows if row["output_error"] is not None}
     assert compared == {"compile", "max-autotune", "fused", "fused+compile", "tails", "tails+compile", "no-se+compile"}
-    for row in rows:  # all against the one twin that is not compiled
+    for row in rows:  # all against no-se, not compiled
         without = by_provider(r for r in rows if r["mode"] == row["mode"])["no-se"]
         assert row["price_of_se"] == pytest.approx(row["median_s"] / without["median_s"])
         assert (row["saved_bytes"] is None) == (row["peak_bytes"] is None) == (row["mode"] == "inference")
@@ -815,7 +807,7 @@ def captured(monkeypatch):
                 for old, new in zip(result, again, strict=True):
                     old.copy_(new)
 
-        return model_graph.Captured(replay, result, 12_345)
+        return cuda_timing.Captured(replay, result, 12_345)
 
     monkeypatch.setattr(model_case, "capture", capture)
     return calls
@@ -889,42 +881,6 @@ def test_a_graph_that_computes_something_else_is_told(file, monkeypatch, capture
         assert row["error"].startswith(f"ValueError: wrong {name}: off by ")
 
 
-def test_a_capture_warms_up_in_the_stream_that_it_captures(monkeypatch):
-    log, inside = [], []
-
-    class Stream:
-        def wait_stream(self, other):
-            log.append("wait")
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    @contextlib.contextmanager
-    def stream(given):
-        inside.append(given)
-        yield
-        inside.pop()
-
-    @contextlib.contextmanager
-    def graph(given, stream):
-        log.append("capture")
-        inside.append(stream)
-        yield
-        inside.pop()
-
-    fakes = {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "stream": stream, "graph": graph,
-             "synchronize": lambda: None, "reset_peak_memory_stats": lambda: log.append("reset"),
-             "memory_allocated": lambda: 100, "max_memory_allocated": lambda: 350}  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    seen = []
-    found = model_graph.capture(lambda: seen.append(inside[-1]) or "result")
-    assert log == ["wait", "wait", "reset", "capture"] and len(seen) == 4 and len(set(map(id, seen))) == 1
-    found.replay()
-    assert log[-1] == "replay" and len(seen) == 4 and found[1:] == ("result", 250)
-
-
 def test_a_graph_on_a_cpu_is_refused(file, monkeypatch, capsys):
     monkeypatch.setattr(model_run, "run", lambda *arguments: pytest.fail("the measurement has started"))
     assert cli.main(["bench", "model", f"{file}:small", "--providers", "stock", "tails+graph"]) == 2
@@ -963,7 +919,7 @@ def test_out_of_time_no_further_variant_is_begun_and_the_others_are_timed(file, 
     names = ("stock", "compile", "fused", "no-se")
     rows = by_provider(measure(zoo.load(f"{file}:small"), names, modes=["inference"], time_limit_s=50.0))
     assert {name for name, row in rows.items() if row["median_s"]} == {"stock", "fused", "no-se"}
-    assert (rows["compile"]["note"], rows["compile"]["error"]) == (model_run.OUT_OF_TIME, None)
+    assert (rows["compile"]["note"], rows["compile"]["error"]) == (session.OUT_OF_TIME, None)
 
 
 def test_a_compile_that_compiles_nothing_is_found(file, monkeypatch):
@@ -1012,11 +968,11 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     output = capsys.readouterr()
     assert f"{file}:small: inference, float32, 2 x 3x12x10, channels_last\n" in output.out
     memory = "price of SE +saved MB +peak MB +output +gradients"
-    assert re.search(rf"^variant +ran on +median +IQR +images/s +vs stock +{memory}$", output.out, re.MULTILINE)
-    assert re.search(r"price of SE +output\n", output.out)  # in inference
-    assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +-$", output.out, re.MULTILINE)
+    assert re.search(rf"^variant +ran on +median +IQR +images/s +vs stock +{memory} *$", output.out, re.MULTILINE)
+    assert re.search(r"price of SE +output *\n", output.out)  # in inference
+    assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +- *$", output.out, re.MULTILINE)
     assert re.search(r"^no-se .*  \d[\d.]* \(-\d+%\)  ", output.out, re.MULTILINE)
-    assert "no-se: no twin: 3.se" in output.out and "Geometric means over models" in output.out
+    assert "no-se: not made: 3.se" in output.out and "Geometric means over models" in output.out
     assert f"[4/4] {file}:gated 2 x 3x12x10 float32 channels_last training" in output.err
     data = json.loads(out.read_text())
     header = data["header"]
@@ -1035,7 +991,7 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     assert "this is one of `bench model`" in capsys.readouterr().err
     assert cli.main(["bench", "compare", str(out), str(again)]) == 0
     layers = tmp_path / "layers.json"
-    report.write_json(layers, {key: value for key, value in header.items() if key != "kind"}, [], [])
+    saved.write_json(layers, {key: value for key, value in header.items() if key != "kind"}, [], [])
     assert cli.main(["bench", "--from", str(layers), str(out)]) == 2
     assert "one of `senet-fused bench`; report each by itself" in capsys.readouterr().err
 
@@ -1044,7 +1000,7 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
 def test_a_failed_variant_is_exit_status_1(file, monkeypatch, capsys):
     monkeypatch.setattr(variants, "fuse", off_by("output"))
     assert cli.main(["bench", "model", f"{file}:small", *QUICK, *NO_COMPILE, "--mode", "inference"]) == 1
-    assert re.search(r"fused +ERROR ValueError: wrong output: off by", capsys.readouterr().out)
+    assert re.search(r"fused +ERROR \[1\]\s(.*\n)*\[1\] ValueError: wrong output: off by", capsys.readouterr().out)
 
 
 def test_options_reach_the_cases_and_the_run(file, monkeypatch):
@@ -1106,28 +1062,18 @@ def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, c
     assert len(data["rows"]) == 3 and data["header"]["interrupted"] == "after 1 of 2 cases"
     assert cli.main([*argv, "--time-limit", "1e-9"]) == 130
     assert "after 0 of 2 cases" in capsys.readouterr().out
-    rows = [*data["rows"][:2], data["rows"][2] | {"note": model_run.OUT_OF_TIME, "median_s": None}]
+    rows = [*data["rows"][:2], data["rows"][2] | {"note": session.OUT_OF_TIME, "median_s": None}]
     monkeypatch.setattr(model_run, "run", lambda todo, options, progress, found: found.extend(rows))
     assert cli.main([*argv, "--time-limit", "99", "--mode", "training"]) == 130
     assert "after 1 of 1 cases, 1 variants not begun" in capsys.readouterr().out
 
 
-def test_the_tables_are_richs_on_a_terminal(monkeypatch):
-    pytest.importorskip("rich")
-    import io
-
-    from senet_fused.bench import model_report
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    row = dict.fromkeys(report._NEEDED["model"]) | {
+def test_notes_and_errors_are_below_the_table():
+    row = dict.fromkeys(saved.KINDS["model"].needed) | {
         "model": "net", "batch": 2, "size": "3,8,8", "dtype": "float16", "amp": False, "layout": "contiguous",
         "mode": "training", "provider": "fused", "backend": "cpu", "median_s": 1e-3, "iqr_s": 1e-5, "note": "half",
     }  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "200")
     for rows in ([row, row | {"provider": "compile", "error": "lost"}], [row | {"error": "lost", "median_s": None}]):
-        out = Terminal()
+        out = io.StringIO()
         model_report.render({}, rows, model_report.summarise(rows), out)
-        assert "fused: half" in out.getvalue() and "ERROR [1]" in out.getvalue() and "lost" in out.getvalue()
+        assert re.search(r" ERROR \[1\]\s(.*\n)*\[1\] lost\nfused: half\n", out.getvalue())

@@ -17,8 +17,7 @@ from senet_fused.bench import (
     model,
     model_report,
     model_run,
-    presets,
-    report,
+    saved,
     timing,
     variants,
     zoo,
@@ -52,7 +51,7 @@ def parsed(*argv):
 
 def resolved(*argv):
     args = parsed(*argv)
-    presets.resolve(args)
+    model.resolve(args)
     return args
 
 
@@ -131,22 +130,19 @@ def test_what_is_refused(argv, message, capsys):
 def test_a_batch_is_a_number_or_max(text, capsys):
     with pytest.raises(SystemExit):
         parsed("net", "--batch", text)
-    assert f"{text!r} is no positive integer, and not 'max' either" in capsys.readouterr().err
+    assert f"must be a positive integer or 'max', got {text!r}" in capsys.readouterr().err
 
 
 def test_the_help_says_what_a_preset_is():
-    text = model._EPILOG
-    for name, network in presets.PRESETS.items():
-        assert re.search(rf"^  {name} +timm's {network}$", text, re.MULTILINE)
-    flat = " ".join(text.split())
-    for options in presets._PRESET.values():
-        assert f"--batch {' '.join(map(str, options['batch']))}" in flat
-        assert f"--providers {' '.join(options['providers'])}" in flat
+    text = " ".join(model._EPILOG.split())
+    assert f"{', '.join(model.PRESETS)}: timm's {', '.join(model.PRESETS.values())}" in text
+    cpu, gpu = (" ".join(map(str, model._PRESET_DEFAULTS[device]["batch"])) for device in ("cpu", "cuda"))
+    assert f"On a CPU in float32 at batches {cpu}, on a GPU in bfloat16 by autocast at {gpu}." in text
 
 
 def test_a_preset_measures_what_it_names(file, monkeypatch, capsys):
     """Down to the rows: --preset with a stand-in for timm's network."""
-    monkeypatch.setitem(presets.PRESETS, "senet154", f"{file}:small")
+    monkeypatch.setitem(model.PRESETS, "senet154", f"{file}:small")
     argv = (
         "--preset senet154 --size 3,6,5 --batch 2 --quick --budget 0.001 --mode inference --threads 1 --plain".split()
     )
@@ -208,7 +204,7 @@ def gpu(monkeypatch):
     return tried
 
 
-def case_of(batch=presets.LARGEST, mode="inference", **changes):
+def case_of(batch=model.LARGEST, mode="inference", **changes):
     fields = {"dtype": "float32", "amp": False, "layout": "contiguous"} | changes
     return variants.ModelCase("net", SIZE, batch, direction=mode, **fields)
 
@@ -250,8 +246,8 @@ def test_all_variants_and_modes_are_measured_with_it_and_larger_batches_are_left
         asked.append((case.dtype, case.layout, tuple(names)))
         return lambda batch: batch <= 3
 
-    monkeypatch.setattr(model_run, "fits_in_training", fits_in_training)
-    cases = [case_of(batch, mode) for mode in model.MODES for batch in (2, 4, presets.LARGEST)]
+    monkeypatch.setattr(largest_batch, "fits_in_training", fits_in_training)
+    cases = [case_of(batch, mode) for mode in model.MODES for batch in (2, 4, model.LARGEST)]
     rows = run(zoo.load(f"{file}:small"), [*cases, case_of(layout="channels_last"), case_of(5, dtype="bfloat16")])
     assert [(row["mode"], row["batch"], row["largest_batch"], row["provider"]) for row in rows[:12]] == [
         (mode, batch, batch == 3, name) for mode in model.MODES for batch in (2, 4, 3) for name in ("stock", "no-se")
@@ -268,7 +264,7 @@ def test_all_variants_and_modes_are_measured_with_it_and_larger_batches_are_left
 
 def test_where_nothing_fits_that_is_the_rows_error(file, monkeypatch):
     tried = []
-    monkeypatch.setattr(model_run, "fits_in_training", lambda *_: lambda batch: tried.append(batch))
+    monkeypatch.setattr(largest_batch, "fits_in_training", lambda *_: lambda batch: tried.append(batch))
     rows = run(zoo.load(f"{file}:small"), [case_of(mode=mode) for mode in model.MODES])
     assert [row["error"] for row in rows] == ["ValueError: not even a batch of 1 fits in the GPU's memory"] * 4
     assert tried == [8, 4, 2, 1]
@@ -290,7 +286,7 @@ def test_a_float32_that_does_not_fit_is_a_note(file, monkeypatch):
 
 
 def row_of(provider, batch, median_s, **changes):
-    row = dict.fromkeys(report._NEEDED["model"]) | {
+    row = dict.fromkeys(saved.KINDS["model"].needed) | {
         "model": "net", "batch": batch, "size": "3,8,8", "dtype": "float16", "amp": True, "layout": "channels_last",
         "mode": "training", "provider": provider, "backend": "cuda", "median_s": median_s, "iqr_s": 0.0,
     }  # fmt: skip
@@ -307,7 +303,7 @@ def cells_of(text, title):
     """The lines of a table below its head, cut at two blanks."""
     lines = text[text.index(title) :].splitlines()[1:]
     body = lines[: lines.index("")] if "" in lines else lines
-    return [re.split(r"  +", line.strip()) for line in body if not set(line) <= set("- ")]
+    return [re.split(r"  +", line.strip()) for line in body if not set(line) <= set("─ ")]
 
 
 def test_a_sweep_has_a_line_a_batch_and_the_best():

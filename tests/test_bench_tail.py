@@ -7,14 +7,14 @@ import json
 
 import pytest
 import torch
-from test_bench import CPU, by_provider, failed_row, made_row, measure, saved
+from test_bench import CPU, by_provider, failed_row, made_row, measure, save
 from torch.nn import functional as F
 
 import senet_fused
 from senet_fused import backends, cli, reference
 from senet_fused.accuracy import relative_error
 from senet_fused.arguments import RequestError
-from senet_fused.bench import buffers, compare, oracle, problems, providers, report, runner
+from senet_fused.bench import buffers, compare, oracle, plot, problems, providers, report, runner, saved
 from senet_fused.bench.problems import TAIL_DIRECTIONS, Case, Shape
 
 NO_KERNELS = pytest.mark.skipif(
@@ -273,7 +273,7 @@ def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "F.batch_norm" in text and "two sweeps over x" in text and "retain_graph=True" in text
     for direction in TAIL_DIRECTIONS:
-        assert f"shape: tail {direction}, float32\n" in text
+        assert f"\nshape: tail {direction}, float32\n" in text
     data = json.loads(path.read_text())
     assert {row["op"] for row in (*data["rows"], *data["summary"])} == {"tail"} and len(data["rows"]) == 12
     assert cli.main(["bench", "--from", str(path), "--plain"]) == 0
@@ -292,14 +292,12 @@ def test_rows_of_the_layer_say_no_op_and_those_of_tails_are_kept_apart():
 
 
 def test_a_saved_layer_and_a_saved_tail_are_read_and_drawn_together(tmp_path, monkeypatch):
-    one = saved(tmp_path / "1.json", [made_row()], byte_model="one sweep")
-    two = saved(tmp_path / "2.json", [made_row(op="tail", passes=4)], byte_model="two sweeps")
-    header, rows = report.read_json([one, two])
+    one = save(tmp_path / "1.json", [made_row()], byte_model="one sweep")
+    two = save(tmp_path / "2.json", [made_row(op="tail", passes=4)], byte_model="two sweeps")
+    header, rows = saved.read_json([one, two])
     assert header["byte_model"] == "one sweep; two sweeps"
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
-
-    from senet_fused.bench import plot
 
     figures, real = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self) or real(self, path))
@@ -307,11 +305,14 @@ def test_a_saved_layer_and_a_saved_tail_are_read_and_drawn_together(tmp_path, mo
         draw(header, rows[1:], tmp_path / "a.png")
         draw(header, rows, tmp_path / "a.png")
     titles = [figure.texts[0].get_text() for figure in figures]
-    tail = "Block tails (BatchNorm, SE, + residual, ReLU)"
-    assert titles[:2] == [f"{tail}: senet154", f"Squeeze-and-Excitation layers and {tail}: senet154"]
-    assert titles[2].startswith(f"{tail} against a copy: senet154")
+    tail, se = "Block tails (BatchNorm, SE, + residual, ReLU)", "Squeeze-and-Excitation layers"
+    assert titles == [
+        f"{ops}: {what}"
+        for what in ("time in copies of the tensor", "bandwidth against a copy's")
+        for ops in (tail, f"{se} and {tail}")
+    ]
     panels = {axes.get_title("left") for axes in figures[3].axes}
-    assert panels == {"forward, float32", "tail forward, float32"}
+    assert panels == {"senet154, forward, float32", "senet154, tail forward, float32"}
 
 
 def test_the_two_ops_are_compared_apart(tmp_path, capsys):
@@ -325,7 +326,7 @@ def test_the_two_ops_are_compared_apart(tmp_path, capsys):
     assert [(entry.get("op"), entry["ratio"]) for entry in summary] == [
         (None, pytest.approx(3.0)), ("tail", pytest.approx(0.5)),
     ]  # fmt: skip
-    paths = [str(saved(tmp_path / f"{name}.json", rows)) for name, rows in (("a", a), ("b", b[:1]))]
+    paths = [str(save(tmp_path / f"{name}.json", rows)) for name, rows in (("a", a), ("b", b[:1]))]
     assert cli.main(["bench", "compare", *paths, "--plain"]) == 0
     text = capsys.readouterr().out
     assert "senet154: tail forward, float32\n" in text and "senet154: forward, float32\n" not in text

@@ -11,18 +11,17 @@ in the default one, and autograd runs a backward in the stream of its forward.
 from __future__ import annotations
 
 import contextlib
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 
-from .timing import Outcome, Settings, Statistics, describe
+from .timing import Outcome, Settings, describe, sample_in_turns
 
-__all__ = ["l2_bytes", "own_stream", "replay"]
+__all__ = ["Captured", "capture", "l2_bytes", "own_stream", "replay"]
 
-_WARM_UP_CALLS = 3  # outside the capture: lazy initialisation, autotuning and cuBLAS workspaces are not capturable
+_WARM_UP_CALLS = 3
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -48,17 +47,41 @@ def own_stream() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-def _capture(call: Callable[[int], object], numbers: list[int]) -> torch.cuda.CUDAGraph:
-    for number in numbers[:_WARM_UP_CALLS]:
-        call(number)
+class Captured(NamedTuple):
+    """replay runs the captured work again, on the same tensors.
+
+    result: of the captured call, written anew by a replay. peak_bytes: the most that tensors of the work took at once,
+    beyond what was allocated before.
+    """
+
+    replay: Callable[[], None]
+    result: Any
+    peak_bytes: int
+
+
+def capture(work: Callable[[], Any], warm_up: Callable[[], object] | None = None) -> Captured:
+    """What is launched by a call as one CUDA graph. It may not wait for the device or read from it.
+
+    Args:
+        work: what is captured.
+        warm_up: runs before, in the stream of the capture; work itself, three times, if it is None. Lazy
+            initialisation, autotuning, workspaces and an optimizer's state cannot be captured.
+    """
+    stream, outer = _stream(), torch.cuda.current_stream()
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        for call in [warm_up] if warm_up is not None else [work] * _WARM_UP_CALLS:
+            call()
+    outer.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for number in numbers:
-            call(number)
-    graph.replay()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph, stream=stream):
+        result = work()
+    peak_bytes = torch.cuda.max_memory_allocated() - before
     torch.cuda.synchronize()
-    return graph
+    return Captured(graph.replay, result, peak_bytes)
 
 
 def replay(
@@ -79,39 +102,33 @@ def replay(
 
     A contender that cannot be captured or raises gets its error; the others go on.
     """
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    samples: dict[str, Callable[[], float]] = {}
     errors: dict[str, str] = {}
+    scratch = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device) if cold else None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for name, call in calls.items():
+
+        def run(numbers: list[int], call: Callable[[int], object] = call) -> None:
+            for number in numbers:
+                call(number)
+
         try:
-            graphs[name] = _capture(call, numbers)
+            graph = capture(partial(run, numbers), partial(run, numbers[:_WARM_UP_CALLS]))
+            graph.replay()
+            torch.cuda.synchronize()
         except Exception as error:
             errors[name] = describe(error)
             torch.cuda.synchronize()
+            continue
 
-    scratch = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device) if cold else None
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    order = random.Random(0)
-    deadline = time.perf_counter() + settings.budget_s
-    rounds = 0
-    while samples and rounds < settings.max_rounds:
-        if rounds >= settings.min_rounds and time.perf_counter() >= deadline:
-            break
-        for name in order.sample(sorted(samples), len(samples)):
-            try:
-                if scratch is not None:
-                    scratch.fill_(rounds % 251 + 1)
-                start.record()
-                graphs[name].replay()
-                end.record()
-                end.synchronize()
-                samples[name].append(start.elapsed_time(end) * 1e-3 / len(numbers))
-            except Exception as error:
-                errors[name] = describe(error)
-                del samples[name]
-        rounds += 1
-        tick()
-    return {
-        name: Outcome(None, errors[name]) if name in errors else Outcome(Statistics.of(samples[name], len(numbers)))
-        for name in calls
-    }
+        def sample(graph: Captured = graph) -> float:
+            if scratch is not None:
+                scratch.fill_(1)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / len(numbers)
+
+        samples[name] = sample
+    return sample_in_turns(samples, dict.fromkeys(samples, len(numbers)), errors, settings, tick)

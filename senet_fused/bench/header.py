@@ -26,24 +26,14 @@ def stamp(tool: str, command: Sequence[str], device_type: str, settings: Setting
         device_type: "cpu" or "cuda".
         settings: how long one case is measured.
     """
-    cpu = {
-        "type": "cpu",
-        "name": machine.cpu_name(),
-        "cpus": machine.cpus(),
-        "features": " ".join(machine.cpu_features()),
-    }
-    device: dict[str, Any] = cpu
+    cpus, cpu = machine.cpus(), machine.cpu_name()
+    device = {"type": "cpu", "name": cpu, "cpus": cpus, "features": " ".join(machine.cpu_features())}
     if device_type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        device = {
-            "type": "cuda",
-            "name": properties.name,
-            "sms": properties.multi_processor_count,
-            "compute": f"{properties.major}.{properties.minor}",
-            "host": cpu["name"],
-        }
+        gpu = torch.cuda.get_device_properties(0)
+        compute = f"{gpu.major}.{gpu.minor}"
+        device = {"type": "cuda", "name": gpu.name, "sms": gpu.multi_processor_count, "compute": compute, "host": cpu}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f"the load average is {load:.1f} on {machine.cpus()} processors: other work disturbs the timing"
+    busy = f"the load average is {load:.1f} on {cpus} processors: other work disturbs the timing"
     return {
         "tool": tool,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -60,5 +50,5 @@ def stamp(tool: str, command: Sequence[str], device_type: str, settings: Setting
         "revision": machine.revision(),
         "load": load,
         "samples": dataclasses.asdict(settings),
-        "warning": busy if load > 0.5 * machine.cpus() else None,
+        "warning": busy if load > 0.5 * cpus else None,
     }

@@ -1,4 +1,4 @@
-"""The largest batch that a GPU's memory takes in training, beside all that the other variants hold."""
+"""--batch max: the largest batch that a GPU's memory takes in training, beside all that the other variants hold."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .model import LARGEST
 from .model_case import Cell
 from .model_memory import peak_bytes
-from .variants import ModelCase, Network, Variant
+from .variants import ModelCase, Network, NoVariant, Variant
 
-__all__ = ["fits_in_training", "largest_batch", "needed_bytes"]
+__all__ = ["LargestBatch", "fits_in_training", "largest_batch", "needed_bytes"]
 
 _FIRST, _LIMIT = 8, 2**16
 _FINE_BELOW, _STEP = 64, 8  # large batches to the next multiple of 8
@@ -56,24 +57,56 @@ def fits_in_training(
     """Whether a batch fits: a training step of stock runs, and there is room for all variants beside it."""
     variants = [Variant(name) for name in names]
 
-    def fits(batch: int) -> bool:
-        try:
-            return _fits(dataclasses.replace(case, batch=batch, direction="training"))
-        except torch.cuda.OutOfMemoryError:
-            return False
-
-    def _fits(sized: ModelCase) -> bool:
-        # Without a reference to the last trial's tensors: its frames are gone by now.
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
+    def needed(sized: ModelCase) -> int:
         cell, stock = Cell(sized, device, seed), Variant("stock")
         network.build(stock, sized)
         weights = sum(parameter.nbytes for parameter in stock.model.parameters())
         cell.results(stock)
         step = cell.timed(stock)
         step(0)  # the optimizer makes its momentum
-        peak = peak_bytes(lambda: step(0), device)
-        return needed_bytes(peak, weights, variants) <= _USABLE * free
+        return needed_bytes(peak_bytes(lambda: step(0), device), weights, variants)
+
+    def fits(batch: int) -> bool:
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        try:
+            return needed(dataclasses.replace(case, batch=batch, direction="training")) <= _USABLE * free
+        except torch.cuda.OutOfMemoryError:
+            return False
 
     return fits
+
+
+class LargestBatch:
+    """The largest batches of one network by dtype and layout, each found once, where the cases have --batch max."""
+
+    def __init__(
+        self, network: Network, cases: Sequence[ModelCase], names: Sequence[str], device: str, seed: int
+    ) -> None:
+        self._how = network, names, device, seed
+        self._asked = {self._key(case) for case in cases if case.batch == LARGEST}
+        self._found: dict[ModelCase, int | Exception] = {}
+
+    def _key(self, case: ModelCase) -> ModelCase:
+        return dataclasses.replace(case, batch=LARGEST, direction="training")
+
+    def sized(self, case: ModelCase) -> ModelCase:
+        """The case with its batch as a number. Raises NoVariant if it is beyond the largest that was asked for."""
+        key = self._key(case)
+        if key not in self._asked:
+            return case
+        if key not in self._found:
+            network, *rest = self._how
+            try:
+                self._found[key] = largest_batch(fits_in_training(network, case, *rest))
+            except Exception as error:
+                self._found[key] = error
+        largest = self._found[key]
+        if isinstance(largest, Exception):
+            raise largest
+        if case.batch == LARGEST:
+            return dataclasses.replace(case, batch=largest, largest=True)
+        if case.batch > largest:
+            raise NoVariant(f"not measured: a batch of {largest} is the largest that fits in training")
+        return case

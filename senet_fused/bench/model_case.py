@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import senet_fused
 
 from ..accuracy import relative_error
-from .model_graph import capture
+from .cuda_timing import capture
 from .model_memory import Saved, peak_bytes
 from .variants import ModelCase, Network, Variant
 
@@ -24,12 +24,12 @@ __all__ = ["Cell", "Results"]
 
 _LEARNING_RATE = 1e-5  # weights stay where they were, and with them the time
 _FLOAT32_LIMIT = 1e-3
-_MAGNIFIED = 10  # times what the last bit of the input does; a variant rounds at every layer
+_MAGNIFIED = 10  # times the effect of the input's last bit; a variant rounds at every layer
 
 
 class Results(NamedTuple):
     """What a variant is judged by: its floating outputs; in training every parameter's gradient, and of every
-    normalisation the running mean and standard deviation, one behind the other."""
+    normalisation the running mean and standard deviation in one tensor: the larger error of the two counts."""
 
     outputs: list[Tensor]
     gradients: list[Tensor | None]
@@ -41,19 +41,15 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
+        return
+    if dataclasses.is_dataclass(output):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    for value in values:
+        yield from _tensors(value)
 
 
 def _statistics(model: nn.Module) -> Iterator[Tensor]:
-    """Mean and standard deviation in one tensor: an error of either counts by the larger of the two."""
     for module in model.modules():
         mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
         if mean is not None and var is not None:
@@ -96,13 +92,14 @@ class Cell:
         with contextlib.nullcontext() if self.case.training else torch.inference_mode(), autocast:
             yield
 
+    # ------------------------------------------------------------------------------------------------- the check
+
     def results(self, variant: Variant) -> Results:
         """One forward, in training with a backward, from the same random state for every variant."""
         before = Counter(senet_fused.call_counts())
         torch.manual_seed(self.seed + 2)
         outputs = self._replayed(variant) if variant.graphed else self._forward_and_backward(variant)
-        gradients: list[Tensor | None] = []
-        statistics: list[Tensor] = []
+        gradients, statistics = [], []
         if self.case.training:
             gradients = [parameter.grad for parameter in variant.model.parameters()]
             variant.model.zero_grad(set_to_none=True)
@@ -117,8 +114,7 @@ class Cell:
         with self._modes():
             output = variant.call(self.x)
             if self.case.training:
-                if self.loss is None:
-                    self.loss = _loss(output, self.seed + 3)
+                self.loss = self.loss or _loss(output, self.seed + 3)
                 loss = self.loss(output)
         if self.case.training:
             loss.backward()
@@ -143,13 +139,16 @@ class Cell:
                 parameter.grad = parameter.grad.clone()
         return [tensor.clone() for tensor in captured.result]
 
+    def _outputs(self, variant: Variant, x: Tensor, seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        with torch.no_grad(), self._modes():
+            return list(_tensors(variant.call(x)))
+
     def is_stochastic(self, stock: Variant, found: Results) -> bool:
         """Whether another random state gives stock another output, as dropout does."""
         if not self.case.training:
             return False
-        torch.manual_seed(self.seed + 4)
-        with torch.no_grad(), self._modes():
-            again = [tensor for tensor in _tensors(stock.call(self.x))]
+        again = self._outputs(stock, self.x, self.seed + 4)
         return any(not torch.equal(a, b) for a, b in zip(found.outputs, again, strict=True))
 
     def in_float32(self, network: Network, name: str) -> Results:
@@ -164,25 +163,8 @@ class Cell:
         """How far stock's output moves when every input moves by about one unit in the last place."""
         generator = torch.Generator().manual_seed(self.seed + 5)
         noise = torch.randn(self.x.shape, generator=generator).to(self.x)
-        torch.manual_seed(self.seed + 2)
-        with torch.no_grad(), self._modes():
-            moved = list(_tensors(stock.call(self.x + self.x * noise * torch.finfo(self.dtype).eps)))
+        moved = self._outputs(stock, self.x + self.x * noise * torch.finfo(self.dtype).eps, self.seed + 2)
         return _largest_error(moved, found.outputs)
-
-    def judge(self, variant: Variant, stock: Variant, wanted: Results) -> None:
-        """Raises ValueError if the variant's output or running statistics are wrong, which float32 can tell; notes if
-        the network is to blame.
-
-        A network may magnify rounding beyond any limit, as normalisations over two values do.
-        """
-        errors = {"output": variant.output_error, "running statistics": variant.statistics_error}
-        what, error = max(errors.items(), key=lambda item: item[1] or 0.0)
-        if self.case.dtype != "float32" or error is None or error <= _FLOAT32_LIMIT:
-            return
-        moved = self.moved_by_rounding(stock, wanted)
-        if not error <= _MAGNIFIED * moved:
-            raise ValueError(f"wrong {what}: off by {error:.1e}, allowed {_FLOAT32_LIMIT:.0e}")
-        variant.remark(f"the network magnifies rounding: the last bit of its input moves stock's output by {moved:.0e}")
 
     def compare(self, variant: Variant, found: Results, wanted: Results) -> None:
         """Notes the variant's errors. Raises ValueError for outputs of other shapes."""
@@ -190,16 +172,17 @@ class Cell:
         if shapes[0] != shapes[1]:
             raise ValueError(f"wrong output: shapes {shapes[0]}, expected {shapes[1]}")
         if not _all_finite(wanted.outputs):
-            variant.remark("not compared: the output that it is held against has infinities or NaN")
+            variant.remark("not compared: the reference's output has infinities or NaN")
             return
         variant.output_error = _largest_error(found.outputs, wanted.outputs)
         if self.case.training:
             variant.statistics_error = _largest_error(found.statistics, wanted.statistics)
         if not math.isfinite(variant.output_error):
             variant.remark("its output has infinities or NaN")
-        elif not _all_finite(found.gradients + wanted.gradients):
-            who = "the gradients that it is held against have" if _all_finite(found.gradients) else "its gradients have"
-            variant.remark(f"{who} infinities or NaN")
+        elif not _all_finite(found.gradients):
+            variant.remark("its gradients have infinities or NaN")
+        elif not _all_finite(wanted.gradients):
+            variant.remark("the reference's gradients have infinities or NaN")
         elif self.case.training:
             variant.gradient_error = self._gradient_error(found.gradients, wanted.gradients)
 
@@ -218,8 +201,24 @@ class Cell:
             worst = max(worst, off / max(norm, least) if off else 0.0)
         return worst
 
+    def judge(self, variant: Variant, stock: Variant, wanted: Results) -> None:
+        """Raises ValueError if the output or running statistics are wrong, which float32 can tell; else notes why not.
+
+        A network may magnify rounding beyond any limit, as normalisations over two values do.
+        """
+        errors = {"output": variant.output_error, "running statistics": variant.statistics_error}
+        what, error = max(errors.items(), key=lambda item: item[1] or 0.0)
+        if self.case.dtype != "float32" or error is None or error <= _FLOAT32_LIMIT:
+            return
+        moved = self.moved_by_rounding(stock, wanted)
+        if not error <= _MAGNIFIED * moved:
+            raise ValueError(f"wrong {what}: off by {error:.1e}, allowed {_FLOAT32_LIMIT:.0e}")
+        variant.remark(f"the network magnifies rounding: the last bit of its input moves stock's output by {moved:.0e}")
+
+    # -------------------------------------------------------------------------------------------------- the time
+
     def timed(self, variant: Variant) -> Callable[..., object]:
-        """The call that is timed. Its argument, a buffer's number, means nothing here: there is one input.
+        """The call that is timed. Its first argument, a buffer's number, is ignored: there is one input.
 
         In training it takes a context for its forward as well, but for a CUDA graph: that is captured here.
         """
@@ -253,8 +252,8 @@ class Cell:
     def measure_memory(self, variant: Variant, step: Callable[..., object]) -> None:
         """Notes the memory of one more step, the timed call in training. The optimizer has its own already.
 
-        Of a CUDA graph its capture has told the peak. The allocator does not know what the graphs of torch.compile's
-        max-autotune use in a replay.
+        The peak of a CUDA graph is known from its capture. The allocator does not see what the graphs of
+        torch.compile's max-autotune use in a replay.
         """
         if variant.graphed:
             return

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-from .report import geometric_mean
+from .saved import KINDS, Row, geometric_mean, grouped
 from .tables import Table, error_label, megabytes_label, rate_label, ratio_label, show, show_header, time_label
 
 __all__ = ["dtype_label", "input_label", "render", "summarise"]
-
-Row = dict[str, Any]
-_HEADER = ("device", "versions", "threads", "revision", "warning", "weights", "inference", "training", "price of SE",
-           "largest batch", "memory", "check", "interrupted")  # fmt: skip
 
 
 def input_label(row: Row) -> str:
@@ -29,92 +25,84 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
     measured of cells have a time.
     """
-    groups: dict[tuple, list[Row]] = {}
+    keys = ("mode", "dtype", "amp", "provider")
+    return [
+        dict(zip(keys, group, strict=True))
+        | {value: geometric_mean(row[value] for row in members) for value in ("speedup_vs_stock", "price_of_se")}
+        | {"measured": sum(row["median_s"] is not None for row in members), "cells": len(members)}
+        for group, members in grouped(rows, lambda row: tuple(row[key] for key in keys)).items()
+    ]
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    lines = []
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("mode", "dtype", "amp", "provider")), []).append(row)
-    summary = []
-    for key, members in groups.items():
-        entry: Row = dict(zip(("mode", "dtype", "amp", "provider"), key, strict=True))
-        for value in ("speedup_vs_stock", "price_of_se"):
-            entry[value] = geometric_mean(row[value] for row in members if row[value] is not None)
-        entry["measured"] = sum(row["median_s"] is not None for row in members)
-        summary.append(entry | {"cells": len(members)})
-    return summary
+        cells = {"variant": row["provider"]}
+        if row["error"]:
+            lines.append(cells | {"error": row["error"]})
+            continue
+        cells |= {
+            "ran on": row["backend"] or "-",
+            "median": time_label(row["median_s"]),
+            "IQR": time_label(row["iqr_s"]),
+            "images/s": rate_label(_rate(row)),
+            "vs stock": ratio_label(row["speedup_vs_stock"]),
+            "price of SE": ratio_label(row["price_of_se"]),
+        }
+        training = row["mode"] == "training"
+        if training:
+            for what in ("saved", "peak"):  # which runs of earlier releases may lack
+                of_stock = None if row["provider"] == "stock" else row.get(f"{what}_vs_stock")
+                cells[f"{what} MB"] = megabytes_label(row.get(f"{what}_bytes"), of_stock)
+        cells["output"] = error_label(row["output_error"])
+        lines.append(cells | ({"gradients": error_label(row["gradient_error"])} if training else {}))
+    return Table(title, lines, [f"{row['provider']}: {row['note']}" for row in rows if row["note"]])
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:
     """One per model, mode, dtype, batch and layout."""
-    tables: dict[str, Table] = {}
-    for row in rows:
-        what = (row["mode"], dtype_label(row), input_label(row), row["layout"])
-        table = tables.setdefault(title := f"{row['model']}: {', '.join(what)}", Table(title, [], []))
-        cells = {"variant": row["provider"]}
-        if row["note"]:
-            table.notes.append(f"{row['provider']}: {row['note']}")
-        if row["error"]:
-            table.rows.append(cells | {"error": row["error"]})
-            continue
-        table.rows.append(
-            cells
-            | {
-                "ran on": row["backend"] or "-",
-                "median": time_label(row["median_s"]),
-                "IQR": time_label(row["iqr_s"]),
-                "images/s": rate_label(row["batch"] / row["median_s"] if row["median_s"] else None),
-                "vs stock": ratio_label(row["speedup_vs_stock"]),
-                "price of SE": ratio_label(row["price_of_se"]),
-                **(_memory_cells(row) if row["mode"] == "training" else {}),
-                "output": error_label(row["output_error"]),
-            }
-            | ({"gradients": error_label(row["gradient_error"])} if row["mode"] == "training" else {})
-        )
-    return list(tables.values())
 
+    def title(row: Row) -> str:
+        return f"{row['model']}: {row['mode']}, {dtype_label(row)}, {input_label(row)}, {row['layout']}"
 
-def _memory_cells(row: Row) -> dict[str, str]:
-    # A run that was saved earlier may have none.
-    change = ("saved", "peak") if row["provider"] != "stock" else ()
-    return {
-        f"{what} MB": megabytes_label(row.get(f"{what}_bytes"), row.get(f"{what}_vs_stock") if what in change else None)
-        for what in ("saved", "peak")
-    }
+    return [_table(text, members) for text, members in grouped(rows, title).items()]
 
 
 def _sweeps(rows: Sequence[Row]) -> list[Table]:
     """Images/s and the price of SE by batch and variant, for what was measured at more than one batch."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["median_s"]:
-            what = (row["mode"], dtype_label(row), row["size"].replace(",", "x"), row["layout"])
-            groups.setdefault(f"{row['model']}: {', '.join(what)}", []).append(row)
+
+    def title(row: Row) -> str:
+        size = row["size"].replace(",", "x")
+        return f"{row['model']}: {row['mode']}, {dtype_label(row)}, {size}, {row['layout']}"
+
     tables = []
-    for title, members in groups.items():
+    for text, members in grouped([row for row in rows if row["median_s"]], title).items():
         if len({row["batch"] for row in members}) > 1:
-            rates = _by_batch(members, lambda row: rate_label(_rate(row)))
             best = {"batch": "best"}
-            for name in dict.fromkeys(row["provider"] for row in members):
-                fastest = max((row for row in members if row["provider"] == name), key=_rate)
+            for name, its in grouped(members, lambda row: row["provider"]).items():
+                fastest = max(its, key=_rate)
                 best[name] = f"{rate_label(_rate(fastest))} at {fastest['batch']}"
-            tables.append(Table(f"images/s by batch, {title}", [*rates, best]))
+            rates = _by_batch(members, lambda row: rate_label(_rate(row)))
+            tables.append(Table(f"images/s by batch, {text}", [*rates, best]))
             if any(row["price_of_se"] for row in members):
                 prices = _by_batch(members, lambda row: ratio_label(row["price_of_se"]))
-                tables.append(Table(f"price of SE by batch, {title}", prices))
+                tables.append(Table(f"price of SE by batch, {text}", prices))
     return tables
 
 
-def _rate(row: Row) -> float:
-    return row["batch"] / row["median_s"]
+def _rate(row: Row) -> float | None:
+    return row["batch"] / row["median_s"] if row["median_s"] else None
 
 
 def _by_batch(rows: Sequence[Row], label: Callable[[Row], str]) -> list[dict[str, str]]:
     """A line per batch, in order, with a cell per variant."""
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = {}
-    for row in sorted(rows, key=lambda row: row["batch"]):
-        batch = f"{row['batch']}{' (max)' if row.get('largest_batch') else ''}"
-        line = lines.setdefault(row["batch"], {"batch": batch} | dict.fromkeys(names, "-"))
-        line[row["provider"]] = label(row)
-    return list(lines.values())
+    empty = dict.fromkeys((row["provider"] for row in rows), "-")
+    lines = []
+    for batch, members in grouped(sorted(rows, key=lambda row: row["batch"]), lambda row: row["batch"]).items():
+        largest = any(row.get("largest_batch") for row in members)
+        cells = {row["provider"]: label(row) for row in members}
+        lines.append({"batch": f"{batch}{' (max)' if largest else ''}"} | empty | cells)
+    return lines
 
 
 def _summary_table(summary: Sequence[Row]) -> Table:
@@ -134,5 +122,5 @@ def _summary_table(summary: Sequence[Row]) -> Table:
 
 def render(header: Row, rows: Sequence[Row], summary: Sequence[Row], out: TextIO, plain: bool = False) -> None:
     """Prints what was measured and how, a table per model, mode, dtype, batch and layout, sweeps, and the summary."""
-    show_header(header, _HEADER, out)
+    show_header(header, KINDS["model"].header, out)
     show([*_tables(rows), *_sweeps(rows), _summary_table(summary)] if rows else [], out, plain)

@@ -7,24 +7,22 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ..arguments import RequestError
 from ..torch_private import forget_compiled
-from .largest_batch import fits_in_training, largest_batch
+from .largest_batch import LargestBatch
 from .model_case import Cell, Results
-from .presets import LARGEST
-from .runner import Progress
-from .timing import Outcome, Rotation, Settings, describe, interleave
+from .progress import Progress
+from .saved import Row
+from .session import OUT_OF_TIME
+from .timing import Outcome, Rotation, Settings, describe, figures, finite, interleave
 from .variants import ModelCase, Network, NoVariant, Variant
 
-__all__ = ["OUT_OF_TIME", "Options", "Row", "cases", "run"]
-
-Row = dict[str, Any]
-OUT_OF_TIME = "not begun: out of time"
+__all__ = ["Options", "cases", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +41,13 @@ class Options:
 
 
 def cases(name: str, size: tuple[int, ...], args: argparse.Namespace) -> list[ModelCase]:
-    """Every combination of the options dtype, mode, batch and layout for one network."""
+    """Every combination of the options mode, dtype, batch and layout for one network.
+
+    Raises:
+        RequestError: channels_last for an input without a plane.
+    """
+    if "channels_last" in args.layout and len(size) == 2:
+        raise RequestError(f"channels_last needs two or three spatial dimensions; {name} gets {args.size}")
     return [
         ModelCase(name, size, batch, dtype, args.amp, layout, mode)
         for mode in dict.fromkeys(args.mode)
@@ -56,100 +60,94 @@ def cases(name: str, size: tuple[int, ...], args: argparse.Namespace) -> list[Mo
 def _in_order(names: Sequence[str]) -> list[str]:
     """Those that the others are compared with first, and last those that take long to compile."""
     references = [Variant(name).reference for name in names]
-    patient = sorted(names, key=lambda name: (name == "max-autotune", Variant(name).compiled))
-    return list(dict.fromkeys([*references, *patient]))
+    slowest_last = sorted(names, key=lambda name: (name == "max-autotune", Variant(name).compiled))
+    return list(dict.fromkeys([*references, *slowest_last]))
 
 
-def _check(
-    network: Network, cell: Cell, options: Options, progress: Progress, deadline: float = math.inf
-) -> list[Variant]:
-    """The variants, built and compared: those that stopped on the way have an error or a note, and no model."""
-    checked: dict[str, Variant] = {}
-    wanted: dict[str, Results] = {}
-    stochastic = False
-    for name in _in_order(options.variants):
-        progress.stage(f"checking {name}")
-        variant = Variant(name)
-        reference = variant.reference
-        if time.monotonic() > deadline and name != reference:
+class _Checks:
+    """Builds the variants of one case and compares them with their references."""
+
+    def __init__(self, network: Network, cell: Cell) -> None:
+        self._network, self._cell = network, cell
+        self._variants: dict[str, Variant] = {}
+        self._results: dict[str, Results] = {}  # of the references
+        self._stochastic = False
+
+    def variant(self, name: str, out_of_time: bool) -> Variant:
+        """The variant, with a model unless it has stopped on the way: then with an error, or a note."""
+        variant = self._variants[name] = Variant(name)
+        if out_of_time and name != variant.reference:
             variant.remark(OUT_OF_TIME)
-            checked[name] = variant
-            continue
+            return variant
         try:
-            if reference in checked and checked[reference].error is not None:
-                raise RuntimeError(f"nothing to compare with: {reference} failed, {checked[reference].error}")
-            network.build(variant, cell.case)
-            found = cell.results(variant)
-            if name == reference:
-                wanted[name] = found
-                stochastic = stochastic or cell.is_stochastic(variant, found)
-                if cell.case.dtype != "float32" and not stochastic:
-                    _compare_with_float32(network, cell, variant, found)
-            elif stochastic and variant.compiled:
-                variant.remark("the network is random in training and torch.compile draws other numbers: not compared")
-            else:
-                cell.compare(variant, found, wanted[reference])
-                cell.judge(variant, checked[reference], wanted[reference])
+            self._check(variant)
         except NoVariant as reason:
             variant.remark(str(reason))
             variant.model = None
         except Exception as error:  # one variant's failure is a row, not the end of the run
             variant.error, variant.model = describe(error), None
-        checked[name] = variant
-    return [checked[name] for name in options.variants]
+        return variant
+
+    def _check(self, variant: Variant) -> None:
+        name, cell = variant.name, self._cell
+        reference = self._variants[variant.reference]
+        if reference.error is not None:
+            raise RuntimeError(f"nothing to compare with: {reference.name} failed, {reference.error}")
+        self._network.build(variant, cell.case)
+        found = cell.results(variant)
+        if variant is reference:
+            self._results[name] = found
+            self._stochastic = self._stochastic or cell.is_stochastic(variant, found)
+            if cell.case.dtype != "float32" and not self._stochastic:
+                try:
+                    cell.compare(variant, found, cell.in_float32(self._network, name))
+                except torch.cuda.OutOfMemoryError:  # a batch that fits in bfloat16 need not in float32
+                    variant.remark("not compared with float32, which does not fit in the memory")
+        elif self._stochastic and variant.compiled:
+            variant.remark("the network is random in training and torch.compile draws other numbers: not compared")
+        else:
+            cell.compare(variant, found, self._results[reference.name])
+            cell.judge(variant, reference, self._results[reference.name])
 
 
-def _compare_with_float32(network: Network, cell: Cell, variant: Variant, found: Results) -> None:
-    try:
-        cell.compare(variant, found, cell.in_float32(network, variant.name))
-    except torch.cuda.OutOfMemoryError:  # a batch that fits in bfloat16 need not in float32
-        variant.remark("not compared with float32, which does not fit in the memory")
-
-
-def _measure(
-    network: Network, case: ModelCase, options: Options, progress: Progress, deadline: float = math.inf
-) -> list[Row]:
+def _measure(network: Network, case: ModelCase, options: Options, progress: Progress, deadline: float) -> list[Row]:
     forget_compiled()
     cell = Cell(case, options.device, options.seed)
-    variants = _check(network, cell, options, progress, deadline)
-    running: dict[str, Variant] = {}
-    calls: dict[str, Callable[..., object]] = {}
-    for variant in variants:
+    checks, variants, calls = _Checks(network, cell), {}, {}
+    for name in _in_order(options.variants):
+        progress.stage(f"checking {name}")
+        variants[name] = checks.variant(name, time.monotonic() > deadline)
+    variants = {name: variants[name] for name in options.variants}
+    for name, variant in variants.items():
         if variant.model is not None:
             try:
-                calls[variant.name] = cell.timed(variant)
-                running[variant.name] = variant
+                calls[name] = cell.timed(variant)
             except Exception as error:  # what cannot be captured, say
                 variant.error, variant.model = describe(error), None
-    progress.stage(f"timing {', '.join(running)}")
-    outcomes = interleave(
-        calls,
-        Rotation(1),
-        options.settings,
-        synchronize=torch.cuda.synchronize if options.device == "cuda" else None,
-        tick=progress.tick,
-    )
+    progress.stage(f"timing {', '.join(calls)}")
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else None
+    outcomes = interleave(calls, Rotation(1), options.settings, synchronize=synchronize, tick=progress.tick)
     if case.training:
         progress.stage("measuring memory")
-        for name, variant in running.items():
-            if outcomes[name].statistics:
+        for name, outcome in outcomes.items():
+            if outcome.statistics:
                 try:
-                    cell.measure_memory(variant, calls[name])
+                    cell.measure_memory(variants[name], calls[name])
                 except Exception as error:  # its time stays
-                    variant.remark(f"its memory could not be measured: {describe(error)}")
-    return _rows(case, network, variants, outcomes)
+                    variants[name].remark(f"its memory could not be measured: {describe(error)}")
+    return _rows(case, network.layers, list(variants.values()), outcomes)
 
 
 def _rows(
-    case: ModelCase, network: Network | None, variants: Sequence[Variant], outcomes: Mapping[str, Outcome]
+    case: ModelCase, layers: int | None, variants: Sequence[Variant], outcomes: Mapping[str, Outcome]
 ) -> list[Row]:
-    stock = next((variant for variant in variants if variant.name == "stock"), Variant("stock"))
+    by_name = {variant.name: variant for variant in variants}
+    stock = by_name.get("stock", Variant("stock"))
     medians = {name: outcome.statistics.median_s for name, outcome in outcomes.items() if outcome.statistics}
     rows = []
-    for variant in variants:
-        outcome = outcomes.get(variant.name, Outcome(None))
-        timing, error = outcome.statistics, variant.error or outcome.error
-        row: Row = {
+    for name, variant in by_name.items():
+        outcome, median = outcomes.get(name, Outcome(None)), medians.get(name)
+        row = {
             "model": case.problem,
             "batch": case.batch,
             "largest_batch": case.largest,
@@ -158,88 +156,31 @@ def _rows(
             "amp": case.amp,
             "layout": case.layout,
             "mode": case.direction,
-            "provider": variant.name,
-            "backend": variant.backend if timing else None,
-            "median_s": None,
-            "iqr_s": None,
-            "samples": 0,
-            "calls_per_sample": 0,
-            "images_per_s": None,
-            "speedup_vs_stock": None,
-            "price_of_se": None,
-            "output_error": variant.output_error if _finite(variant.output_error) else None,
-            "gradient_error": variant.gradient_error if _finite(variant.gradient_error) else None,
-            "statistics_error": variant.statistics_error if _finite(variant.statistics_error) else None,
-            "saved_bytes": variant.saved_bytes,
-            "saved_vs_stock": _ratio(variant.saved_bytes, stock.saved_bytes),
-            "peak_bytes": variant.peak_bytes,
-            "peak_vs_stock": _ratio(variant.peak_bytes, stock.peak_bytes),
-            "se_layers": network and network.layers,
-            "se_fused": variant.fused,
-            "se_blocks": variant.blocks,
-            "se_tails": variant.tails,
-            "se_joined": variant.joined,
-            "norms_folded": variant.folded,
-            "note": variant.note,
-            "error": error,
+            "provider": name,
+            "backend": variant.backend if median else None,
+            **figures(outcome.statistics),
+            "images_per_s": case.batch / median if median else None,
+            "speedup_vs_stock": _ratio(medians.get("stock"), median),
+            "price_of_se": _ratio(median, medians.get("no-se")),
+            "se_layers": layers,
+            "error": variant.error or outcome.error,
         }
-        if timing is not None:
-            row |= {
-                "median_s": timing.median_s,
-                "iqr_s": timing.iqr_s,
-                "samples": timing.samples,
-                "calls_per_sample": timing.inner,
-                "images_per_s": case.batch / timing.median_s,
-                "speedup_vs_stock": _ratio(medians.get("stock"), timing.median_s),
-                "price_of_se": _ratio(timing.median_s, medians.get("no-se")),
-            }
+        row |= {key: finite(getattr(variant, key)) for key in ("output_error", "gradient_error", "statistics_error")}
+        for key in ("saved", "peak"):
+            row[f"{key}_bytes"] = getattr(variant, f"{key}_bytes")
+            row[f"{key}_vs_stock"] = _ratio(row[f"{key}_bytes"], getattr(stock, f"{key}_bytes"))
+        for key in ("se_fused", "se_blocks", "se_tails", "se_joined", "norms_folded", "note"):
+            row[key] = getattr(variant, key)
         rows.append(row)
     return rows
 
 
+def _without_times(case: ModelCase, options: Options, **why: str) -> list[Row]:
+    return _rows(case, None, [Variant(name, **why) for name in options.variants], {})
+
+
 def _ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _failed(case: ModelCase, options: Options, error: str) -> list[Row]:
-    return _rows(case, None, [Variant(name, error=error) for name in options.variants], {})
-
-
-class _Largest:
-    """The largest batches of one network, each found once; of an error, that."""
-
-    def __init__(self, network: Network, cases: Sequence[ModelCase], options: Options) -> None:
-        self._network, self._options = network, options
-        self._asked = {self._key(case) for case in cases if case.batch == LARGEST}
-        self._found: dict[ModelCase, int | Exception] = {}
-
-    def _key(self, case: ModelCase) -> ModelCase:
-        return dataclasses.replace(case, batch=LARGEST, direction="training")
-
-    def sized(self, case: ModelCase) -> ModelCase:
-        """The case with its batch as a number. Raises NoVariant if it is beyond the largest that was asked for."""
-        key = self._key(case)
-        if key not in self._asked:
-            return case
-        if key not in self._found:
-            options = self._options
-            fits = fits_in_training(self._network, case, options.variants, options.device, options.seed)
-            try:
-                self._found[key] = largest_batch(fits)
-            except Exception as error:
-                self._found[key] = error
-        largest = self._found[key]
-        if isinstance(largest, Exception):
-            raise largest
-        if case.batch == LARGEST:
-            return dataclasses.replace(case, batch=largest, largest=True)
-        if case.batch > largest:
-            raise NoVariant(f"not measured: a batch of {largest} is the largest that fits in training")
-        return case
 
 
 def run(
@@ -260,28 +201,28 @@ def run(
     rows = [] if rows is None else rows
     start = time.monotonic()
     for model, todo_cases in todo:
-        network, largest, trouble = None, None, ""
+        network, largest, broken = None, None, ""
         for case in todo_cases:
             if time.monotonic() - start > options.time_limit_s:
                 return rows
             progress.case(case)
-            if network is None and not trouble:
+            if network is None and not broken:
                 try:
                     network = Network(model, case.size, options.device, options.backend, options.seed)
-                    largest = _Largest(network, todo_cases, options)
+                    largest = LargestBatch(network, todo_cases, options.variants, options.device, options.seed)
                 except Exception as error:  # an input that it cannot take, most of the time
                     shape = "x".join(map(str, case.size))
-                    trouble = f"{describe(error)} (on an input of {shape}; --size gives another)"
-            if network is None:
-                rows += _failed(case, options, trouble)
-            else:
-                try:
+                    broken = f"{describe(error)} (on an input of {shape}; --size gives another)"
+            try:
+                if network is None:
+                    rows += _without_times(case, options, error=broken)
+                else:
                     case = largest.sized(case)
                     rows += _measure(network, case, options, progress, start + options.time_limit_s)
-                except NoVariant as reason:
-                    rows += _rows(case, None, [Variant(name, note=str(reason)) for name in options.variants], {})
-                except Exception as error:  # the case as a whole: out of memory, say
-                    rows += _failed(case, options, describe(error))
+            except NoVariant as reason:
+                rows += _without_times(case, options, note=str(reason))
+            except Exception as error:  # the case as a whole: out of memory, say
+                rows += _without_times(case, options, error=describe(error))
             if options.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..accuracy import refused, relative_error
 from .problems import Case
 
 __all__ = [
-    "InputSet", "Verdict", "Weights", "in_double", "judge", "norm_dtype", "oracle", "oracle_branch", "oracle_gate",
-    "yardstick",
+    "FUNCTIONS", "PARAMETERS", "InputSet", "Verdict", "Weights", "in_double", "judge", "norm_dtype", "oracle",
+    "oracle_branch", "oracle_gate", "stock_errors",
 ]  # fmt: skip
 
 
@@ -43,24 +43,24 @@ class Weights(NamedTuple):
     var: Tensor | None = None
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda v: v,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "hardsigmoid": F.hardsigmoid,
+# By their names in a Case.
+FUNCTIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
 }
 
-# Stock's own error is the yardstick, so it has to be sane itself. Largest relative error per tensor.
+# Others are judged by stock's error, so it is limited itself: the largest relative error per tensor.
 _STOCK_LIMIT = {"float64": 1e-9, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
-
-
+PARAMETERS = ("w1", "b1", "w2", "b2", "weight", "bias")
 # What is in norm_dtype instead of the case's dtype.
 _OF_NORM = ("dweight", "dbias", "running_mean", "running_var")
 
@@ -79,8 +79,8 @@ def oracle_gate(case: Case, x: Tensor, weights: Weights) -> Tensor:
     """The gate in float64, as [N, C, 1, ...]; differentiable with respect to x and the weights."""
     w1, b1, w2, b2 = (None if w is None else w.double() for w in weights[:4])
     pooled = x.double().mean(tuple(range(2, x.dim())))
-    hidden = _FUNCTIONS[case.act](F.linear(pooled, w1, b1))
-    gate = _FUNCTIONS[case.gate](F.linear(hidden, w2, b2))
+    hidden = FUNCTIONS[case.act]()(F.linear(pooled, w1, b1))
+    gate = FUNCTIONS[case.gate]()(F.linear(hidden, w2, b2))
     return gate.reshape(*gate.shape, *[1] * (x.dim() - 2))
 
 
@@ -109,16 +109,8 @@ def oracle(case: Case, inputs: InputSet, weights: Weights) -> dict[str, Tensor]:
         y = y + residual
     if case.post_act == "relu":
         y = F.relu(y)
-    wanted = {
-        "dx": x,
-        "dresidual": residual,
-        "dw1": double.w1,
-        "db1": double.b1,
-        "dw2": double.w2,
-        "db2": double.b2,
-        "dweight": double.weight,
-        "dbias": double.bias,
-    }
+    w = double._asdict()
+    wanted = {"dx": x, "dresidual": residual} | {f"d{name}": w[name] for name in PARAMETERS}
     wanted = {name: tensor for name, tensor in wanted.items() if tensor is not None}
     gradients = torch.autograd.grad(y, list(wanted.values()), inputs.dy.double())
     exact = {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
@@ -132,18 +124,18 @@ class Verdict(NamedTuple):
     wrong: str | None
 
 
-def yardstick(case: Case, stock: Sequence[dict[str, float]]) -> dict[str, float]:
+def stock_errors(case: Case, runs: Sequence[dict[str, float]]) -> dict[str, float]:
     """Stock PyTorch's error per tensor: the largest of several runs of the stock layer.
 
-    Several, because a tensor of a few elements can be exact by luck, and would then allow nobody anything.
+    Several, because a tensor of a few elements can be exact by chance, and would then allow no error at all.
 
     Raises:
-        RuntimeError: stock itself is off by far more than rounding explains, so it can judge nobody.
+        RuntimeError: stock itself is off by far more than rounding explains.
     """
-    errors = {name: max(run[name] for run in stock) for name in stock[0]}
+    errors = {name: max(run[name] for run in runs) for name in runs[0]}
     for name, error in errors.items():
         if not error <= _STOCK_LIMIT[case.dtype]:
-            raise RuntimeError(f"stock PyTorch's {name} is off by {error:.1e} from float64: no yardstick")
+            raise RuntimeError(f"stock PyTorch's {name} is off by {error:.1e} from float64: no baseline to judge by")
     return errors
 
 
@@ -159,7 +151,7 @@ def judge(
 
     Args:
         results: y and running statistics, or those and every gradient, by the oracle's names.
-        stock_errors: what :func:`yardstick` gave.
+        stock_errors: of :func:`stock_errors`.
         plain: computes ``exact`` again.
         ours: whether :mod:`senet_fused.accuracy`'s rule holds as it is. Others are not held to it (torch.compile
             sums channels_last planes less accurately than stock does); they may be off by eight times as much, which

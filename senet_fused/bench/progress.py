@@ -1,98 +1,66 @@
-"""Progress on the terminal. Nothing runs in the background: a self-refreshing display disturbs the timing."""
+"""Progress on standard error. Nothing runs in the background: a display that refreshes itself disturbs the timing."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .problems import Case
+from .tables import console
 
-__all__ = ["Lines", "open_progress"]
-
-
-def _text(case: Case) -> str:
-    return f"{case.problem} {case.label} {case.dtype} {case.layout} {case.direction}"
+__all__ = ["Progress", "open_progress"]
 
 
-class Lines:
-    """One line per finished case."""
+class Progress:
+    """A line for every finished case, and on a terminal a bar below them, which is redrawn between samples."""
 
-    def __init__(self, total: int, out: TextIO, after: Callable[[], None] = lambda: None) -> None:
-        self._total, self._out, self._after = total, out, after
-        self._number, self._case, self._start = 0, "", 0.0
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
+    def __init__(self, bar: Any, total: int, after: Callable[[], None]) -> None:
+        self._bar, self._total, self._after = bar, total, after
+        self._task = bar.add_task("", total=total)
+        self._number, self._case, self._start, self._drawn = 0, "", 0.0, 0.0
 
     def case(self, case: Case) -> None:
-        self._number, self._case, self._start = self._number + 1, _text(case), time.monotonic()
+        """A case begins."""
+        self._number, self._start = self._number + 1, time.monotonic()
+        self._case = f"{case.problem} {case.label} {case.dtype} {case.layout} {case.direction}"
 
     def stage(self, text: str) -> None:
-        pass
+        """What is done with the case now."""
+        self._bar.update(self._task, description=f"{self._case}: {text}", refresh=True)
 
     def tick(self) -> None:
-        pass
-
-    def done(self) -> None:
-        seconds = time.monotonic() - self._start
-        print(f"[{self._number}/{self._total}] {self._case}: {seconds:.1f} s", file=self._out, flush=True)
-        self._after()
-
-
-class _Bar:
-    """A rich progress bar, redrawn only between samples."""
-
-    def __init__(self, total: int, out: TextIO, after: Callable[[], None]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=Console(file=out),
-            auto_refresh=False,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total)
-        self._case, self._drawn, self._after = "", 0.0, after
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def case(self, case: Case) -> None:
-        self._case = _text(case)
-
-    def stage(self, text: str) -> None:
-        self._bar.update(self._task, description=f"{self._case}: {text}")
-        self._bar.refresh()
-
-    def tick(self) -> None:
+        """Called between samples, never within one."""
         if time.monotonic() - self._drawn > 0.5:
             self._drawn = time.monotonic()
             self._bar.refresh()
 
     def done(self) -> None:
-        self._bar.advance(self._task)
-        self._bar.refresh()
+        """The case is done."""
+        seconds = time.monotonic() - self._start
+        self._bar.print(f"[{self._number}/{self._total}] {self._case}: {seconds:.1f} s", soft_wrap=True)
+        self._bar.update(self._task, advance=1, refresh=True)
         self._after()
 
 
-def open_progress(total: int, plain: bool = False, after: Callable[[], None] = lambda: None) -> Lines | _Bar:
-    """A bar if standard error is a terminal and rich is installed, else lines. after: called when a case is done."""
-    if not plain and sys.stderr.isatty():
-        try:
-            return _Bar(total, sys.stderr, after)
-        except ImportError:
-            pass
-    return Lines(total, sys.stderr, after)
+@contextlib.contextmanager
+def open_progress(total: int, plain: bool = False, after: Callable[[], None] = lambda: None) -> Iterator[Progress]:
+    """The progress of so many cases. plain: without the bar. after: called when a case is done.
+
+    Raises:
+        RequestError: rich is not installed.
+    """
+    out = console(sys.stderr, plain)
+    from rich import progress
+
+    columns = (
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+    )
+    silent = plain or not sys.stderr.isatty()
+    with progress.Progress(*columns, console=out, auto_refresh=False, transient=True, disable=silent) as bar:
+        yield Progress(bar, total, after)

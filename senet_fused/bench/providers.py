@@ -15,7 +15,7 @@ from senet_fused import torch_private
 from senet_fused.modules import FusedSE
 
 from .buffers import torch_dtype
-from .oracle import InputSet, Weights
+from .oracle import FUNCTIONS, PARAMETERS, InputSet, Weights
 from .problems import GPU_BACKENDS, Case
 
 __all__ = [
@@ -25,19 +25,10 @@ __all__ = [
 
 STOCK_FORMS = ("linear", "conv")
 
-_STOCK_FUNCTIONS: dict[str, Callable[[], nn.Module]] = {
-    "identity": nn.Identity,
-    "relu": lambda: nn.ReLU(inplace=True),
-    "relu6": lambda: nn.ReLU6(inplace=True),
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "mish": nn.Mish,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "hardsigmoid": nn.Hardsigmoid,
-}
+
+def _function(name: str) -> nn.Module:
+    """As networks have it: ReLU in place."""
+    return FUNCTIONS[name](inplace=True) if name in ("relu", "relu6") else FUNCTIONS[name]()
 
 
 class StockSE(nn.Module):
@@ -55,12 +46,11 @@ class StockSE(nn.Module):
         else:
             conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(case.shape.spatial) - 1]
             self.fc1, self.fc2 = conv(c, r, 1, **options), conv(r, c, 1, **options)
-        self.act, self.gate = _STOCK_FUNCTIONS[case.act](), _STOCK_FUNCTIONS[case.gate]()
+        self.act, self.gate = _function(case.act), _function(case.gate)
         self.plane_dims = tuple(range(2, len(case.size)))
         self.keepdim = form == "conv"
         self.ones = [1] * len(self.plane_dims)
         self.post_relu = case.post_act == "relu"
-        _load(self, weights)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = self.gate(self.fc2(self.act(self.fc1(x.mean(self.plane_dims, keepdim=self.keepdim)))))
@@ -70,39 +60,31 @@ class StockSE(nn.Module):
         return y.relu_() if self.post_relu else y
 
 
-class _Norm(nn.Module):
-    """What BatchNorm keeps; its training flag is the case's."""
+class StockTail(nn.Module):
+    """BatchNorm, and behind it an SE layer with its shortcut and ReLU."""
 
-    def __init__(self, case: Case, weights: Weights) -> None:
+    def __init__(self, case: Case, weights: Weights, se: nn.Module) -> None:
         super().__init__()
+        self.se = se
         self.weight, self.bias = nn.Parameter(weights.weight.clone()), nn.Parameter(weights.bias.clone())
         self.register_buffer("mean", weights.mean.clone())
         self.register_buffer("var", weights.var.clone())
         self.train(case.training)
 
-
-class _Tail(nn.Module):
-    def __init__(self, case: Case, weights: Weights, se: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.se = _Norm(case, weights), se
-
-
-class StockTail(_Tail):
-    """BatchNorm, and behind it the stock SE layer with its shortcut and ReLU."""
-
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        n = self.norm
-        return self.se(F.batch_norm(x, n.mean, n.var, n.weight, n.bias, n.training), residual)
+        z = F.batch_norm(x, self.mean, self.var, self.weight, self.bias, self.training)
+        return self.se(z, residual)
 
 
-class FusedTail(_Tail):
+class FusedTail(StockTail):
     """The same by block_tail."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        n, se = self.norm, self.se
+        se = self.se
         return senet_fused.block_tail(
-            x, n.mean, n.var, n.weight, n.bias, w1=se.fc1.weight, b1=se.fc1.bias, w2=se.fc2.weight, b2=se.fc2.bias,
-            training=n.training, act=se.act, gate=se.gate, residual=residual, post_act=se.post_act, backend=se.backend,
+            x, self.mean, self.var, self.weight, self.bias, w1=se.fc1.weight, b1=se.fc1.bias, w2=se.fc2.weight,
+            b2=se.fc2.bias, training=self.training, act=se.act, gate=se.gate, residual=residual, post_act=se.post_act,
+            backend=se.backend,
         )  # fmt: skip
 
 
@@ -110,11 +92,10 @@ class FusedTail(_Tail):
 class Provider:
     """One contender in one case.
 
-    forward(x, residual) gives y; parameters are in the order w1, b1, w2, b2 without the missing ones, then a tail's
-    weight and bias, in any shape that flattens to the oracle's. path() says what ran since the provider was built, and
-    is asked before another provider runs: the counters it reads are the process's. form is the stock layer's form,
-    backend the one that the fused layer was built with, None for the default. statistics are a tail's running mean and
-    variance.
+    forward: (x, residual) -> y. parameters: in the order of oracle.PARAMETERS without the missing ones. path: says what
+    ran since the provider was built; asked before another provider runs, as the counters it reads are the process's.
+    form: the stock layer's form. backend: the one that the fused layer was built with, None for the default.
+    statistics: a tail's running mean and variance.
     """
 
     name: str
@@ -130,39 +111,50 @@ class Provider:
 Builder = Callable[[Case, Weights, str, "str | None"], Provider]
 
 
-def _parameters(module: nn.Module) -> list[Tensor]:
-    se, norm = (module.se, (module.norm.weight, module.norm.bias)) if isinstance(module, _Tail) else (module, ())
-    found = (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *norm)
-    return [parameter for parameter in found if parameter is not None]
-
-
 def _provider(
     name: str, module: nn.Module, path: Callable[[], str], runs: nn.Module | None = None, **how: str | None
 ) -> Provider:
     """The provider of a module, which runs as it is or as what torch.compile made of it."""
-    statistics = (module.norm.mean, module.norm.var) if isinstance(module, _Tail) else ()
-    return Provider(name, module if runs is None else runs, _parameters(module), path, statistics=statistics, **how)
+    tail = isinstance(module, StockTail)
+    se = module.se if tail else module
+    found = (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *((module.weight, module.bias) if tail else ()))
+    parameters = [parameter for parameter in found if parameter is not None]
+    statistics = (module.mean, module.var) if tail else ()
+    return Provider(name, module if runs is None else runs, parameters, path, statistics=statistics, **how)
 
 
-@torch.no_grad()
-def _load(module: nn.Module, weights: Weights) -> None:
-    given = [weight for weight in weights[:4] if weight is not None]
-    for parameter, weight in zip(_parameters(module), given, strict=True):
-        parameter.copy_(weight.view_as(parameter))
-
-
-def eager(case: Case, weights: Weights, form: str) -> Provider:
-    """Stock PyTorch, in one of STOCK_FORMS."""
-    return _provider("eager", _stock_module(case, weights, form), lambda: "aten", form=form)
+def _with_weights(case: Case, weights: Weights, se: nn.Module, tail: type[StockTail]) -> nn.Module:
+    """The layer with these weights, or the tail around it."""
+    pairs = zip((se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias), weights[:4], strict=True)
+    with torch.no_grad():
+        for parameter, weight in pairs:
+            if weight is not None:
+                parameter.copy_(weight.view_as(parameter))
+    return tail(case, weights, se) if case.op == "tail" else se
 
 
 def _stock_module(case: Case, weights: Weights, form: str) -> nn.Module:
-    se = StockSE(case, weights, form)
-    return StockTail(case, weights, se) if case.op == "tail" else se
+    return _with_weights(case, weights, StockSE(case, weights, form), StockTail)
 
 
-def _eager(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-    return eager(case, weights, form)
+def _fused_module(case: Case, weights: Weights, backend: str | None) -> nn.Module:
+    module = FusedSE(
+        case.shape.channels,
+        rd_channels=case.shape.rd_channels,
+        bias=case.bias,
+        act=case.act,
+        gate=case.gate,
+        post_act=None if case.post_act == "none" else case.post_act,
+        backend=backend,
+        device=weights.w1.device,
+        dtype=torch_dtype(case),
+    )
+    return _with_weights(case, weights, module, FusedTail)
+
+
+def eager(case: Case, weights: Weights, form: str, backend: str | None = None) -> Provider:
+    """Stock PyTorch, in one of STOCK_FORMS."""
+    return _provider("eager", _stock_module(case, weights, form), lambda: "aten", form=form)
 
 
 def under_compile(
@@ -191,22 +183,6 @@ def _compile_as(name: str, mode: str | None) -> Builder:
         return _provider(name, module, path, compiled, form=form)
 
     return build
-
-
-def _fused_module(case: Case, weights: Weights, backend: str | None) -> nn.Module:
-    module = FusedSE(
-        case.shape.channels,
-        rd_channels=case.shape.rd_channels,
-        bias=case.bias,
-        act=case.act,
-        gate=case.gate,
-        post_act=None if case.post_act == "none" else case.post_act,
-        backend=backend,
-        device=weights.w1.device,
-        dtype=torch_dtype(case),
-    )
-    _load(module, weights)
-    return FusedTail(case, weights, module) if case.op == "tail" else module
 
 
 def _counted(before: Counter[str], case: Case) -> str:
@@ -265,7 +241,7 @@ def is_ours(provider: Provider) -> bool:
 
 # In the order of tables and pictures.
 BUILDERS: dict[str, Builder] = {
-    "eager": _eager,
+    "eager": eager,
     "compile": _compile_as("compile", None),
     # Its own CUDA graphs would be graphs within the graph that is timed.
     "max-autotune": _compile_as("max-autotune", "max-autotune-no-cudagraphs"),
@@ -286,10 +262,8 @@ def step(provider: Provider, inputs: InputSet) -> tuple[Tensor, Sequence[Tensor]
     return y, torch.autograd.grad(y, _differentiated(provider, inputs), inputs.dy)
 
 
-def _differentiated(provider: Provider, inputs: InputSet) -> tuple[Tensor, ...]:
-    if inputs.residual is None:
-        return (inputs.x, *provider.parameters)
-    return (inputs.x, inputs.residual, *provider.parameters)
+def _differentiated(provider: Provider, inputs: InputSet) -> list[Tensor]:
+    return [inputs.x, *([] if inputs.residual is None else [inputs.residual]), *provider.parameters]
 
 
 def backward_of(provider: Provider, inputs: InputSet) -> Callable[[], Sequence[Tensor]]:
@@ -299,28 +273,18 @@ def backward_of(provider: Provider, inputs: InputSet) -> Callable[[], Sequence[T
 
 
 def results(provider: Provider, case: Case, inputs: InputSet) -> dict[str, Tensor]:
-    """One call of the provider, its tensors named as the oracle's: y, with a backward every gradient too, and the
-    running statistics after it."""
-    if not case.backward:
+    """One call of the provider, its tensors named and shaped as the oracle's: y, with a backward every gradient, and a
+    tail's running statistics after it."""
+    found = {}
+    if case.backward:
+        y, gradients = step(provider, inputs)
+        names = ["x", *([] if inputs.residual is None else ["residual"])]
+        names += [name for name in PARAMETERS[: 6 if case.op == "tail" else 4] if case.bias or name not in ("b1", "b2")]
+        for name, gradient in zip(names, gradients, strict=True):
+            found[f"d{name}"] = gradient.reshape(gradient.shape[:2]) if name in ("w1", "w2") else gradient
+    else:
         with torch.no_grad():
             # Detached as the timed inputs are: torch.compile would compile once more for those.
-            x, residual = (None if t is None else t.detach() for t in (inputs.x, inputs.residual))
-            return {"y": provider.forward(x, residual), **_statistics(provider)}
-    y, gradients = step(provider, inputs)
-    r, c = case.shape.rd_channels, case.shape.channels
-    shapes: dict[str, tuple[int, ...]] = {"dx": case.size}
-    if inputs.residual is not None:
-        shapes["dresidual"] = case.size
-    shapes |= {"dw1": (r, c), "db1": (r,), "dw2": (c, r), "db2": (c,)} if case.bias else {"dw1": (r, c), "dw2": (c, r)}
-    if case.op == "tail":
-        shapes |= {"dweight": (c,), "dbias": (c,)}
-    named = dict(zip(shapes, gradients, strict=True))
-    for name in named.keys() - {"dx", "dresidual"}:
-        if named[name].numel() == torch.Size(shapes[name]).numel():
-            named[name] = named[name].reshape(shapes[name])
-    return {"y": y.detach(), **named, **_statistics(provider)}
-
-
-def _statistics(provider: Provider) -> dict[str, Tensor]:
-    values = (tensor.clone() for tensor in provider.statistics)
-    return dict(zip(("running_mean", "running_var"), values, strict=False))
+            y = provider.forward(*(None if t is None else t.detach() for t in (inputs.x, inputs.residual)))
+    statistics = (tensor.clone() for tensor in provider.statistics)
+    return {"y": y.detach(), **found, **dict(zip(("running_mean", "running_var"), statistics, strict=False))}

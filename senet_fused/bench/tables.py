@@ -1,4 +1,4 @@
-"""Tables of text: how figures are written, and how tables are shown, as plain text or by rich."""
+"""Tables on the terminal: how figures are written, and how rich shows them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from ..arguments import RequestError
 from .problems import GPU_BACKENDS
 
-__all__ = ["Table", "error_label", "megabytes_label", "rate_label", "ratio_label", "share_label", "show",
-           "show_header", "time_label"]  # fmt: skip
+__all__ = [
+    "Table", "console", "error_label", "megabytes_label", "rate_label", "ratio_label", "share_label", "show",
+    "show_header", "time_label",
+]  # fmt: skip
 
-_TEXT_COLUMNS = {"N x C/R @ plane", "layout", "cache", "provider", "ran on", "problem", "dtype", "direction",
-                 "slowest cell", "variant", "model", "mode", "verdict"}  # fmt: skip
-# What a narrow terminal can do without, first to go first.
-_DISPENSABLE = ("GB/s", "IQR", "ran on", "images/s", "behind", "max error", "of copy", "peak MB", "saved MB",
-                "gradients", "output")  # fmt: skip
-# Who stands out: this package's own.
-_OURS = ("fused", "tails", *GPU_BACKENDS)
+_TEXT_COLUMNS = {
+    "N x C/R @ plane", "layout", "cache", "provider", "ran on", "problem", "dtype", "direction", "slowest cell",
+    "variant", "model", "mode", "verdict",
+}  # fmt: skip
+_BOLD = ("fused", "tails", *GPU_BACKENDS)
+_UNLIMITED = 10_000  # columns: a terminal wraps what is too long, rich would cut it
 
 
 def time_label(seconds: float | None) -> str:
     """Seconds in the unit that suits them: ``1.23 ms``."""
     if seconds is None:
         return "-"
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1 or unit == "us":
-            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
-    raise AssertionError
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    return f"{rate_label(seconds * scale)} {unit}"
 
 
 def rate_label(value: float | None) -> str:
-    """How many in a second."""
+    """Three digits, and no exponent: ``0.512``, ``25.7``, ``1234``."""
     return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
@@ -44,11 +44,10 @@ def share_label(value: float | None) -> str:
 
 
 def megabytes_label(size: int | None, of_stock: float | None) -> str:
-    """Bytes in MB, and what they are more or less than stock's: ``25.7 (-21%)``."""
+    """Bytes in MB, and how much more or less than stock's: ``25.7 (-21%)``."""
     if size is None:
         return "-"
-    text = f"{size / 1e6:.3g}" if size < 1e9 else f"{size / 1e6:.0f}"
-    return text if of_stock is None else f"{text} ({of_stock - 1:+.0%})"
+    return rate_label(size / 1e6) + ("" if of_stock is None else f" ({of_stock - 1:+.0%})")
 
 
 def error_label(value: float | None) -> str:
@@ -57,79 +56,56 @@ def error_label(value: float | None) -> str:
 
 @dataclasses.dataclass
 class Table:
-    """Rows of cells by column head; a row with an "error" has only its first cells, and the text.
-
-    notes are lines below the table.
-    """
+    """Rows of cells by column head. A row with an "error" has only its first cells. notes are lines below the table."""
 
     title: str
     rows: list[dict[str, str]]
     notes: Sequence[str] = ()
 
-    @property
-    def heads(self) -> list[str]:
-        return list(dict.fromkeys(head for row in self.rows for head in row if head != "error"))
 
-    def width(self, head: str) -> int:
-        return max(len(head), *(len(row.get(head, "")) for row in self.rows))
+def console(out: TextIO, plain: bool = False, width: int | None = None) -> Any:
+    """rich's console on this stream. plain: without colours. width: None for the terminal's.
 
-
-def _plain(table: Table, out: TextIO) -> None:
-    heads = table.heads
-    widths = {head: table.width(head) for head in heads}
-
-    def line(cells: dict[str, str]) -> str:
-        padded = [
-            text.ljust(widths[head]) if head in _TEXT_COLUMNS else text.rjust(widths[head])
-            for head, text in cells.items()
-        ]
-        return "  ".join(padded).rstrip()
-
-    top = line({head: head for head in heads})
-    print(f"\n{table.title}\n{top}\n{'-' * len(top)}", file=out)
-    for row in table.rows:
-        shown = line({head: text for head, text in row.items() if head != "error"})
-        print(f"{shown}  ERROR {row['error']}" if "error" in row else shown, file=out)
-    for note in table.notes:
-        print(note, file=out)
+    Raises:
+        RequestError: rich is not installed.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise RequestError("tables and progress need rich: pip install 'senet-fused[bench]'") from None
+    options = {"color_system": None} if plain else {}
+    return Console(file=out, width=width, highlight=False, markup=False, emoji=False, **options)
 
 
-def _rich(tables: Sequence[Table], out: TextIO) -> None:
+def show(tables: Sequence[Table], out: TextIO, plain: bool = False) -> None:
+    """Prints tables; errors are numbered, and written out below their table."""
+    to = console(out, plain, _UNLIMITED)
     from rich import box
-    from rich.console import Console
     from rich.table import Table as Grid
-    from rich.text import Text
 
-    console = Console(file=out, highlight=False)
     for table in tables:
-        heads, left_out = table.heads, []
-        for head in _DISPENSABLE:
-            if head in heads and sum(table.width(h) + 3 for h in heads) > console.width:
-                heads.remove(head)
-                left_out.append(head)
-        grid = Grid(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                    pad_edge=False, padding=(0, 1))  # fmt: skip
+        heads = list(dict.fromkeys(head for row in table.rows for head in row if head != "error"))
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for head in heads:
-            grid.add_column(head, justify="left" if head in _TEXT_COLUMNS else "right", no_wrap=head != "slowest cell")
-        errors = []
+            grid.add_column(head, justify="left" if head in _TEXT_COLUMNS else "right")
+        errors: list[str] = []
         for row in table.rows:
-            who = row.get("provider") or row.get("variant", "")
-            style = "bold" if who in _OURS else "dim" if who == "copy" else ""
+            who = row.get("provider", row.get("variant"))
+            style = "bold" if who in _BOLD else "dim" if who == "copy" else None
+            cells = [row.get(head, "") for head in heads]
             if "error" in row:
-                errors.append(row["error"])
-                style = "red"
-                # Where no row has more than the first cells, in the last of them.
-                free = next((head for head in heads if head not in row), heads[-1])
-                row = row | {free: f"{row.get(free, '')} ERROR [{len(errors)}]".strip()}
-            grid.add_row(*(Text(row.get(head, ""), style=style) for head in heads))
-        console.print()
-        console.print(grid)
-        for number, error in enumerate(errors, 1):
-            console.print(Text(f"[{number}] {error}", style="red"))
+                errors.append(f"[{len(errors) + 1}] {row['error']}")
+                style, free = "red", min(len(row) - 1, len(heads) - 1)
+                cells[free] = f"{cells[free]} ERROR [{len(errors)}]".strip()
+            grid.add_row(*cells, style=style)
+        to.print()
+        if table.title:
+            to.print(table.title, style="bold")
+        to.print(grid)
+        for error in errors:
+            to.print(error, style="red")
         for note in table.notes:
-            console.print(Text(note))
-        if left_out:
-            console.print(Text(f"no room for: {', '.join(left_out)} (the JSON has them)", style="dim"))
+            to.print(note)
 
 
 def show_header(header: Mapping[str, Any], names: Sequence[str], out: TextIO) -> None:
@@ -140,15 +116,3 @@ def show_header(header: Mapping[str, Any], names: Sequence[str], out: TextIO) ->
             value = ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
         if value is not None:
             print(f"{name.replace('_', ' ') + ':':12} {value}", file=out)
-
-
-def show(tables: Sequence[Table], out: TextIO, plain: bool = False) -> None:
-    """Prints tables; on a terminal they are rich's, if rich is installed and not plain."""
-    if out.isatty() and not plain:
-        try:
-            _rich(tables, out)
-            return
-        except ImportError:
-            pass
-    for table in tables:
-        _plain(table, out)

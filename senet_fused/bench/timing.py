@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
-__all__ = ["Outcome", "Rotation", "Settings", "Statistics", "interleave", "per_call"]
+__all__ = [
+    "QUICK", "Outcome", "Rotation", "Settings", "Statistics", "describe", "figures", "finite", "interleave", "per_call",
+    "sample_in_turns",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,19 @@ class Statistics:
             return Statistics(samples[0], 0.0, 1, inner)
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return Statistics(median, high - low, len(samples), inner)
+
+
+def figures(statistics: Statistics | None) -> dict[str, float | int | None]:
+    """The columns of a row that say how long a call took."""
+    if statistics is None:
+        return {"median_s": None, "iqr_s": None, "samples": 0, "calls_per_sample": 0}
+    median_s, iqr_s, samples, inner = dataclasses.astuple(statistics)
+    return {"median_s": median_s, "iqr_s": iqr_s, "samples": samples, "calls_per_sample": inner}
+
+
+def finite(value: float | None) -> float | None:
+    """The value as JSON has it: None for infinities and NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +115,41 @@ def describe(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def sample_in_turns(
+    samples: dict[str, Callable[[], float]],
+    calls_per_sample: Mapping[str, int],
+    errors: Mapping[str, str],
+    settings: Settings,
+    tick: Callable[[], None],
+) -> dict[str, Outcome]:
+    """Rounds over all contenders, each round in another order, until the budget is spent.
+
+    Args:
+        samples: takes one sample, in seconds per call. A contender that raises is dropped, with its error.
+        calls_per_sample: for the statistics.
+        errors: of those that have failed before the first round.
+        tick: called between rounds (never within a sample), for a progress display.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in samples}
+    errors = dict(errors)
+    order = random.Random(0)
+    deadline = time.perf_counter() + settings.budget_s
+    rounds = 0
+    while taken and rounds < settings.max_rounds:
+        if rounds >= settings.min_rounds and time.perf_counter() >= deadline:
+            break
+        for name in order.sample(sorted(taken), len(taken)):
+            try:
+                taken[name].append(samples[name]())
+            except Exception as error:  # whatever a contender raises is the error of its own row
+                errors[name] = describe(error)
+                del taken[name]
+        rounds += 1
+        tick()
+    found = {name: Outcome(Statistics.of(values, calls_per_sample[name])) for name, values in taken.items()}
+    return found | {name: Outcome(None, error) for name, error in errors.items()}
+
+
 def interleave(
     calls: Mapping[str, Callable[[int], object]],
     rotation: Rotation,
@@ -106,7 +158,7 @@ def interleave(
     synchronize: Callable[[], None] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Outcome]:
-    """Times call(buffer number) of every contender; one that raises is dropped, with its error.
+    """Times call(buffer number) of every contender by the wall clock; one that raises is dropped, with its error.
 
     Args:
         calls: the contenders by name.
@@ -114,10 +166,14 @@ def interleave(
         synchronize: waits for a device's queue, around every sample.
         tick: called between rounds (never within a sample), for a progress display.
     """
-    samples: dict[str, list[float]] = {}
     inner: dict[str, int] = {}
+    samples: dict[str, Callable[[], float]] = {}
     errors: dict[str, str] = {}
     for name, call in calls.items():
+
+        def sample(name: str = name, call: Callable[[int], object] = call) -> float:
+            return per_call(call, rotation.take(inner[name]), synchronize)
+
         try:
             per_call(call, rotation.take(2), synchronize)  # allocator, code and caches of the libraries
             once = per_call(call, rotation.take(1), synchronize)
@@ -125,32 +181,15 @@ def interleave(
                 trial = max(1, min(settings.max_inner, int(settings.sample_s / 4 / max(once, 1e-9))))
                 once = per_call(call, rotation.take(trial), synchronize)
             inner[name] = max(1, min(settings.max_inner, round(settings.sample_s / max(once, 1e-9) + 0.5)))
-            samples[name] = []
-        except Exception as error:  # whatever a contender raises is its own row's matter
+            samples[name] = sample
+        except Exception as error:
             errors[name] = describe(error)
 
-    order = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        deadline = time.perf_counter() + settings.budget_s
-        rounds = 0
-        while samples and rounds < settings.max_rounds:
-            if rounds >= settings.min_rounds and time.perf_counter() >= deadline:
-                break
-            for name in order.sample(sorted(samples), len(samples)):
-                try:
-                    samples[name].append(per_call(calls[name], rotation.take(inner[name]), synchronize))
-                except Exception as error:
-                    errors[name] = describe(error)
-                    del samples[name]
-            rounds += 1
-            tick()
+        return sample_in_turns(samples, inner, errors, settings, tick)
     finally:
         if collecting:
             gc.enable()
-    return {
-        name: Outcome(None, errors[name]) if name in errors else Outcome(Statistics.of(samples[name], inner[name]))
-        for name in calls
-    }

@@ -1,20 +1,12 @@
-"""Whole networks by name: timm's, torchvision's, and whatever a function in a file returns. Nothing is downloaded.
-
-    load        a name -> the network, with random weights that depend on the seed only
-    input_size  a network -> the shape of one input, which the user may give instead
-    settle      makes a network that has just been initialised behave like a trained one in evaluation mode
-
-A name is ``NAME`` (timm is asked first, then torchvision), ``timm:NAME``, ``torchvision:NAME`` or ``FILE.py:FACTORY``.
-"""
+"""Whole networks by name, with random weights: timm's, torchvision's, and what a function in a file returns."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,17 +21,15 @@ __all__ = ["LIBRARIES", "input_size", "load", "settle"]
 LIBRARIES = ("timm", "torchvision")  # in the order in which they are asked
 _DEFAULT_SIZE = (3, 224, 224)
 _SETTLING_BATCH = 4
-_NORMALISATIONS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm,
-)  # fmt: skip
+_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def load(name: str, *, num_classes: int | None = None, seed: int = 0) -> nn.Module:
-    """The network of this name, on the CPU, in float32 and training mode, as its library makes it.
+def load(name: str, *, seed: int = 0) -> nn.Module:
+    """The network of this name, on the CPU, in float32 and training mode, as its library makes it. No downloads.
 
     Args:
-        name: as the module's docstring says.
-        num_classes: instead of the library's own number; a factory in a file takes no such argument.
+        name: ``NAME`` (timm is asked first, then torchvision), ``timm:NAME``, ``torchvision:NAME`` or
+            ``FILE.py:FACTORY``.
         seed: of the weights, as far as PyTorch's generator draws them. The caller's random state is not touched.
 
     Raises:
@@ -50,24 +40,60 @@ def load(name: str, *, num_classes: int | None = None, seed: int = 0) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if prefix.endswith(".py"):
-            if num_classes is not None:
-                raise RequestError(f"{name} makes its network itself; set the number of classes ({num_classes}) there")
-            return _of_file(name, Path(prefix), rest).train()
+            with factory_of_file(Path(prefix), rest) as make:
+                return _made(name, make)
         if prefix not in ("", *LIBRARIES):
             raise RequestError(
                 f"cannot read the model {name!r}; write NAME, timm:NAME, torchvision:NAME or FILE.py:FACTORY"
             )
-        make = _maker(rest, (prefix,) if prefix else LIBRARIES)
-        return _made(name, lambda: make(**({} if num_classes is None else {"num_classes": num_classes}))).train()
+        return _made(name, _maker(rest, (prefix,) if prefix else LIBRARIES))
+
+
+def _made(name: str, make: Callable[[], Any]) -> nn.Module:
+    try:
+        model = make()
+    except Exception as error:
+        raise RequestError(f"making {name} failed: {describe(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{name} made a {type(model).__name__}; a torch.nn.Module is expected")
+    return model.train()
+
+
+def _maker(name: str, libraries: tuple[str, ...]) -> Callable[[], Any]:
+    """What makes the network of this name: the first library's that has it."""
+    missing, known = [], []
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+            models = importlib.import_module("torchvision.models" if library == "torchvision" else library)
+        except Exception as error:
+            if not isinstance(error, ModuleNotFoundError) or error.name != library:  # built for another torch, say
+                raise RequestError(f"{library} cannot be imported: {describe(error)}") from error
+            missing.append(library)
+            continue
+        if library == "timm" and models.is_model(name):  # not of names that stand for a download, as "hf-hub:..." does
+            return lambda models=models: models.create_model(name, pretrained=False)
+        if library == "torchvision" and name in models.list_models():
+            builder = models.get_model_builder(name)
+            # Detection and segmentation would download a trained backbone where only the head is to be random.
+            without = {"weights", "weights_backbone"} & set(inspect.signature(builder).parameters)
+            return lambda: builder(**dict.fromkeys(without))
+        known += models.list_models()
+    if len(missing) == len(libraries):
+        which = " or ".join(missing)
+        raise RequestError(f"the model {name!r} needs {which}: pip install {missing[0]} (or write FILE.py:FACTORY)")
+    asked = " or ".join(library for library in libraries if library not in missing)
+    close = difflib.get_close_matches(name, known, n=5)
+    similar = f"; similar: {', '.join(close)}" if close else ""
+    hint = "".join(f"; {library} is not installed (pip install {library})" for library in missing)
+    raise RequestError(f"there is no model {name!r} in {asked}{similar}{hint}")
 
 
 def input_size(model: nn.Module, size: str | None = None) -> tuple[int, ...]:
-    """The shape of one input without the batch.
+    """The shape of one input without the batch: what size says, else timm's ``default_cfg``, else 3 x 224 x 224.
 
     Args:
-        model: its ``default_cfg["input_size"]`` counts, which timm's networks have; others take 3x224x224.
-        size: what the user gave instead: ``N`` (a square with the channels as above), or the whole shape: ``C,H,W``,
-            also ``C,L`` and ``C,D,H,W``.
+        size: ``N`` for a square of the network's own channels, or ``C,L``, ``C,H,W``, ``C,D,H,W``.
 
     Raises:
         RequestError: size cannot be read.
@@ -93,10 +119,10 @@ def input_size(model: nn.Module, size: str | None = None) -> tuple[int, ...]:
 def settle(model: nn.Module, size: tuple[int, ...], seed: int = 0) -> None:
     """Gives new normalisations the state that training would, so that every branch of the network matters.
 
-    Only those are touched that are as they are made. Weights that are all zero, as libraries begin the last
-    normalisation of a residual branch, become ones: behind zeros nobody sees what an SE layer computes. Running
-    statistics of mean 0 and variance 1 become those of one batch of random numbers: with the others activations grow
-    or vanish layer by layer, up to infinities, or denormals, which take a CPU many times as long.
+    Only those that are as initialised are changed. Weights that are all zero, as libraries begin the last normalisation
+    of a residual branch, become ones: behind zeros the output does not depend on an SE layer. Running statistics of
+    mean 0 and variance 1 become those of one batch of random numbers: with the others activations grow or vanish layer
+    by layer, up to infinities, or denormals, which take a CPU many times as long.
 
     Args:
         model: changed in place; its mode and the random state are afterwards as before.
@@ -128,72 +154,3 @@ def settle(model: nn.Module, size: tuple[int, ...], seed: int = 0) -> None:
             module.momentum = momentum
         for module, training in modes.items():
             module.training = training
-
-
-def _made(name: str, make: Callable[[], Any]) -> nn.Module:
-    try:
-        model = make()
-    except Exception as error:
-        raise RequestError(f"making {name} failed: {describe(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise RequestError(f"{name} made a {type(model).__name__}; a torch.nn.Module is expected")
-    return model
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=5)
-    return f"; similar: {', '.join(close)}" if close else ""
-
-
-# --------------------------------------------------------------------------------------------------- libraries
-
-
-def _maker(name: str, libraries: tuple[str, ...]) -> Callable[..., Any]:
-    """What makes the network of this name: the first library's that has it."""
-    missing, known = [], []
-    for library in libraries:
-        try:
-            module = importlib.import_module(library)
-        except ModuleNotFoundError as error:
-            if error.name != library:
-                raise RequestError(f"{library} cannot be imported: {describe(error)}") from None
-            missing.append(library)
-            continue
-        except Exception as error:  # built for another torch, say
-            raise RequestError(f"{library} cannot be imported: {describe(error)}") from error
-        make, names = (_timm if library == "timm" else _torchvision)(module, name)
-        if make is not None:
-            return make
-        known += names
-    if len(missing) == len(libraries):
-        which = " or ".join(missing)
-        raise RequestError(f"the model {name!r} needs {which}: pip install {missing[0]} (or write FILE.py:FACTORY)")
-    asked = " or ".join(library for library in libraries if library not in missing)
-    hint = "".join(f"; {library} is not installed (pip install {library})" for library in missing)
-    raise RequestError(f"there is no model {name!r} in {asked}{_similar(name, known)}{hint}")
-
-
-def _timm(timm: ModuleType, name: str) -> tuple[Callable[..., Any] | None, Iterable[str]]:
-    # is_model says no to names that stand for a download, as "hf-hub:..." does.
-    if not timm.is_model(name):
-        return None, timm.list_models()
-    return lambda **options: timm.create_model(name, pretrained=False, **options), ()
-
-
-def _torchvision(torchvision: ModuleType, name: str) -> tuple[Callable[..., Any] | None, Iterable[str]]:
-    models = importlib.import_module("torchvision.models")
-    if name not in models.list_models():
-        return None, models.list_models()
-    builder = models.get_model_builder(name)
-    # Detection and segmentation would download a trained backbone where only the head is to be random.
-    without = [key for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters]
-    return lambda **options: builder(**dict.fromkeys(without), **options), ()
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def _of_file(name: str, path: Path, factory: str) -> nn.Module:
-    """What a function without arguments in a file returns."""
-    with factory_of_file(path, factory) as make:
-        return _made(name, make)

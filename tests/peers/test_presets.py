@@ -7,14 +7,15 @@ import timm
 import torch
 
 from senet_fused import fuse_report
-from senet_fused.bench import presets, zoo
+from senet_fused.bench import zoo
+from senet_fused.bench.model import PRESETS
 
 _LAYERS = {"senet154": 50, "se_resnext101": 33, "se_resnet50": 16}
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_names_a_network_of_timm(name):
-    network = presets.PRESETS[name]
+    network = PRESETS[name]
     assert timm.is_model(network)
     with torch.device("meta"):
         model = timm.create_model(network)
@@ -24,5 +25,5 @@ def test_a_preset_names_a_network_of_timm(name):
 
 def test_their_layers_are_found():
     with torch.device("meta"):
-        model = timm.create_model(presets.PRESETS["se_resnet50"])
+        model = timm.create_model(PRESETS["se_resnet50"])
     assert fuse_report(model).count("can be fused") == _LAYERS["se_resnet50"]
