@@ -174,7 +174,7 @@ def test_a_memory_without_a_bottom_and_one_without_room():
 
 def test_room_is_left_for_what_the_other_variants_keep():
     def needed(*names):
-        return largest_batch.needed_bytes(1000, 10, [variants.Variant(name) for name in names])
+        return largest_batch.needed_bytes(1000, 10, names)
 
     assert needed("stock") == 1000 + 10 * 5
     assert needed("stock", "fused", "no-se") == 1000 + 10 * 9
@@ -246,7 +246,7 @@ def test_all_variants_and_modes_are_measured_with_it_and_larger_batches_are_left
         asked.append((case.dtype, case.layout, tuple(names)))
         return lambda batch: batch <= 3
 
-    monkeypatch.setattr(largest_batch, "fits_in_training", fits_in_training)
+    monkeypatch.setattr(model_run, "fits_in_training", fits_in_training)
     cases = [case_of(batch, mode) for mode in model.MODES for batch in (2, 4, model.LARGEST)]
     rows = run(zoo.load(f"{file}:small"), [*cases, case_of(layout="channels_last"), case_of(5, dtype="bfloat16")])
     assert [(row["mode"], row["batch"], row["largest_batch"], row["provider"]) for row in rows[:12]] == [
@@ -264,7 +264,7 @@ def test_all_variants_and_modes_are_measured_with_it_and_larger_batches_are_left
 
 def test_where_nothing_fits_that_is_the_rows_error(file, monkeypatch):
     tried = []
-    monkeypatch.setattr(largest_batch, "fits_in_training", lambda *_: lambda batch: tried.append(batch))
+    monkeypatch.setattr(model_run, "fits_in_training", lambda *_, **how: lambda batch: tried.append(batch))
     rows = run(zoo.load(f"{file}:small"), [case_of(mode=mode) for mode in model.MODES])
     assert [row["error"] for row in rows] == ["ValueError: not even a batch of 1 fits in the GPU's memory"] * 4
     assert tried == [8, 4, 2, 1]
@@ -286,7 +286,7 @@ def test_a_float32_that_does_not_fit_is_a_note(file, monkeypatch):
 
 
 def row_of(provider, batch, median_s, **changes):
-    row = dict.fromkeys(saved.KINDS["model"].needed) | {
+    row = dict.fromkeys(saved.KINDS["model"].figures) | {
         "model": "net", "batch": batch, "size": "3,8,8", "dtype": "float16", "amp": True, "layout": "channels_last",
         "mode": "training", "provider": provider, "backend": "cuda", "median_s": median_s, "iqr_s": 0.0,
     }  # fmt: skip
@@ -347,16 +347,3 @@ def test_a_sweep_is_saved_shown_again_and_compared(file, tmp_path, capsys):
     assert cells_of(capsys.readouterr().out, title) == cells_of(shown, title)
     assert cli.main(["bench", "compare", str(out), str(out), "--plain"]) == 0
     assert "only in" not in capsys.readouterr().out
-
-
-def test_a_header_says_how_the_largest_was_meant(file, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(model, "check_device", lambda args: None)
-    headers = []
-    monkeypatch.setattr(model_run, "run", lambda *_: None)
-    monkeypatch.setattr("senet_fused.bench.header.stamp", lambda *_: {"versions": {}})
-    monkeypatch.setattr(model_report, "render", lambda header, *_: headers.append(header))
-    argv = [f"{file}:small", "--size", "3,6,5", "--device", "cuda", "--batch"]
-    for batch in ("8", "max"):
-        assert cli.main(["bench", "model", *argv, batch]) == 0
-    assert "largest batch" not in headers[0] and "training step of stock" in headers[1]["largest batch"]

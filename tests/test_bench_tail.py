@@ -271,7 +271,6 @@ def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
     argv += ["--budget", "0.01", "--cache-size", "0.001", "--providers", "eager", "fused", "--json", str(path)]
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    assert "F.batch_norm" in text and "two sweeps over x" in text and "retain_graph=True" in text
     for direction in TAIL_DIRECTIONS:
         assert f"\nshape: tail {direction}, float32\n" in text
     data = json.loads(path.read_text())
@@ -292,10 +291,9 @@ def test_rows_of_the_layer_say_no_op_and_those_of_tails_are_kept_apart():
 
 
 def test_a_saved_layer_and_a_saved_tail_are_read_and_drawn_together(tmp_path, monkeypatch):
-    one = save(tmp_path / "1.json", [made_row()], byte_model="one sweep")
-    two = save(tmp_path / "2.json", [made_row(op="tail", passes=4)], byte_model="two sweeps")
+    one = save(tmp_path / "1.json", [made_row()])
+    two = save(tmp_path / "2.json", [made_row(op="tail", passes=4)])
     header, rows = saved.read_json([one, two])
-    assert header["byte_model"] == "one sweep; two sweeps"
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 

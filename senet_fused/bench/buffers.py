@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,7 @@ class BufferPool:
         `at_most` limits that. With a backward pass x and residual require grad.
         """
         dtype = torch_dtype(case)
-        element = dtype.itemsize
-        numel = 1
-        for size in case.size:
-            numel *= size
+        element, numel = dtype.itemsize, math.prod(case.size)
         stride = -(-numel * element // _ALIGNMENT) * _ALIGNMENT // element
         tensors = 1 + case.residual + case.backward
         count = max(at_least, at_least_bytes // (tensors * numel * element) + 1)
@@ -95,12 +94,8 @@ def make_weights(case: Case, device: torch.device, seed: int = 0) -> Weights:
     if case.training:  # statistics that an update moves
         mean = torch.randn(c, generator=generator, dtype=torch.float64)
         var = torch.rand(c, generator=generator, dtype=torch.float64) + 0.5
-    return weights._replace(
-        **{
-            name: values.to(device, norm_dtype(case))
-            for name, values in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var))
-        }
-    )
+    norm = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    return weights._replace(**{name: values.to(device, norm_dtype(case)) for name, values in norm.items()})
 
 
 def _plane_means(case: Case, weights: Weights, generator: torch.Generator) -> Tensor:

@@ -25,43 +25,32 @@ _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 _BUDGET_S = 3.0
 _MIB = 2**20
 
-_EAGER = {
-    "se": "x.mean, two layers, gate, x * gate",
-    "tail": "F.batch_norm, mean, two layers, gate, z * gate, + residual and relu in place",
-}
-_PASSES = {
-    "se": "the tensor-sized reads and writes that the case needs at least",
-    "tail": "the tensor-sized reads and writes of two sweeps over x each way: forward 4 (x twice, residual, y), "
-    "backward 6 (dy and x twice, dx, dresidual); eval-forward 3",
-}
-_KEPT_GRAPH = (
-    "torch.autograd.grad with retain_graph=True on the graph of one forward per input, which has run before; "
-    "torch.compile without donated buffers, as its backward runs more than once"
-)
-
 _EPILOG = """\
 Before it is timed every provider is checked against a float64 oracle: outputs, gradients, and a tail's running
 statistics. fused, cuda and triton may be off by twice stock PyTorch's own error in the same dtype, or by what rounding
 explains (senet_fused/accuracy.py), the others by eight times as much. What is wrong gets an error instead of a time.
 
 providers:
-  eager              stock PyTorch, with nn.Linear or 1x1 convolutions, whichever is faster in the case
+  eager                   stock PyTorch, with nn.Linear or 1x1 convolutions, whichever is faster in the case
   compile, max-autotune   the same under torch.compile, by default and in that mode
   fused, fused+compile    this package's layer, and that under torch.compile
-  cuda, triton       the fused layer on that backend
-  copy               x.clone(): the ceiling, always measured
+  cuda, triton            the fused layer on that backend
+  copy                    x.clone(): the ceiling, always measured
+
+GB/s is passes x bytes of x / median; passes are the tensor-sized reads and writes that a case needs at least: forward
+2, backward 3, with a shortcut 3 and 3, or 4 with ReLU; a tail, which sweeps twice over x, 4 and 6, eval-forward 3.
+copies is the time in copies' time, of copy the bandwidth as a part of the copy's. Times are medians of samples that
+the providers take in turns; on a GPU of device time by graph replay, with the wall time beside it.
 
 examples:
   senet-fused bench --problem senet154 --batch 8 --dtype float32 bfloat16 --layout contiguous channels_last \\
       --direction forward forward+backward --json out.json --plot out.png
-  senet-fused bench --shape 1,256,16,56,56 --shape 1,2048,128,7,7 --providers eager fused --quick
-  senet-fused bench --device cuda --batch 64 --dtype bfloat16 --providers eager compile cuda triton
-  senet-fused bench --op tail --direction forward backward eval-forward --dtype bfloat16
+  senet-fused bench --shape 1,256,16,56,56 --providers eager fused --quick
+  senet-fused bench --op tail --device cuda --batch 64 --dtype bfloat16 --direction forward backward
   senet-fused bench --from out.json --plot out.png --roofline roofline.png
 
-whole networks, and two saved runs:
-  senet-fused bench model seresnet50 --batch 8        `bench model --help`
-  senet-fused bench compare before.json after.json    `bench compare --help`
+  senet-fused bench model seresnet50 --batch 8        whole networks; `bench model --help`
+  senet-fused bench compare before.json after.json    two saved runs; `bench compare --help`
 
 exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the request cannot be met,
 130 interrupted or out of time
@@ -70,77 +59,45 @@ exit status: 0 all measured, 1 an output was wrong or a provider failed, 2 the r
 
 def add_layers(group: argparse._ArgumentGroup) -> None:
     """Adds the options that name layers: --problem and --shape."""
-    known = ", ".join(problems())
-    group.add_argument(
-        "--problem",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"of {known} (default: senet154 if no --shape is given)",
-    )
-    group.add_argument(
-        "--shape",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="N,C,R,H,W",
-        help="a single layer, also N,C,R,L or N,C,R,D,H,W; may be repeated",
-    )
+    known = f"of {', '.join(problems())} (default: senet154 if no --shape is given)"
+    group.add_argument("--problem", nargs="+", default=[], metavar="NAME", help=known)
+    shapes = "a single layer, also N,C,R,L or N,C,R,D,H,W; may be repeated"
+    group.add_argument("--shape", action="append", nargs="+", default=[], metavar="N,C,R,H,W", help=shapes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the subcommand. Imports no torch."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    what = parser.add_argument_group("what is computed")
+    what = parser.add_argument_group("what is measured")
     what.add_argument("--list", action="store_true", help="print the problems and their shapes, and stop")
-    what.add_argument(
-        "--op",
-        default="se",
-        choices=OPS,
-        help="se: the SE layer (default); tail: BatchNorm (parameters and statistics in float32) -> SE -> + residual "
-        "-> ReLU",
-    )
+    op = "se: the SE layer (default); tail: BatchNorm, in float32 -> SE -> + residual -> ReLU"
+    what.add_argument("--op", default="se", choices=OPS, help=op)
     add_layers(what)
     what.add_argument("--batch", nargs="+", type=positive(int), default=[8], metavar="N", help="of --problem (8)")
     what.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     what.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
-    what.add_argument(
-        "--direction",
-        nargs="+",
-        default=["forward"],
-        choices=TAIL_DIRECTIONS,
-        help="forward (default) is under no_grad; backward is timed alone, on the kept graph of one forward; "
-        "eval-forward is a tail's with given statistics",
+    direction = (
+        "forward (default) is under no_grad; backward is timed alone, on the kept graph of one forward; eval-forward "
+        "is a tail's with given statistics"
     )
+    what.add_argument("--direction", nargs="+", default=["forward"], choices=TAIL_DIRECTIONS, help=direction)
     what.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True, help="of both layers (default)")
     what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer (a tail has one)")
     what.add_argument("--post-act", default="none", choices=POST_ACTS, help="at the end (a tail has relu)")
     what.add_argument("--act", choices=ACTS, help="instead of the problem's activation")
     what.add_argument("--gate", choices=GATES, help="instead of the problem's gate function")
-    what.add_argument(
-        "--providers",
-        nargs="+",
-        choices=PROVIDERS,
-        help=f"as below (default: {' '.join(_BY_DEFAULT)}, and on a GPU {' '.join(GPU_BACKENDS)} where they can run)",
+    default = f"default: {' '.join(_BY_DEFAULT)}, and on a GPU {' '.join(GPU_BACKENDS)} where they can run"
+    what.add_argument("--providers", nargs="+", choices=PROVIDERS, help=f"as below ({default})")
+    cache = (
+        "cold (default): inputs rotate over buffers that exceed twice the last-level cache; warm: one buffer; default "
+        "on a GPU: both"
     )
-    what.add_argument(
-        "--cache",
-        nargs="+",
-        choices=("cold", "warm"),
-        help="cold (default): inputs rotate over buffers that exceed twice the last-level cache; warm: one buffer; "
-        "default on a GPU: both",
-    )
+    what.add_argument("--cache", nargs="+", choices=("cold", "warm"), help=cache)
     what.add_argument("--cache-size", type=positive(float), metavar="MIB", help="if the system tells it wrong")
     output = session.add_arguments(parser, "fused and fused+compile", _BUDGET_S)
-    output.add_argument(
-        "--from",
-        dest="saved",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="report what --json has saved, of one device and the same versions, instead of measuring",
-    )
+    saved = "report what --json has saved, of one device and the same versions, instead of measuring"
+    output.add_argument("--from", dest="saved", nargs="+", type=Path, metavar="FILE", help=saved)
     output.add_argument("--plot", type=Path, metavar="FILE", help="a picture of speed-ups (.png, .svg or .pdf)")
     output.add_argument("--roofline", type=Path, metavar="FILE", help="a picture of bandwidths by the tensor's size")
 
@@ -196,28 +153,9 @@ def _providers(args: argparse.Namespace) -> tuple[str, ...]:
 def _header(args: argparse.Namespace, command: Sequence[str], options: Options) -> Row:
     from .header import stamp
 
-    size = f"{options.cache_bytes / _MIB:.0f} MiB"
-    texts = {
-        "cold": "cold: inputs rotate over distinct random buffers, shared by all providers, that together exceed twice "
-        f"the last-level cache of {size}",
-        "warm": "warm: one input buffer, again and again",
-    }
-    if args.device == "cuda":
-        texts["cold"] = (
-            f"cold: before each replay a block of twice the L2 ({size}) is overwritten, and each call of a replay has "
-            "inputs of its own"
-        )
-    return {
-        **stamp("senet-fused bench", command, args.device, options.settings),
-        "cache": "; ".join(texts[cache] for cache in options.caches),
-        "cache_bytes": options.cache_bytes,
-        **({"backward": _KEPT_GRAPH} if "backward" in args.direction else {}),
-        "byte_model": f"passes = {_PASSES[args.op]}; GB/s = passes x bytes / median",
-        "copy": "x.clone() under the same rotation: 2 passes; copies = median / copy's median; "
-        "of copy = GB/s / copy's GB/s",
-        "baseline": f"eager: {_EAGER[args.op]}; nn.Linear or 1x1 convolutions, whichever a short trial finds faster in "
-        "the case; torch.compile gets the same module",
-    }
+    header = stamp("senet-fused bench", command, args.device, options.settings)
+    mebibytes = f"{options.cache_bytes / _MIB:.0f} MiB {'L2' if args.device == 'cuda' else 'last-level'} cache"
+    return header | {"cache": f"{' and '.join(options.caches)}, {mebibytes}", "cache_bytes": options.cache_bytes}
 
 
 def _report(args: argparse.Namespace, header: Row, rows: Sequence[Row]) -> None:

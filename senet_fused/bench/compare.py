@@ -46,12 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG.format(**{name: ", ".join(kind.identity) for name, kind in KINDS.items()})
     parser.add_argument("a", type=Path, metavar="A.json", help="the run that is compared with")
     parser.add_argument("b", type=Path, metavar="B.json", help="the run that the verdicts are on")
-    parser.add_argument(
-        "--fail-slower",
-        type=positive(float),
-        metavar="RATIO",
-        help="exit with 1 if a row's ratio is above this by more than its spread",
-    )
+    ratio = "exit with 1 if a row's ratio is above this by more than its spread"
+    parser.add_argument("--fail-slower", type=positive(float), metavar="RATIO", help=ratio)
     parser.add_argument("--plain", action="store_true", help="no colours")
 
 

@@ -40,38 +40,38 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def needed_bytes(peak: int, weights: int, variants: Sequence[Variant]) -> int:
+def needed_bytes(peak: int, weights: int, names: Sequence[str]) -> int:
     """What a case of these variants needs beside the networks that they are copies of.
 
     peak: of a step of stock, beyond its weights and momentum. weights: of one network. Every variant keeps its weights
     and momentum, a CUDA graph all that its step takes as well; stock's gradients, a variant's, and those of no-se are
     there for the comparison.
     """
-    graphs = sum(variant.graphed or variant.name == "max-autotune" for variant in variants)
-    return peak * (1 + graphs) + weights * (2 * len(variants) + 3)
+    graphs = sum(Variant(name).graphed or name == "max-autotune" for name in names)
+    return peak * (1 + graphs) + weights * (2 * len(names) + 3)
 
 
 def fits_in_training(
     network: Network, case: ModelCase, names: Sequence[str], device: str, seed: int
 ) -> Callable[[int], bool]:
     """Whether a batch fits: a training step of stock runs, and there is room for all variants beside it."""
-    variants = [Variant(name) for name in names]
 
-    def needed(sized: ModelCase) -> int:
-        cell, stock = Cell(sized, device, seed), Variant("stock")
+    def needed(batch: int) -> int:
+        sized, stock = dataclasses.replace(case, batch=batch, direction="training"), Variant("stock")
+        cell = Cell(sized, device, seed)
         network.build(stock, sized)
         weights = sum(parameter.nbytes for parameter in stock.model.parameters())
         cell.results(stock)
         step = cell.timed(stock)
         step(0)  # the optimizer makes its momentum
-        return needed_bytes(peak_bytes(lambda: step(0), device), weights, variants)
+        return needed_bytes(peak_bytes(lambda: step(0), device), weights, names)
 
     def fits(batch: int) -> bool:
         gc.collect()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         try:
-            return needed(dataclasses.replace(case, batch=batch, direction="training")) <= _USABLE * free
+            return needed(batch) <= _USABLE * free
         except torch.cuda.OutOfMemoryError:
             return False
 
@@ -81,10 +81,8 @@ def fits_in_training(
 class LargestBatch:
     """The largest batches of one network by dtype and layout, each found once, where the cases have --batch max."""
 
-    def __init__(
-        self, network: Network, cases: Sequence[ModelCase], names: Sequence[str], device: str, seed: int
-    ) -> None:
-        self._how = network, names, device, seed
+    def __init__(self, cases: Sequence[ModelCase], fits: Callable[[ModelCase], Callable[[int], bool]]) -> None:
+        self._fits = fits
         self._asked = {self._key(case) for case in cases if case.batch == LARGEST}
         self._found: dict[ModelCase, int | Exception] = {}
 
@@ -97,16 +95,13 @@ class LargestBatch:
         if key not in self._asked:
             return case
         if key not in self._found:
-            network, *rest = self._how
             try:
-                self._found[key] = largest_batch(fits_in_training(network, case, *rest))
+                self._found[key] = largest_batch(self._fits(case))
             except Exception as error:
                 self._found[key] = error
         largest = self._found[key]
         if isinstance(largest, Exception):
             raise largest
-        if case.batch == LARGEST:
-            return dataclasses.replace(case, batch=largest, largest=True)
-        if case.batch > largest:
+        if case.batch != LARGEST and case.batch > largest:
             raise NoVariant(f"not measured: a batch of {largest} is the largest that fits in training")
-        return case
+        return dataclasses.replace(case, batch=largest, largest=True) if case.batch == LARGEST else case

@@ -100,26 +100,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("models", nargs="*", metavar="NAME", help="a network, as below; in front of the options")
     what.add_argument("--preset", nargs="+", choices=PRESETS, help="networks, and other defaults, as below")
     what.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
-    what.add_argument(
-        "--batch",
-        nargs="+",
-        type=_batch_size,
-        metavar="N",
-        help=f"default 8; {LARGEST}, on a GPU: the largest whose training step fits with all variants",
-    )
-    what.add_argument(
-        "--size",
-        metavar="SIZE",
-        help="of one input: N for a square image, or C,H,W (also C,L and C,D,H,W); default: the network's own, else "
-        "3,224,224",
-    )
+    batch = f"default 8; {LARGEST}, on a GPU: the largest whose training step fits with all variants"
+    what.add_argument("--batch", nargs="+", type=_batch_size, metavar="N", help=batch)
+    size = "of one input: N for a square image, or C,H,W (also C,L and C,D,H,W); default: the network's, else 3,224,224"
+    what.add_argument("--size", metavar="SIZE", help=size)
     what.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32")
     what.add_argument("--amp", action="store_true", help="float32 weights, and autocast to the dtype")
     what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default contiguous")
     what.add_argument("--seed", type=int, default=0, help="of weights, inputs and labels (default 0)")
-    what.add_argument(
-        "--providers", nargs="+", choices=VARIANTS, help=f"the variants (default: all but {', '.join(ON_REQUEST)})"
-    )
+    default = f"the variants (default: all but {', '.join(ON_REQUEST)})"
+    what.add_argument("--providers", nargs="+", choices=VARIANTS, help=default)
     session.add_arguments(parser, "the variants that are fused", _BUDGET_S)
 
 
@@ -157,24 +147,7 @@ def _header(args: argparse.Namespace, command: Sequence[str], options: Options) 
 
     header = stamp("senet-fused bench model", command, args.device, options.settings)
     header["versions"] |= {library: machine.package_version(library) for library in LIBRARIES}
-    if LARGEST in args.batch:
-        header["largest batch"] = (
-            "of a training step of stock, beside all variants' weights and momentum and a step's memory of each graph"
-        )
-    peak = "torch.cuda.max_memory_allocated" if args.device == "cuda" else "allocations by PyTorch's profiler"
-    return {
-        **header,
-        "kind": "model",
-        "weights": f"random, seed {args.seed}, the same for all variants; running statistics of one random batch",
-        "inference": "evaluation mode, torch.inference_mode",
-        "training": "forward, cross-entropy with random labels, backward, SGD with momentum 0.9, zero_grad",
-        "price of SE": "median / median of no-se, the same network with nn.Identity for every SE layer",
-        "memory": "of one more training step: saved, storages that autograd saves in the forward, without weights and "
-        f"input; peak, the most that tensors of the step take at once, {peak} beyond what is there before",
-        "check": "against stock in the same dtype: output, max |difference| / max |stock|; gradients, the largest "
-        "|difference| / |stock| in norm of a parameter; running statistics as the output; no-se+compile against "
-        "no-se; stock and no-se themselves, unless in float32, against float32",
-    }
+    return header | {"kind": "model", "seed": args.seed}
 
 
 def run(args: argparse.Namespace, command: Sequence[str] = ()) -> int:

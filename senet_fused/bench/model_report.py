@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from .saved import KINDS, Row, geometric_mean, grouped
+from .saved import Row, geometric_mean, grouped
 from .tables import Table, error_label, megabytes_label, rate_label, ratio_label, show, show_header, time_label
 
 __all__ = ["dtype_label", "input_label", "render", "summarise"]
@@ -122,5 +122,5 @@ def _summary_table(summary: Sequence[Row]) -> Table:
 
 def render(header: Row, rows: Sequence[Row], summary: Sequence[Row], out: TextIO, plain: bool = False) -> None:
     """Prints what was measured and how, a table per model, mode, dtype, batch and layout, sweeps, and the summary."""
-    show_header(header, KINDS["model"].header, out)
+    show_header(header, out)
     show([*_tables(rows), *_sweeps(rows), _summary_table(summary)] if rows else [], out, plain)

@@ -8,18 +8,19 @@ import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..arguments import RequestError
 from ..torch_private import forget_compiled
-from .largest_batch import LargestBatch
+from .largest_batch import LargestBatch, fits_in_training
 from .model_case import Cell, Results
 from .progress import Progress
 from .saved import Row
 from .session import OUT_OF_TIME
-from .timing import Outcome, Rotation, Settings, describe, figures, finite, interleave
+from .timing import Outcome, Rotation, Settings, describe, figures, finite, interleave, ratio
 from .variants import ModelCase, Network, NoVariant, Variant
 
 __all__ = ["Options", "cases", "run"]
@@ -160,15 +161,15 @@ def _rows(
             "backend": variant.backend if median else None,
             **figures(outcome.statistics),
             "images_per_s": case.batch / median if median else None,
-            "speedup_vs_stock": _ratio(medians.get("stock"), median),
-            "price_of_se": _ratio(median, medians.get("no-se")),
+            "speedup_vs_stock": ratio(medians.get("stock"), median),
+            "price_of_se": ratio(median, medians.get("no-se")),
             "se_layers": layers,
             "error": variant.error or outcome.error,
         }
         row |= {key: finite(getattr(variant, key)) for key in ("output_error", "gradient_error", "statistics_error")}
         for key in ("saved", "peak"):
             row[f"{key}_bytes"] = getattr(variant, f"{key}_bytes")
-            row[f"{key}_vs_stock"] = _ratio(row[f"{key}_bytes"], getattr(stock, f"{key}_bytes"))
+            row[f"{key}_vs_stock"] = ratio(row[f"{key}_bytes"], getattr(stock, f"{key}_bytes"))
         for key in ("se_fused", "se_blocks", "se_tails", "se_joined", "norms_folded", "note"):
             row[key] = getattr(variant, key)
         rows.append(row)
@@ -177,10 +178,6 @@ def _rows(
 
 def _without_times(case: ModelCase, options: Options, **why: str) -> list[Row]:
     return _rows(case, None, [Variant(name, **why) for name in options.variants], {})
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
 
 
 def run(
@@ -209,7 +206,8 @@ def run(
             if network is None and not broken:
                 try:
                     network = Network(model, case.size, options.device, options.backend, options.seed)
-                    largest = LargestBatch(network, todo_cases, options.variants, options.device, options.seed)
+                    how = {"names": options.variants, "device": options.device, "seed": options.seed}
+                    largest = LargestBatch(todo_cases, partial(fits_in_training, network, **how))
                 except Exception as error:  # an input that it cannot take, most of the time
                     shape = "x".join(map(str, case.size))
                     broken = f"{describe(error)} (on an input of {shape}; --size gives another)"

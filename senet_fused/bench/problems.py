@@ -117,17 +117,12 @@ class Case:
 def problems() -> dict[str, Problem]:
     """The shipped problems by name."""
     table = json.loads(resources.files(__package__).joinpath("problems.json").read_text(encoding="utf-8"))
-    return {
-        name: Problem(
-            name=name,
-            act=entry["act"],
-            gate=entry["gate"],
-            residual=entry["residual"],
-            shapes=tuple(Shape(c, r, (h, w), count) for c, r, h, w, count in entry["shapes"]),
-        )
-        for name, entry in table.items()
-        if isinstance(entry, dict)
-    }
+    found = {}
+    for name, entry in table.items():
+        if isinstance(entry, dict):
+            shapes = tuple(Shape(c, r, (h, w), count) for c, r, h, w, count in entry["shapes"])
+            found[name] = Problem(name, entry["act"], entry["gate"], entry["residual"], shapes)
+    return found
 
 
 def problem(name: str) -> Problem:
@@ -181,14 +176,9 @@ def cases(
         RequestError: an unknown name or dtype, a shape that cannot be read, channels_last without a 2-D or 3-D plane
             to lay out, or a tail in training with a single value per channel.
     """
-    for values, known, what in (
-        (dtypes, DTYPES, "dtype"),
-        (layouts, LAYOUTS, "layout"),
-        ((op,), OPS, "op"),
-        (directions, TAIL_DIRECTIONS if op == "tail" else DIRECTIONS, "direction"),
-        ((post_act,), POST_ACTS, "post_act"),
-    ):
-        # fmt: skip
+    possible = TAIL_DIRECTIONS if op == "tail" else DIRECTIONS
+    choices = {"dtype": (dtypes, DTYPES), "layout": (layouts, LAYOUTS), "direction": (directions, possible)}
+    for what, (values, known) in (choices | {"op": ((op,), OPS), "post_act": ((post_act,), POST_ACTS)}).items():
         for value in values:
             if value not in known:
                 raise RequestError(f"unknown {what} {value!r}; known: {', '.join(known)}")
@@ -197,14 +187,13 @@ def cases(
     if any(batch < 1 for batch in batches):
         raise RequestError(f"a batch size must be at least 1, got {min(batches)}")
 
-    layers: list[tuple[str, int, Shape, str, str]] = []
-    for name in dict.fromkeys(names):
-        found = problem(name)
-        for batch in dict.fromkeys(batches):
-            layers += [(name, batch, shape, act or found.act, gate or found.gate) for shape in found.shapes]
-    for text in dict.fromkeys(shapes):
-        batch, shape = shape_of(text)
-        layers.append(("shape", batch, shape, act or "relu", gate or "sigmoid"))
+    layers = [
+        (name, batch, shape, act or problem(name).act, gate or problem(name).gate)
+        for name in dict.fromkeys(names)
+        for batch in dict.fromkeys(batches)
+        for shape in problem(name).shapes
+    ]
+    layers += [("shape", *shape_of(text), act or "relu", gate or "sigmoid") for text in dict.fromkeys(shapes)]
     for _, _, shape, _, _ in layers:
         if len(shape.spatial) == 1 and "channels_last" in layouts:
             raise RequestError("channels_last needs two or three spatial dimensions; a 1-D shape is contiguous only")

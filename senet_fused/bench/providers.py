@@ -111,18 +111,6 @@ class Provider:
 Builder = Callable[[Case, Weights, str, "str | None"], Provider]
 
 
-def _provider(
-    name: str, module: nn.Module, path: Callable[[], str], runs: nn.Module | None = None, **how: str | None
-) -> Provider:
-    """The provider of a module, which runs as it is or as what torch.compile made of it."""
-    tail = isinstance(module, StockTail)
-    se = module.se if tail else module
-    found = (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *((module.weight, module.bias) if tail else ()))
-    parameters = [parameter for parameter in found if parameter is not None]
-    statistics = (module.mean, module.var) if tail else ()
-    return Provider(name, module if runs is None else runs, parameters, path, statistics=statistics, **how)
-
-
 def _with_weights(case: Case, weights: Weights, se: nn.Module, tail: type[StockTail]) -> nn.Module:
     """The layer with these weights, or the tail around it."""
     pairs = zip((se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias), weights[:4], strict=True)
@@ -152,11 +140,6 @@ def _fused_module(case: Case, weights: Weights, backend: str | None) -> nn.Modul
     return _with_weights(case, weights, module, FusedTail)
 
 
-def eager(case: Case, weights: Weights, form: str, backend: str | None = None) -> Provider:
-    """Stock PyTorch, in one of STOCK_FORMS."""
-    return _provider("eager", _stock_module(case, weights, form), lambda: "aten", form=form)
-
-
 def under_compile(
     module: nn.Module, mode: str | None = None, fullgraph: bool = True
 ) -> tuple[nn.Module, Callable[[], None]]:
@@ -169,20 +152,6 @@ def under_compile(
             raise RuntimeError("torch.compile compiled nothing; is it disabled by the environment?")
 
     return torch.compile(module, fullgraph=fullgraph, dynamic=False, **options), require_a_graph
-
-
-def _compile_as(name: str, mode: str | None) -> Builder:
-    def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-        module = _stock_module(case, weights, form)
-        compiled, require_a_graph = under_compile(module, mode)
-
-        def path() -> str:
-            require_a_graph()
-            return "inductor"
-
-        return _provider(name, module, path, compiled, form=form)
-
-    return build
 
 
 def _counted(before: Counter[str], case: Case) -> str:
@@ -200,36 +169,37 @@ def _counted(before: Counter[str], case: Case) -> str:
     return "+".join(names)
 
 
-def _fused_as(name: str, always: str | None = None) -> Builder:
-    """The fused layer, with one backend always or with whichever is asked for."""
+def _builder(
+    name: str, fused: bool = False, compiled: bool = False, mode: str | None = None, always: str | None = None
+) -> Builder:
+    """What builds a provider: the stock layer or the fused one, as it is or under torch.compile in this mode.
 
-    def build(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-        backend = always or backend
-        module = _fused_module(case, weights, backend)
-        before = Counter(senet_fused.call_counts())
+    always: the fused layer's backend, whichever is asked for.
+    """
+
+    def build(case: Case, weights: Weights, form: str, backend: str | None = None) -> Provider:
+        how = {"backend": always or backend} if fused else {"form": form}
+        module = _fused_module(case, weights, always or backend) if fused else _stock_module(case, weights, form)
+        runs, require_a_graph = under_compile(module, mode) if compiled else (module, lambda: None)
+        before = Counter(senet_fused.call_counts() if fused else ())
 
         def path() -> str:
-            names = _counted(before, case)
-            if not names:
+            require_a_graph()
+            counted = _counted(before, case) if fused else ""
+            if fused and not compiled and not counted:
                 raise RuntimeError("no backend counted a call")
-            return names
+            # A compiled graph in which nothing counts is the layer as plain PyTorch: inductor's code.
+            return counted or ("inductor" if compiled else "aten")
 
-        return _provider(name, module, path, backend=backend)
+        tail = isinstance(module, StockTail)
+        se = module.se if tail else module
+        found = [se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias]
+        found += [module.weight, module.bias] if tail else []
+        parameters = [parameter for parameter in found if parameter is not None]
+        statistics = (module.mean, module.var) if tail else ()
+        return Provider(name, runs, parameters, path, statistics=statistics, **how)
 
     return build
-
-
-def _fused_compile(case: Case, weights: Weights, form: str, backend: str | None) -> Provider:
-    module = _fused_module(case, weights, backend)
-    compiled, require_a_graph = under_compile(module)
-    before = Counter(senet_fused.call_counts())
-
-    def path() -> str:
-        """What has been counted; a graph in which nothing counts is the layer as plain PyTorch: inductor's code."""
-        require_a_graph()
-        return _counted(before, case) or "inductor"
-
-    return _provider("fused+compile", module, path, compiled, backend=backend)
 
 
 def is_ours(provider: Provider) -> bool:
@@ -239,15 +209,16 @@ def is_ours(provider: Provider) -> bool:
     return provider.name in ("fused", *GPU_BACKENDS)
 
 
+eager = _builder("eager")
 # In the order of tables and pictures.
 BUILDERS: dict[str, Builder] = {
     "eager": eager,
-    "compile": _compile_as("compile", None),
+    "compile": _builder("compile", compiled=True),
     # Its own CUDA graphs would be graphs within the graph that is timed.
-    "max-autotune": _compile_as("max-autotune", "max-autotune-no-cudagraphs"),
-    "fused": _fused_as("fused"),
-    **{name: _fused_as(name, name) for name in GPU_BACKENDS},
-    "fused+compile": _fused_compile,
+    "max-autotune": _builder("max-autotune", compiled=True, mode="max-autotune-no-cudagraphs"),
+    "fused": _builder("fused", fused=True),
+    **{name: _builder(name, fused=True, always=name) for name in GPU_BACKENDS},
+    "fused+compile": _builder("fused+compile", fused=True, compiled=True),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .problems import OPS, TAIL_DIRECTIONS
-from .saved import KINDS, Row, geometric_mean, grouped
+from .saved import Row, geometric_mean, grouped
 from .tables import Table, error_label, rate_label, ratio_label, share_label, show, show_header, time_label
 
 __all__ = ["group_of", "op_of", "render", "shape_label", "size_label", "summarise", "task_label", "tensor_bytes"]
@@ -151,5 +151,5 @@ def _summary_table(summary: Sequence[Row]) -> Table:
 
 def render(header: Row, rows: Sequence[Row], summary: Sequence[Row], out: TextIO, plain: bool = False) -> None:
     """Prints what was measured and how, the tables, and the summary."""
-    show_header(header, KINDS["layers"].header, out)
+    show_header(header, out)
     show([*_result_tables(rows), _summary_table(summary)] if rows else [], out, plain)

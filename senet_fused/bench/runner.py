@@ -21,7 +21,7 @@ from .problems import LAYOUTS, Case
 from .progress import Progress
 from .providers import BUILDERS, STOCK_FORMS, Provider, backward_of, copy_ceiling, eager, is_ours, results, step
 from .saved import Row
-from .timing import Outcome, Rotation, Settings, Statistics, describe, figures, finite, interleave
+from .timing import Outcome, Rotation, Settings, Statistics, describe, figures, finite, interleave, ratio
 
 __all__ = ["Judge", "Options", "appoint", "bind", "computing", "run"]
 
@@ -264,7 +264,7 @@ class _Runner:
 
         name = contender.name
         median, passes = seconds(name), 2 if name == "copy" else case.passes
-        copies = _ratio(median, seconds("copy"))
+        copies = ratio(median, seconds("copy"))
         sizes = (case.batch, case.shape.channels, case.shape.rd_channels, *case.shape.spatial)
         row: Row = {} if case.op == "se" else {"op": case.op}
         row |= {
@@ -279,23 +279,19 @@ class _Runner:
             "backend": contender.path if median else None,
             "form": contender.provider.form if contender.provider else None,
             **figures(contender.timed(cache, 0)),
-            "speedup_vs_eager": _ratio(seconds("eager"), median),
+            "speedup_vs_eager": ratio(seconds("eager"), median),
             "copies": copies,
             "passes": passes,
             "gbps": passes * math.prod(case.size) * torch_dtype(case).itemsize / median * 1e-9 if median else None,
-            "fraction_of_copy": _ratio(passes / 2, copies),
+            "fraction_of_copy": ratio(passes / 2, copies),
             "max_error": finite(contender.max_error),
             "error": contender.error,
         }
         if self.cuda:
             wall = figures(contender.timed(cache, 1))
             row["wall_median_s"], row["wall_iqr_s"] = wall["median_s"], wall["iqr_s"]
-            row["wall_speedup_vs_eager"] = _ratio(seconds("eager", 1), seconds(name, 1))
+            row["wall_speedup_vs_eager"] = ratio(seconds("eager", 1), seconds(name, 1))
         return row
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
 
 
 def run(cases: Sequence[Case], options: Options, progress: Progress, rows: list[Row] | None = None) -> list[Row]:

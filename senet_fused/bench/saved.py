@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..arguments import RequestError
 
@@ -17,46 +16,37 @@ Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a command measures.
 
-    identity: columns of a row that say what was measured; op may be missing (the SE layer). needed: what a row must
-    have to be reported; earlier releases wrote fewer columns than today. header: the entries of a header that a report
-    shows.
+    identity: columns of a row that say what was measured; op may be missing (the SE layer). figures: further columns
+    that a report reads and every release has written.
     """
 
     command: str
     identity: tuple[str, ...]
-    needed: frozenset[str]
-    header: tuple[str, ...]
+    figures: tuple[str, ...]
 
 
-_HEADER = ("device", "versions", "threads", "revision", "warning")
-_IDENTITY = {
-    "layers": ("op", "problem", "shape", "dtype", "layout", "direction", "cache", "provider"),
-    "model": ("model", "batch", "size", "dtype", "amp", "layout", "mode", "provider"),
-}
-_FIGURES = {
-    "layers": "backend form median_s iqr_s speedup_vs_eager copies passes gbps fraction_of_copy max_error error",
-    "model": "backend median_s iqr_s speedup_vs_stock price_of_se output_error gradient_error se_layers se_fused note "
-    "error",
-}
 # By the name in a header; runs of layers have none.
 KINDS = {
     "layers": Kind(
         "`senet-fused bench`",
-        _IDENTITY["layers"],
-        frozenset({*_IDENTITY["layers"], *_FIGURES["layers"].split()} - {"op"}),
-        (*_HEADER, "cache", "byte_model", "copy", "baseline", "backward", "interrupted"),
+        ("op", "problem", "shape", "dtype", "layout", "direction", "cache", "provider"),
+        (
+            "backend", "form", "median_s", "iqr_s", "speedup_vs_eager", "copies", "passes", "gbps", "fraction_of_copy",
+            "max_error", "error",
+        ),
     ),
     "model": Kind(
         "`senet-fused bench model`",
-        _IDENTITY["model"],
-        frozenset({*_IDENTITY["model"], *_FIGURES["model"].split()}),
-        (*_HEADER, *"weights,inference,training,price of SE,largest batch,memory,check,interrupted".split(",")),
+        ("model", "batch", "size", "dtype", "amp", "layout", "mode", "provider"),
+        (
+            "backend", "median_s", "iqr_s", "speedup_vs_stock", "price_of_se", "output_error", "gradient_error", "note",
+            "error",
+        ),
     ),
-}
+}  # fmt: skip
 
 
 def kind_of(header: Row) -> str:
@@ -111,7 +101,7 @@ def read_json(paths: Sequence[Path]) -> tuple[Row, list[Row]]:
             if header[key] != headers[0][key]:
                 raise RequestError(f"{path} and {paths[0]} differ in {key}: {header[key]} and {headers[0][key]}")
     several = {}
-    for key in ("command", "revision", "warning", "interrupted", "byte_model", "baseline", "backward"):
+    for key in ("command", "revision", "warning", "interrupted"):
         several[key] = "; ".join(dict.fromkeys(one[key] for one in headers if one.get(key))) or None
     return headers[0] | several, rows
 
@@ -124,7 +114,8 @@ def _read(path: Path) -> tuple[Row, list[Row]]:
     try:
         header, rows = content["header"], list(content["rows"])
         missing = {"device", "versions", "threads", "date"} - set(header)
-        missing |= {key for row in rows for key in KINDS[kind_of(header)].needed - set(row)}
+        kind = KINDS[kind_of(header)]
+        missing |= {key for row in rows for key in (*kind.identity, *kind.figures) if key not in row} - {"op"}
     except (KeyError, TypeError, AttributeError):
         missing = {"header or rows"}
     if missing:

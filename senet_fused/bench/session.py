@@ -23,27 +23,14 @@ OUT_OF_TIME = "not begun: out of time"  # a row's note, of a provider that --tim
 
 def add_arguments(parser: argparse.ArgumentParser, backend_of: str, default_budget: float) -> argparse._ArgumentGroup:
     """Adds the options of both commands; returns the group of those about output."""
-    who = parser.add_argument_group("device")
-    who.add_argument(
-        "--backend",
-        metavar="NAME",
-        help=f"of {backend_of}: auto, reference, cpu, ... (default: SENET_FUSED_BACKEND, else auto)",
-    )
-    who.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    who.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)")
-    how = parser.add_argument_group("time")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--backend", metavar="NAME", help=f"of {backend_of} (default: SENET_FUSED_BACKEND, else auto)")
+    how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    how.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's own choice)")
+    seconds = {"type": positive(float), "metavar": "SECONDS"}
+    how.add_argument("--budget", **seconds, help=f"for the samples of one case (default {default_budget:g})")
     how.add_argument(
-        "--budget",
-        type=positive(float),
-        metavar="SECONDS",
-        help=f"for the samples of one case, all providers together (default {default_budget:g})",
-    )
-    how.add_argument(
-        "--time-limit",
-        type=positive(float),
-        default=float("inf"),
-        metavar="SECONDS",
-        help="begin nothing new after so long; what is done is reported and saved, as after an interruption",
+        "--time-limit", default=float("inf"), **seconds, help="begin nothing new after so long, and report what is done"
     )
     how.add_argument("--quick", action="store_true", help="a first look: little time per case, few samples")
     output = parser.add_argument_group("output")

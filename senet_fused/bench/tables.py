@@ -108,11 +108,11 @@ def show(tables: Sequence[Table], out: TextIO, plain: bool = False) -> None:
             to.print(note)
 
 
-def show_header(header: Mapping[str, Any], names: Sequence[str], out: TextIO) -> None:
-    """Prints those entries of a header that it has, one a line."""
-    for name in names:
+def show_header(header: Mapping[str, Any], out: TextIO) -> None:
+    """Prints what was measured on, and what a reader has to know of a run, one entry a line."""
+    for name in ("device", "versions", "threads", "revision", "cache", "warning", "interrupted"):
         value = header.get(name)
         if isinstance(value, dict):
             value = ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
         if value is not None:
-            print(f"{name.replace('_', ' ') + ':':12} {value}", file=out)
+            print(f"{name + ':':12} {value}", file=out)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 __all__ = [
     "QUICK", "Outcome", "Rotation", "Settings", "Statistics", "describe", "figures", "finite", "interleave", "per_call",
-    "sample_in_turns",
+    "ratio", "sample_in_turns",
 ]  # fmt: skip
 
 
@@ -60,14 +60,16 @@ class Statistics:
 
 def figures(statistics: Statistics | None) -> dict[str, float | int | None]:
     """The columns of a row that say how long a call took."""
-    if statistics is None:
-        return {"median_s": None, "iqr_s": None, "samples": 0, "calls_per_sample": 0}
-    median_s, iqr_s, samples, inner = dataclasses.astuple(statistics)
-    return {"median_s": median_s, "iqr_s": iqr_s, "samples": samples, "calls_per_sample": inner}
+    values = (None, None, 0, 0) if statistics is None else dataclasses.astuple(statistics)
+    return dict(zip(("median_s", "iqr_s", "samples", "calls_per_sample"), values, strict=True))
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
 
 
 def finite(value: float | None) -> float | None:
-    """The value as JSON has it: None for infinities and NaN."""
+    """None for infinities and NaN, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -116,19 +118,18 @@ def describe(error: BaseException) -> str:
 
 
 def sample_in_turns(
-    samples: dict[str, Callable[[], float]],
+    samples: Mapping[str, Callable[[], float]],
     calls_per_sample: Mapping[str, int],
     errors: Mapping[str, str],
     settings: Settings,
     tick: Callable[[], None],
 ) -> dict[str, Outcome]:
-    """Rounds over all contenders, each round in another order, until the budget is spent.
+    """Rounds over all contenders, each in another order, until the budget is spent.
 
     Args:
-        samples: takes one sample, in seconds per call. A contender that raises is dropped, with its error.
-        calls_per_sample: for the statistics.
-        errors: of those that have failed before the first round.
-        tick: called between rounds (never within a sample), for a progress display.
+        samples: take a sample, in seconds per call. A contender that raises is dropped, with its error.
+        errors: of those that have failed before.
+        tick: called between rounds, never within a sample, for a progress display.
     """
     taken: dict[str, list[float]] = {name: [] for name in samples}
     errors = dict(errors)
@@ -160,11 +161,7 @@ def interleave(
 ) -> dict[str, Outcome]:
     """Times call(buffer number) of every contender by the wall clock; one that raises is dropped, with its error.
 
-    Args:
-        calls: the contenders by name.
-        rotation: where buffer numbers come from.
-        synchronize: waits for a device's queue, around every sample.
-        tick: called between rounds (never within a sample), for a progress display.
+    synchronize waits for a device's queue, around every sample; tick is called between rounds.
     """
     inner: dict[str, int] = {}
     samples: dict[str, Callable[[], float]] = {}

@@ -217,32 +217,32 @@ class Network:
 
 
 def _count_fused(variant: Variant, model: nn.Module) -> None:
-    """Notes how many layers are fused and how many blocks run with tails, and if not all why.
+    """Notes how many layers are fused and how many blocks run with tails, and if not all why the first is not.
 
     Raises NoVariant if no block of tails does, RuntimeError if no layer is fused.
     """
     tails = variant.prototype == "tails"
     report = fuse_report(model, tails=tails)
-    about_blocks = None
+    if tails and not report.blocks:
+        raise NoVariant("no tails: there is no block around an SE layer")
+    variant.se_fused = sum(layer.fused for layer in report.layers)
+    about_layers = _left(report.layers, "SE layers fused", "is")
     if tails:
-        if not report.blocks:
-            raise NoVariant("no tails: there is no block around an SE layer")
-        variant.se_blocks = len(report.blocks)
-        variant.se_tails, about_blocks = _counted(report.blocks, "blocks run with tails", "does")
+        variant.se_blocks, variant.se_tails = len(report.blocks), sum(block.fused for block in report.blocks)
+        about_blocks = _left(report.blocks, "blocks run with tails", "does")
         if not variant.se_tails:
             raise NoVariant(f"no tails: {about_blocks}")
-    variant.se_fused, about_layers = _counted(report.layers, "SE layers fused", "is")
     if not variant.se_fused:
         raise RuntimeError(about_layers)
-    for text in filter(None, (about_layers, about_blocks)):
-        variant.remark(text)
+    for text in (about_layers, about_blocks if tails else ""):
+        if text:
+            variant.remark(text)
 
 
-def _counted(found: Sequence[Any], what: str, verb: str) -> tuple[int, str | None]:
-    """How many rows of a report are fused; unless all are, that as text, with why the first of the others is not."""
+def _left(found: Sequence[Any], what: str, verb: str) -> str:
+    """How many rows of a report are fused, and why the first of the others is not; empty if all are."""
     left = [one for one in found if not one.fused]
-    count = len(found) - len(left)
     if not left:
-        return count, None
+        return ""
     first = f"{left[0].name or 'the network'} {verb} not: {left[0].reason}"
-    return count, f"{count} of {len(found)} {what}; {first}"
+    return f"{len(found) - len(left)} of {len(found)} {what}; {first}"

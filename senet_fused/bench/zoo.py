@@ -117,40 +117,24 @@ def input_size(model: nn.Module, size: str | None = None) -> tuple[int, ...]:
 
 @torch.no_grad()
 def settle(model: nn.Module, size: tuple[int, ...], seed: int = 0) -> None:
-    """Gives new normalisations the state that training would, so that every branch of the network matters.
+    """Gives normalisations the state that training would, so that every branch of the network matters.
 
-    Only those that are as initialised are changed. Weights that are all zero, as libraries begin the last normalisation
-    of a residual branch, become ones: behind zeros the output does not depend on an SE layer. Running statistics of
-    mean 0 and variance 1 become those of one batch of random numbers: with the others activations grow or vanish layer
-    by layer, up to infinities, or denormals, which take a CPU many times as long.
+    Weights that are all zero, as libraries begin the last normalisation of a residual branch, become ones: behind zeros
+    the output does not depend on an SE layer. Running statistics become those of one batch of random numbers: with
+    those of a new network activations grow or vanish layer by layer, up to infinities, or denormals, which take a CPU
+    many times as long.
 
     Args:
         model: changed in place; its mode and the random state are afterwards as before.
         size: the shape of one input without the batch.
         seed: of the random numbers.
     """
-    modes = {module: module.training for module in model.modules()}
-    fresh: dict[nn.Module, Any] = {}
-    for module in modes:
-        if isinstance(module, _NORMALISATIONS):
-            weight = module.weight
-            if weight is not None and not weight.any():
-                weight.fill_(1)
-            mean = getattr(module, "running_mean", None)
-            if mean is not None and not mean.any() and (module.running_var == 1).all():
-                fresh[module] = module.momentum
-    if not fresh:
-        return
-    parameter = next(iter(model.parameters()))
-    model.eval()
-    try:
-        for module in fresh:
-            module.train()
-            module.momentum = 1.0
-        generator = torch.Generator().manual_seed(seed)
-        model(torch.randn(_SETTLING_BATCH, *size, generator=generator).to(parameter.device, parameter.dtype))
-    finally:
-        for module, momentum in fresh.items():
-            module.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    for module in model.modules():
+        if isinstance(module, _NORMALISATIONS) and module.weight is not None and not module.weight.any():
+            module.weight.fill_(1)
+    parameter = next(iter(model.parameters()), None)
+    if parameter is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            batch = torch.randn(_SETTLING_BATCH, *size).to(parameter.device, parameter.dtype)
+            torch.optim.swa_utils.update_bn([batch], model)
