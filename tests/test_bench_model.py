@@ -966,9 +966,9 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
     output = capsys.readouterr()
     assert f"{file}:small: inference, float32, 2 x 3x12x10, channels_last\n" in output.out
     memory = "price of SE +saved MB +peak MB +output +gradients"
-    assert re.search(rf"^variant +ran on +median +IQR +images/s +vs stock +{memory} *$", output.out, re.MULTILINE)
-    assert re.search(r"price of SE +output *\n", output.out)  # in inference
-    assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +- *$", output.out, re.MULTILINE)
+    assert re.search(rf"^variant +ran on +median +IQR +images/s +vs stock +{memory}$", output.out, re.MULTILINE)
+    assert re.search(r"price of SE +output\n", output.out)  # in inference
+    assert re.search(r"^stock .*\d  +\d[\d.]*  +\d[\d.]*  +-  +-$", output.out, re.MULTILINE)
     assert re.search(r"^no-se .*  \d[\d.]* \(-\d+%\)  ", output.out, re.MULTILINE)
     assert "no-se: not made: 3.se" in output.out and "Geometric means over models" in output.out
     assert f"[4/4] {file}:gated 2 x 3x12x10 float32 channels_last training" in output.err
@@ -998,7 +998,7 @@ def test_a_run_prints_tables_and_writes_what_is_reported_again(file, tmp_path, c
 def test_a_failed_variant_is_exit_status_1(file, monkeypatch, capsys):
     monkeypatch.setattr(variants, "fuse", off_by("output"))
     assert cli.main(["bench", "model", f"{file}:small", *QUICK, *NO_COMPILE, "--mode", "inference"]) == 1
-    assert re.search(r"fused +ERROR \[1\]\s(.*\n)*\[1\] ValueError: wrong output: off by", capsys.readouterr().out)
+    assert re.search(r"fused +ERROR ValueError: wrong output: off by", capsys.readouterr().out)
 
 
 def test_options_reach_the_cases_and_the_run(file, monkeypatch):
@@ -1074,4 +1074,4 @@ def test_notes_and_errors_are_below_the_table():
     for rows in ([row, row | {"provider": "compile", "error": "lost"}], [row | {"error": "lost", "median_s": None}]):
         out = io.StringIO()
         model_report.render({}, rows, model_report.summarise(rows), out)
-        assert re.search(r" ERROR \[1\]\s(.*\n)*\[1\] lost\nfused: half\n", out.getvalue())
+        assert re.search(r"\n(compile|fused) +ERROR lost\nfused: half\n", out.getvalue())

@@ -56,7 +56,7 @@ def error_label(value: float | None) -> str:
 
 @dataclasses.dataclass
 class Table:
-    """Rows of cells by column head. A row with an "error" has only its first cells. notes are lines below the table."""
+    """Rows of cells by column head; a row with an "error" has only its first cells, and the text. notes: lines below."""
 
     title: str
     rows: list[dict[str, str]]
@@ -78,32 +78,30 @@ def console(out: TextIO, plain: bool = False, width: int | None = None) -> Any:
 
 
 def show(tables: Sequence[Table], out: TextIO, plain: bool = False) -> None:
-    """Prints tables; errors are numbered, and written out below their table."""
+    """Prints tables."""
     to = console(out, plain, _UNLIMITED)
     from rich import box
     from rich.table import Table as Grid
 
     for table in tables:
         heads = list(dict.fromkeys(head for row in table.rows for head in row if head != "error"))
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for head in heads:
             grid.add_column(head, justify="left" if head in _TEXT_COLUMNS else "right")
-        errors: list[str] = []
         for row in table.rows:
-            who = row.get("provider", row.get("variant"))
-            style = "bold" if who in _BOLD else "dim" if who == "copy" else None
-            cells = [row.get(head, "") for head in heads]
+            name = row.get("provider", row.get("variant"))
+            style = "bold" if name in _BOLD and "error" not in row else "dim" if name == "copy" else None
+            grid.add_row(*(row.get(head, "") for head in heads), style=style)
+        with to.capture() as captured:
+            to.print(grid)
+        to.print(f"\n{table.title}" if table.title else "", style="bold")
+        head, rule, *lines = captured.get().splitlines()
+        print(head.rstrip(), rule, sep="\n", file=out)
+        for line, row in zip(lines, table.rows, strict=True):
             if "error" in row:
-                errors.append(f"[{len(errors) + 1}] {row['error']}")
-                style, free = "red", min(len(row) - 1, len(heads) - 1)
-                cells[free] = f"{cells[free]} ERROR [{len(errors)}]".strip()
-            grid.add_row(*cells, style=style)
-        to.print()
-        if table.title:
-            to.print(table.title, style="bold")
-        to.print(grid)
-        for error in errors:
-            to.print(error, style="red")
+                to.print(f"{line.rstrip()}  ERROR {row['error']}", style="red")
+            else:
+                print(line.rstrip(), file=out)
         for note in table.notes:
             to.print(note)
 
