@@ -15,6 +15,7 @@ import types
 
 import pytest
 import torch
+from bench_rows import FAST, HEADER, Quiet, by_provider, failed_row, layer_row, save
 from torch import nn
 
 import senet_fused
@@ -38,22 +39,11 @@ from senet_fused.bench import (
 from senet_fused.bench.problems import Case, Shape
 
 CPU = torch.device("cpu")
-FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=3)
-
-
-class Quiet:
-    def case(self, case): ...
-    def stage(self, text): ...
-    def tick(self): ...
-    def done(self): ...
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_case(**changes) -> Case:
@@ -64,10 +54,6 @@ def small_case(**changes) -> Case:
 def measure(cases, **options):
     options = {"providers": ("eager", "fused"), "cache_bytes": 2**12, "settings": FAST} | options
     return runner.run(cases, runner.Options(**options), Quiet())
-
-
-def by_provider(rows):
-    return {row["provider"]: row for row in rows}
 
 
 ON_A_CPU = tuple(name for name in providers.BUILDERS if name not in problems.GPU_BACKENDS)
@@ -986,46 +972,13 @@ def test_gpu_rows_have_device_and_wall_time_cold_and_warm(fake_cuda, monkeypatch
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def made_row(provider="fused", speedup=2.0, **changes):
-    row = dict(
-        problem="senet154",
-        shape="8,256,16,56,56",
-        count=3,
-        dtype="float32",
-        layout="contiguous",
-        direction="forward",
-        cache="cold",
-        provider=provider,
-        backend="cpu",
-        form=None,
-        median_s=1e-3 / speedup,
-        iqr_s=1e-5,
-        samples=9,
-        calls_per_sample=1,
-        speedup_vs_eager=speedup,
-        copies=3 / speedup,
-        passes=2,
-        gbps=10.0,
-        fraction_of_copy=0.5,
-        max_error=1e-7,
-        error=None,
-    )
-    return row | changes
-
-
-def failed_row(provider="compile", **changes):
-    times = ("median_s", "iqr_s", "speedup_vs_eager", "copies", "gbps", "fraction_of_copy", "backend")
-    error = "wrong output: y is off by 1.0e+00"
-    return made_row(provider, **dict.fromkeys(times), error=error) | changes
-
-
 def test_the_summary_takes_geometric_means_and_names_the_slowest_cell():
     rows = [
-        made_row(speedup=4.0),
-        made_row(speedup=0.5, layout="channels_last", shape="8,2048,128,7,7"),
-        made_row(speedup=2.0, shape="8,1024,64,14,14"),
-        made_row(speedup=8.0, dtype="bfloat16"),
-        made_row("eager", 1.0),
+        layer_row(speedup=4.0),
+        layer_row(speedup=0.5, layout="channels_last", shape="8,2048,128,7,7"),
+        layer_row(speedup=2.0, shape="8,1024,64,14,14"),
+        layer_row(speedup=8.0, dtype="bfloat16"),
+        layer_row("eager", 1.0),
         failed_row(),
     ]
     entries = {(e["dtype"], e["provider"]): e for e in report.summarise(rows)}
@@ -1040,7 +993,7 @@ def test_the_summary_takes_geometric_means_and_names_the_slowest_cell():
 
 
 def test_several_problems_are_summarised_apart_and_together():
-    rows = [made_row(speedup=2.0), made_row(speedup=8.0, problem="efficientnet_b0")]
+    rows = [layer_row(speedup=2.0), layer_row(speedup=8.0, problem="efficientnet_b0")]
     found = {entry["problem"]: entry["speedup_vs_eager"] for entry in report.summarise(rows)}
     assert found == pytest.approx({"senet154": 2.0, "efficientnet_b0": 8.0, "all": 4.0})
 
@@ -1053,7 +1006,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("kind", ["terminal", "plain", "file"])
 def test_the_report_says_how_and_shows_rows_errors_and_means(monkeypatch, kind):
     monkeypatch.setenv("COLUMNS", "60")  # the terminal wraps lines, nothing is cut
-    rows = [made_row("eager", 1.0, form="linear", backend="aten"), failed_row(), made_row("cuda", speedup=2.0)]
+    rows = [layer_row("eager", 1.0, form="linear", backend="aten"), failed_row(), layer_row("cuda", speedup=2.0)]
     out = io.StringIO() if kind == "file" else Terminal()
     header = {"device": {"name": "a CPU"}, "cache": "cold: inputs rotate", "revision": None}
     report.render(header, rows, report.summarise(rows), out, plain=kind == "plain")
@@ -1076,7 +1029,7 @@ def test_figures_are_readable():
 
 
 def test_without_rich_the_message_says_what_to_install(monkeypatch, tmp_path, capsys):
-    path = save(tmp_path / "out.json", [made_row()])
+    path = save(tmp_path / "out.json", [layer_row()])
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("measured"))
     for argv in (["--from", str(path)], ["--quick"]):
@@ -1085,7 +1038,7 @@ def test_without_rich_the_message_says_what_to_install(monkeypatch, tmp_path, ca
 
 
 def test_json_is_plain_json(tmp_path):
-    rows = [made_row(), failed_row()]
+    rows = [layer_row(), failed_row()]
     saved.write_json(tmp_path / "out.json", {"threads": 2}, rows, report.summarise(rows))
     data = json.loads((tmp_path / "out.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     assert data["rows"] == rows and data["header"] == {"threads": 2}
@@ -1096,22 +1049,22 @@ def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    header = {
-        "device": {"name": "a CPU"},
-        "threads": 2,
-        "versions": {"torch": "2", "senet_fused": "0"},
-        "date": "2020-01-01T00:00",
-    }
     full = [
         row | {"layout": layout, "dtype": dtype}
         for layout in problems.LAYOUTS
         for dtype in ("float32", "bfloat16")
-        for row in (made_row("eager", 1.0), failed_row(), made_row("cuda"), made_row("triton"), made_row("copy", 3.0))
+        for row in (
+            layer_row("eager", 1.0),
+            failed_row(),
+            layer_row("cuda"),
+            layer_row("triton"),
+            layer_row("copy", 3.0),
+        )
     ]
     shapes = []
-    for number, rows in enumerate((full, [made_row(speedup=2.0, speedup_vs_eager=None)], [failed_row()])):
+    for number, rows in enumerate((full, [layer_row(speedup=2.0, speedup_vs_eager=None)], [failed_row()])):
         path = tmp_path / f"{number}.png"
-        plot.draw(header, rows, path)
+        plot.draw(HEADER, rows, path)
         picture = imread(path)
         assert picture[..., :3].std() > 0.01
         shapes.append(picture.shape)
@@ -1121,24 +1074,9 @@ def test_a_picture_is_drawn_whatever_is_missing(tmp_path):
 # -------------------------------------------------------------------------------- saved results, the roofline
 
 
-HEADER = {
-    "device": {"type": "cuda", "name": "a GPU"},
-    "threads": 2,
-    "versions": {"torch": "2", "senet_fused": "0"},
-    "date": "2020-01-01T00:00",
-    "command": "senet-fused bench",
-    "revision": "abc",
-}
-
-
-def save(path, rows, **changes):
-    saved.write_json(path, HEADER | changes, rows, report.summarise(rows))
-    return path
-
-
 def roofline_rows():
     return [
-        made_row(provider, dtype=dtype, layout=layout, shape=shape, direction=direction, fraction_of_copy=fraction)
+        layer_row(provider, dtype=dtype, layout=layout, shape=shape, direction=direction, fraction_of_copy=fraction)
         for direction in problems.DIRECTIONS
         for dtype in ("float32", "bfloat16")
         for shape in ("8,256,16,56,56", "8,2048,128,7,7")
@@ -1148,14 +1086,14 @@ def roofline_rows():
 
 
 def test_sizes_are_those_of_the_tensor():
-    assert report.tensor_bytes(made_row()) == 8 * 256 * 56 * 56 * 4
-    assert report.tensor_bytes(made_row(shape="2,8,1,9", dtype="bfloat16")) == 2 * 8 * 9 * 2
+    assert report.tensor_bytes(layer_row()) == 8 * 256 * 56 * 56 * 4
+    assert report.tensor_bytes(layer_row(shape="2,8,1,9", dtype="bfloat16")) == 2 * 8 * 9 * 2
     assert [report.size_label(n) for n in (512, 25_690_112, 3e9)] == ["0.512 kB", "25.7 MB", "3 GB"]
 
 
 def test_saved_files_are_read_together(tmp_path):
-    one = save(tmp_path / "1.json", [made_row()])
-    two = save(tmp_path / "2.json", [made_row(dtype="bfloat16")], revision="def", warning="busy", date="2021")
+    one = save(tmp_path / "1.json", [layer_row()])
+    two = save(tmp_path / "2.json", [layer_row(dtype="bfloat16")], revision="def", warning="busy", date="2021")
     header, rows = saved.read_json([one, two])
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
     assert (header["revision"], header["warning"], header["command"]) == ("abc; def", "busy", "senet-fused bench")
@@ -1174,7 +1112,7 @@ def test_saved_files_are_read_together(tmp_path):
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, message):
-    good, bad = save(tmp_path / "good.json", [made_row()]), tmp_path / "bad.json"
+    good, bad = save(tmp_path / "good.json", [layer_row()]), tmp_path / "bad.json"
     if content is not None:
         bad.write_text(content)
     with pytest.raises(RequestError, match=message):
@@ -1194,7 +1132,7 @@ def test_saved_results_are_reported_and_drawn_without_measuring(tmp_path, capsys
     assert plot.read_bytes().startswith(b"\x89PNG") and roofline.read_bytes().startswith(b"\x89PNG")
     assert json.loads(again.read_text())["rows"] == roofline_rows()
 
-    assert cli.main(["bench", "--from", str(save(path, [failed_row(), made_row()]))]) == 1
+    assert cli.main(["bench", "--from", str(save(path, [failed_row(), layer_row()]))]) == 1
     assert "ERROR wrong output" in capsys.readouterr().out
     assert cli.main(["bench", "--from", str(tmp_path / "none.json")]) == 2
     assert cli.main(["bench", "--from", str(path), "--roofline", "x.txt"]) == 2
@@ -1236,7 +1174,7 @@ def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
 
     figures, real = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self) or real(self, path))
-    rows = [*roofline_rows(), *(made_row(cache="warm", fraction_of_copy=9.0) for _ in range(2))]
+    rows = [*roofline_rows(), *(layer_row(cache="warm", fraction_of_copy=9.0) for _ in range(2))]
     plot.draw_roofline(HEADER, rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
@@ -1258,11 +1196,11 @@ def test_the_roofline_picture_shows_every_row_by_size(tmp_path, monkeypatch):
 
 def test_a_roofline_picture_is_drawn_whatever_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
-    many = [made_row(shape=f"8,{c},4,{m},{m}", problem=p) for p in ("a", "b") for c in range(8, 28) for m in (7, 14)]
+    many = [layer_row(shape=f"8,{c},4,{m},{m}", problem=p) for p in ("a", "b") for c in range(8, 28) for m in (7, 14)]
     for rows in (
         [failed_row()],
-        [made_row(fraction_of_copy=None), made_row("copy", 3.0)],
-        [made_row(fraction_of_copy=1.7), made_row(direction="forward+backward", dtype="bfloat16"), failed_row()],
+        [layer_row(fraction_of_copy=None), layer_row("copy", 3.0)],
+        [layer_row(fraction_of_copy=1.7), layer_row(direction="forward+backward", dtype="bfloat16"), failed_row()],
         many,
     ):
         plot.draw_roofline(HEADER, rows, tmp_path / "a.png")

@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from bench_rows import FAST, Quiet, by_provider, model_row
 from torch import nn
 
 import senet_fused
@@ -26,12 +27,10 @@ from senet_fused.bench import (
     problems,
     saved,
     session,
-    timing,
     variants,
     zoo,
 )
 
-FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
 SIZE = (3, 12, 10)
 
 NETWORKS = """
@@ -158,10 +157,7 @@ needs_no_brackets = 3
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -171,23 +167,12 @@ def file(tmp_path_factory):
     return path
 
 
-class Quiet:
-    def case(self, case): ...
-    def stage(self, text): ...
-    def tick(self): ...
-    def done(self): ...
-
-
 def measure(network, names=("stock", "fused", "no-se"), modes=model.MODES, **changes):
     fields = {"batch": 2, "dtype": "float32", "amp": False, "layout": "contiguous"}
     fields |= {key: changes.pop(key) for key in list(changes) if key in fields}
     todo = [variants.ModelCase("net", SIZE, direction=mode, **fields) for mode in modes]
     options = model_run.Options(**({"variants": names, "settings": FAST} | changes))
     return model_run.run([(network, todo)], options, Quiet())
-
-
-def by_provider(rows):
-    return {row["provider"]: row for row in rows}
 
 
 def same_weights(a, b):
@@ -1067,10 +1052,7 @@ def test_a_run_that_ends_early_keeps_what_is_done(file, monkeypatch, tmp_path, c
 
 
 def test_notes_and_errors_are_below_the_table():
-    row = dict.fromkeys(saved.KINDS["model"].figures) | {
-        "model": "net", "batch": 2, "size": "3,8,8", "dtype": "float16", "amp": False, "layout": "contiguous",
-        "mode": "training", "provider": "fused", "backend": "cpu", "median_s": 1e-3, "iqr_s": 1e-5, "note": "half",
-    }  # fmt: skip
+    row = model_row(note="half")
     for rows in ([row, row | {"provider": "compile", "error": "lost"}], [row | {"error": "lost", "median_s": None}]):
         out = io.StringIO()
         model_report.render({}, rows, model_report.summarise(rows), out)

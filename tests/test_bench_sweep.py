@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from bench_rows import FAST, Quiet, model_row
 
 from senet_fused import cli
 from senet_fused.arguments import RequestError
@@ -17,13 +18,10 @@ from senet_fused.bench import (
     model,
     model_report,
     model_run,
-    saved,
-    timing,
     variants,
     zoo,
 )
 
-FAST = timing.Settings(budget_s=0.0, min_rounds=2, max_rounds=2, sample_s=1e-5, max_inner=2)
 SIZE = (3, 6, 5)
 
 NETWORK = """
@@ -229,12 +227,6 @@ def test_a_batch_fits_if_a_step_of_stock_runs_and_there_is_room(file, gpu, monke
 
 
 def run(network, cases, names=("stock", "no-se")):
-    class Quiet:
-        def case(self, case): ...
-        def stage(self, text): ...
-        def tick(self): ...
-        def done(self): ...
-
     return model_run.run([(network, cases)], model_run.Options(variants=names, settings=FAST), Quiet())
 
 
@@ -285,14 +277,6 @@ def test_a_float32_that_does_not_fit_is_a_note(file, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ sweeps
 
 
-def row_of(provider, batch, median_s, **changes):
-    row = dict.fromkeys(saved.KINDS["model"].figures) | {
-        "model": "net", "batch": batch, "size": "3,8,8", "dtype": "float16", "amp": True, "layout": "channels_last",
-        "mode": "training", "provider": provider, "backend": "cuda", "median_s": median_s, "iqr_s": 0.0,
-    }  # fmt: skip
-    return row | changes
-
-
 def text_of(rows):
     out = io.StringIO()
     model_report.render({}, rows, model_report.summarise(rows), out, plain=True)
@@ -308,12 +292,12 @@ def cells_of(text, title):
 
 def test_a_sweep_has_a_line_a_batch_and_the_best():
     rows = [
-        row_of("stock", 64, 0.1, price_of_se=1.25, largest_batch=False),
-        row_of("no-se", 64, 0.064, price_of_se=1.0, largest_batch=False),
-        row_of("stock", 8, 0.02, price_of_se=2.0),  # of a run that was saved before there were sweeps
-        row_of("no-se", 8, 0.01, price_of_se=1.0),
-        row_of("stock", 96, 0.2, price_of_se=1.6, largest_batch=True),
-        row_of("no-se", 96, None, error="out of memory"),
+        model_row("stock", batch=64, median_s=0.1, price_of_se=1.25, largest_batch=False),
+        model_row("no-se", batch=64, median_s=0.064, price_of_se=1.0, largest_batch=False),
+        model_row("stock", batch=8, median_s=0.02, price_of_se=2.0),  # of a run that was saved before there were sweeps
+        model_row("no-se", batch=8, median_s=0.01, price_of_se=1.0),
+        model_row("stock", batch=96, median_s=0.2, price_of_se=1.6, largest_batch=True),
+        model_row("no-se", batch=96, median_s=None, error="out of memory"),
     ]
     text, title = text_of(rows), "net: training, float16 by autocast, 3x8x8, channels_last"
     assert cells_of(text, f"images/s by batch, {title}") == [
@@ -326,9 +310,13 @@ def test_a_sweep_has_a_line_a_batch_and_the_best():
 
 
 def test_one_batch_is_no_sweep_and_without_a_twin_there_is_no_price():
-    assert "by batch" not in text_of([row_of("stock", 8, 0.1), row_of("stock", 16, None, error="lost")])
-    assert "by batch" not in text_of([row_of("stock", 8, 0.1), row_of("stock", 16, 0.1, mode="inference")])
-    text = text_of([row_of("stock", 8, 0.1), row_of("stock", 16, 0.1)])
+    assert "by batch" not in text_of(
+        [model_row("stock", batch=8, median_s=0.1), model_row("stock", batch=16, median_s=None, error="lost")]
+    )
+    assert "by batch" not in text_of(
+        [model_row("stock", batch=8, median_s=0.1), model_row("stock", batch=16, median_s=0.1, mode="inference")]
+    )
+    text = text_of([model_row("stock", batch=8, median_s=0.1), model_row("stock", batch=16, median_s=0.1)])
     assert "images/s by batch" in text and "price of SE by batch" not in text
 
 

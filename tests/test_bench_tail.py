@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from test_bench import CPU, by_provider, failed_row, made_row, measure, save
+from bench_rows import by_provider, failed_row, layer_row, save
+from test_bench import CPU, measure
 from torch.nn import functional as F
 
 import senet_fused
@@ -24,10 +25,7 @@ NO_KERNELS = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tail_case(**changes) -> Case:
@@ -283,7 +281,7 @@ def test_the_command_measures_reports_and_saves_tails(tmp_path, capsys):
 
 def test_rows_of_the_layer_say_no_op_and_those_of_tails_are_kept_apart():
     assert all("op" not in row for row in measure([tail_case(op="se")], backend="reference"))
-    rows = [made_row(speedup=2.0), made_row(speedup=8.0, op="tail"), failed_row(op="tail")]
+    rows = [layer_row(speedup=2.0), layer_row(speedup=8.0, op="tail"), failed_row(op="tail")]
     found = [(e.get("op"), e["provider"], e["speedup_vs_eager"]) for e in report.summarise(rows)]
     assert found == [
         (None, "fused", pytest.approx(2.0)), ("tail", "fused", pytest.approx(8.0)), ("tail", "compile", None),
@@ -291,8 +289,8 @@ def test_rows_of_the_layer_say_no_op_and_those_of_tails_are_kept_apart():
 
 
 def test_a_saved_layer_and_a_saved_tail_are_read_and_drawn_together(tmp_path, monkeypatch):
-    one = save(tmp_path / "1.json", [made_row()])
-    two = save(tmp_path / "2.json", [made_row(op="tail", passes=4)])
+    one = save(tmp_path / "1.json", [layer_row()])
+    two = save(tmp_path / "2.json", [layer_row(op="tail", passes=4)])
     header, rows = saved.read_json([one, two])
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
@@ -314,8 +312,8 @@ def test_a_saved_layer_and_a_saved_tail_are_read_and_drawn_together(tmp_path, mo
 
 
 def test_the_two_ops_are_compared_apart(tmp_path, capsys):
-    a = [made_row(median_s=1.0, iqr_s=0.0), made_row(op="tail", median_s=4.0, iqr_s=0.0)]
-    b = [made_row(op="tail", median_s=2.0, iqr_s=0.0), made_row(median_s=3.0, iqr_s=0.0)]
+    a = [layer_row(median_s=1.0, iqr_s=0.0), layer_row(op="tail", median_s=4.0, iqr_s=0.0)]
+    b = [layer_row(op="tail", median_s=2.0, iqr_s=0.0), layer_row(median_s=3.0, iqr_s=0.0)]
     compared = compare.compare("layers", a, b)
     assert [(row.get("op"), row["in"], row["ratio"]) for row in compared] == [
         (None, "both", 3.0), ("tail", "both", 0.5),
