@@ -39,8 +39,8 @@ providers:
 
 GB/s is passes x bytes of x / median; passes are the tensor-sized reads and writes that a case needs at least: forward
 2, backward 3, with a shortcut 3 and 3, or 4 with ReLU; a tail, which sweeps twice over x, 4 and 6, eval-forward 3.
-copies is the time in copies' time, of copy the bandwidth as a part of the copy's. Times are medians of samples that
-the providers take in turns; on a GPU of device time by graph replay, with the wall time beside it.
+copies: median / the copy's median. of copy: GB/s / the copy's GB/s. Times are medians of samples that the providers
+take in turns; on a GPU of device time, by replays of a CUDA graph, with the wall time beside it.
 
 examples:
   senet-fused bench --problem senet154 --batch 8 --dtype float32 bfloat16 --layout contiguous channels_last \\

@@ -67,17 +67,13 @@ def capture(work: Callable[[], Any], warm_up: Callable[[], object] | None = None
         warm_up: runs before, in the stream of the capture; work itself, three times, if it is None. Lazy
             initialisation, autotuning, workspaces and an optimizer's state cannot be captured.
     """
-    stream, outer = _stream(), torch.cuda.current_stream()
-    stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
+    with own_stream():
         for call in [warm_up] if warm_up is not None else [work] * _WARM_UP_CALLS:
             call()
-    outer.wait_stream(stream)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=_stream()):
         result = work()
     peak_bytes = torch.cuda.max_memory_allocated() - before
     torch.cuda.synchronize()

@@ -56,7 +56,7 @@ def error_label(value: float | None) -> str:
 
 @dataclasses.dataclass
 class Table:
-    """Rows of cells by column head; a row with an "error" has only its first cells, and the text. notes: lines below."""
+    """Rows of cells by column head; a row with an "error" has its first cells, and the text. notes: lines below."""
 
     title: str
     rows: list[dict[str, str]]
@@ -90,8 +90,8 @@ def show(tables: Sequence[Table], out: TextIO, plain: bool = False) -> None:
             grid.add_column(head, justify="left" if head in _TEXT_COLUMNS else "right")
         for row in table.rows:
             name = row.get("provider", row.get("variant"))
-            style = "bold" if name in _BOLD and "error" not in row else "dim" if name == "copy" else None
-            grid.add_row(*(row.get(head, "") for head in heads), style=style)
+            style = "bold" if name in _BOLD else "dim" if name == "copy" else None
+            grid.add_row(*(row.get(head, "") for head in heads), style=None if "error" in row else style)
         with to.capture() as captured:
             to.print(grid)
         to.print(f"\n{table.title}" if table.title else "", style="bold")
