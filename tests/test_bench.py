@@ -290,7 +290,7 @@ def test_forward_judges_the_output_only():
     assert set(results) == {"y"} and not results["y"].requires_grad
 
 
-def test_a_broken_yardstick_judges_nobody():
+def test_stock_that_is_wrong_is_no_baseline_for_others():
     with pytest.raises(RuntimeError, match="no baseline"):
         oracle.stock_errors(small_case(), [{"y": 1e-7, "dx": 1e-7}, {"y": 1e-7, "dx": 0.5}])
     assert oracle.stock_errors(small_case(), [{"y": 1e-7}, {"y": 3e-7}]) == {"y": 3e-7}
@@ -725,7 +725,7 @@ def test_a_case_that_cannot_be_set_up_does_not_end_the_run(monkeypatch):
     assert [row["error"] for row in rows] == ["MemoryError: too large"] * 3 + [None] * 3
 
 
-def test_stock_pytorch_that_is_broken_is_no_yardstick(monkeypatch):
+def test_a_case_whose_stock_layer_is_wrong_is_an_error(monkeypatch):
     real = providers.StockSE.forward
     monkeypatch.setattr(providers.StockSE, "forward", lambda self, x, residual=None: real(self, x, residual) * 2)
     rows = measure([small_case()])

@@ -44,7 +44,7 @@ def test_the_verdict_is_same_within_the_spread_of_both(a, b, says):
 
 
 @pytest.mark.parametrize(("kind", "make"), [("layers", layer_row), ("model", model_row)])
-def test_rows_belong_together_that_are_the_same_measurement(kind, make):
+def test_rows_of_the_same_measurement_are_compared(kind, make):
     names = KINDS[kind].identity
     first = make(median_s=1.0)
     others = [first | {name: "other", "median_s": 5.0} for name in names]

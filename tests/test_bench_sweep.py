@@ -309,7 +309,7 @@ def test_a_sweep_has_a_line_a_batch_and_the_best():
     ]  # fmt: skip
 
 
-def test_one_batch_is_no_sweep_and_without_a_twin_there_is_no_price():
+def test_one_batch_is_no_sweep_and_without_no_se_there_is_no_price():
     assert "by batch" not in text_of(
         [model_row("stock", batch=8, median_s=0.1), model_row("stock", batch=16, median_s=None, error="lost")]
     )

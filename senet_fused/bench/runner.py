@@ -142,7 +142,8 @@ def bind(provider: Provider, sets: list[InputSet], case: Case) -> Callable[[int]
         return lambda number: backwards[number]()
     if case.backward:
         return lambda number: step(provider, sets[number])
-    return lambda number: provider.forward(*sets[number][:2])
+    pairs = [(inputs.x, inputs.residual) for inputs in sets]
+    return lambda number: provider.forward(*pairs[number])
 
 
 class _Runner:
