@@ -6,87 +6,84 @@ A subcommand's module is imported only when it runs, so ``--help`` and a mistype
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
+# What a command is about, by its name; then the modules, which have add_arguments and run.
 _COMMANDS = {
     "bench": "time SE layers: stock PyTorch, torch.compile and the fused operator, checked and side by side",
     "train": "train SENet, SE-ResNet or a network of timm's or your own on images, alone or under torchrun",
     "fuse-check": "what senet_fused.fuse does to a network of timm, torchvision or your own: layers, time and numbers",
     "tune": "time plans of the Triton kernels on this GPU, and keep the fastest in a file that calls look up",
     "doctor": "what is installed, which backends can run here and why not, and whether they are right",
-    "demo": "train a small SE-ResNet on handwritten digits with the stock layer and with FusedSE",
+    "demo": "train a small SE-ResNet on handwritten digits with PyTorch's own layers, FusedSE and block tails",
 }
-# Taken if one of these words stands behind `bench`.
+# Commands behind the word `bench`.
 _OF_BENCH = {
-    "compare": "two saved runs of `senet-fused bench`, or of `bench model`, row by row: faster, slower or the same",
-    "model": "time whole networks, inference and a training step: stock, torch.compile, fused, and the twin without SE",
+    "bench compare": "two saved runs of `senet-fused bench`, or of `bench model`, row by row: faster, slower or the "
+    "same",
+    "bench model": "time whole networks, inference and a training step: stock, torch.compile, fused, and the twin "
+    "without SE",
+}
+_MODULES = {
+    "bench": "senet_fused.bench.command",
+    "bench compare": "senet_fused.bench.compare",
+    "bench model": "senet_fused.bench.model",
+    "train": "senet_fused.train.command",
+    "fuse-check": "senet_fused.cli.fuse_check",
+    "tune": "senet_fused.cli.tune",
+    "doctor": "senet_fused.cli.doctor",
+    "demo": "senet_fused.demo.command",
 }
 _DESCRIPTION = "Fused Squeeze-and-Excitation for PyTorch: measure it, train with it, examine the installation."
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of the one subcommand that is going to run."""
+    """The parser, with the options of the one command that is going to run."""
+    if command in _OF_BENCH:
+        about = _OF_BENCH[command]
+        parser = argparse.ArgumentParser(prog=f"senet-fused {command}", description=_sentence(about))
+        _module(command).add_arguments(parser)
+        return parser
     parser = argparse.ArgumentParser(prog="senet-fused", description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, about in _COMMANDS.items():
-        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub = commands.add_parser(name, help=about, description=_sentence(about))
         if name == command:
             _module(name).add_arguments(sub)
     return parser
 
 
-def _parser_of_bench(name: str) -> argparse.ArgumentParser:
-    about = _OF_BENCH[name]
-    parser = argparse.ArgumentParser(prog=f"senet-fused bench {name}", description=about[0].upper() + about[1:] + ".")
-    _module(f"bench {name}").add_arguments(parser)
-    return parser
+def _sentence(about: str) -> str:
+    return f"{about[0].upper()}{about[1:]}."
 
 
-def _module(command: str):
-    if command == "bench compare":
-        from .bench import compare as module
-    elif command == "bench model":
-        from .bench import model as module
-    elif command == "bench":
-        from .bench import command as module
-    elif command == "train":
-        from .train import command as module
-    elif command == "fuse-check":
-        from . import fuse_check as module
-    elif command == "tune":
-        from . import tune as module
-    elif command == "doctor":
-        from . import doctor as module
-    else:
-        from .demo import digits as module
-    return module
+def _module(command: str) -> Any:
+    return importlib.import_module(_MODULES[command])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status (2 for a request that cannot be met)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    command = argv[0] if argv and argv[0] in _COMMANDS else None
-    if command == "bench" and argv[1:] and argv[1] in _OF_BENCH:
-        command, rest = f"bench {argv[1]}", argv[2:]
-        args = _parser_of_bench(argv[1]).parse_args(rest)
-    else:
-        parser, rest = _parser(command), argv[1:]
-        args = parser.parse_args(argv)
-        if args.version:
-            from . import __version__
-
-            print(f"senet-fused {__version__}")
-            return 0
-        if args.command is None:
-            parser.print_help()
+    command = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in _MODULES), None)
+    rest = argv[len(command.split()) :] if command else argv
+    args = _parser(command).parse_args(rest if command in _OF_BENCH else argv)
+    if command is None:
+        if not args.version:
+            _parser(None).print_help()
             return 2
+        from senet_fused import __version__
+
+        print(f"senet-fused {__version__}")
+        return 0
     try:
-        from .arguments import RequestError
+        from senet_fused.arguments import RequestError
 
         try:
             return _module(command).run(*((args, rest) if command.startswith("bench") else (args,)))

@@ -1,8 +1,8 @@
 """``senet-fused tune``: times plans of the Triton kernels on this device and keeps the fastest ones in a file.
 
-For every layer and direction these contend: the plan that ``plan.py`` counts as the cheapest, the others that it
-considers, and variations of the cheapest few. What computes anything else than the first one does is left out before
-anything is timed.
+The contenders of every layer and direction are the plan that ``plan.py`` counts as the cheapest, the others that it
+considers, and variations of the cheapest few. One whose results differ from the first one's is left out before anything
+is timed.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ import datetime
 import itertools
 import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import Activation, machine, ops, reference
-from .accuracy import relative_error
-from .arguments import RequestError, positive
-from .backends import cuda
-from .backends import triton as backend
-from .backends.triton import tuned
-from .backends.triton.plan import DeviceFacts, Plan, Problem, candidates
-from .bench import buffers, cuda_timing
-from .bench.command import add_layers
-from .bench.oracle import InputSet
-from .bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
-from .bench.timing import Outcome, Rotation, Settings, describe, interleave
-from .call import Call, Gradients, Outputs
+from senet_fused import machine
+from senet_fused.accuracy import relative_error
+from senet_fused.arguments import RequestError, positive, require_writable
+from senet_fused.backends import cuda
+from senet_fused.backends import triton as backend
+from senet_fused.backends.triton import tuned
+from senet_fused.backends.triton.plan import DeviceFacts, Plan, Problem, candidates
+from senet_fused.bench import buffers, cuda_timing, oracle, providers
+from senet_fused.bench.command import add_layers
+from senet_fused.bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
+from senet_fused.bench.tables import Table, ratio_label, show
+from senet_fused.bench.timing import Rotation, Settings, describe, interleave
 
 __all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "cuda_problem", "problem_of", "run", "variations"]
 
@@ -49,10 +47,10 @@ _ON_GPU = Settings(budget_s=3.0, min_rounds=7, max_rounds=100)
 _TRIED_OUT = Settings(budget_s=0.0, min_rounds=1, sample_s=0.0, max_inner=1)
 
 _EPILOG = """\
-The default plan is checked against a float64 reference, every other one against the default plan: y, gate, a tail's
-statistics and what is kept for the backward, or every gradient. One that differs by more than rounding is left out. The
-others are timed together as replayed CUDA graphs with a cold L2; one takes the default's place if its median is at
-least 2 % lower.
+Every plan is checked in a training step: the default one's output and gradients (and a tail's running statistics)
+against a float64 reference, every other one's against the default's. One that differs by more than rounding is left
+out. The others are timed together as replayed CUDA graphs with a cold L2; one takes the default's place if its median
+is at least 2 % lower.
 A plan holds for one direction of one layer in one layout, dtype size and device, whatever the batch.
 
 examples:
@@ -202,59 +200,6 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-class _Layer:
-    """One direction of one layer, or of one block tail in training, on a device: the operator alone."""
-
-    _EPS = 1e-5
-
-    def __init__(self, case: Case, backward: bool, device: torch.device) -> None:
-        # With a backward the inputs bring dy.
-        self.case = dataclasses.replace(case, direction="forward+backward" if backward else "forward")
-        self.backward = backward
-        self.weights = buffers.make_weights(case, device)
-
-    def inputs_of(self, inputs: InputSet, dtype: torch.dtype | None = None) -> Call:
-        """The call for these inputs, in another dtype if one is given."""
-        case, weights = self.case, self.weights
-        w1, b1, w2, b2 = weights[:4]
-        weight, bias, norm = (weights.weight, weights.bias, "batch") if case.op == "tail" else (None, None, "")
-        tensors = (inputs.x, weight, bias, None, None, w1, b1, w2, b2, inputs.residual, None)
-        if dtype is not None:
-            tensors = tuple(None if t is None else t.detach().to(dtype) for t in tensors)
-        act, gate = Activation.of(case.act).spec, Activation.of(case.gate).spec
-        return Call(*tensors, self._EPS, norm, act, gate, "avg", case.post_act or "", "")
-
-    def forward(self, inputs: InputSet) -> Outputs:
-        """All that training keeps."""
-        return ops.OPERATORS["triton"].registered(self.inputs_of(inputs), True)
-
-    def call(self, inputs: InputSet, kept: Outputs) -> Outputs | Gradients:
-        """The operator of this direction. kept: what the forward gave for these inputs."""
-        if not self.backward:
-            return self.forward(inputs)
-        call = self.inputs_of(inputs)
-        need_residual = call.residual is not None and call.post_act == "relu"
-        needs = True, True, need_residual
-        return ops.OPERATORS["triton"].registered_backward(call.gradient(kept, inputs.dy, None, needs))
-
-    def named(self, outputs: Outputs | Gradients, x: Tensor) -> dict[str, Tensor]:
-        """The outputs that hold something, the mask as one number per element."""
-        found = {name: t for name, t in outputs._asdict().items() if t.numel()}
-        if "mask" in found:
-            found["mask"] = ops.unpack_mask(found["mask"], x).float()
-        return found
-
-    def exact(self, inputs: InputSet) -> dict[str, Tensor]:
-        """y, gate, statistics and mask, or every gradient, in float64."""
-        call = self.inputs_of(inputs, torch.float64)
-        if self.backward:
-            found = reference.backward(call, inputs.dy.double())._asdict()
-            return {name: t for name, t in found.items() if t is not None}
-        found = reference.forward(call)._asdict()
-        found["mask"] = (found["y"] > 0).double()
-        return {name: t for name, t in found.items() if t is not None}
-
-
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], *, rounded_alike: bool) -> str | None:
     """What differs by more than float32 sums in another order, rounded once, can; None if nothing does.
 
@@ -264,8 +209,6 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], *, rounde
     """
     for name in expected:
         a, b = found[name], expected[name].to(found[name].dtype).double()
-        if a.shape != b.shape:
-            return f"{name} is {list(a.shape)}, expected {list(b.shape)}"
         eps = torch.finfo(a.dtype).eps
         most, spread = 2 * eps, eps / 8 if rounded_alike else eps
         if a.dtype == torch.float32:
@@ -277,163 +220,133 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], *, rounde
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    case: Case
-    problem: Problem
-
-    @property
-    def direction(self) -> str:
-        return DIRECTIONS[self.problem.backward]
-
-    @property
-    def label(self) -> str:
-        behind = (" + residual" if self.case.residual else "") + (" relu" if self.case.post_act == "relu" else "")
-        what = " tail" if self.case.op == "tail" else behind
-        return f"{self.case.label} {self.case.dtype} {self.case.layout}{what}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """The default plan and the best one with their medians in seconds; or what is wrong with the default."""
-
-    task: _Task
-    default: Plan
-    best: Plan
-    default_s: float = math.nan
-    best_s: float = math.nan
-    error: str | None = None
-
-
 class _Tuner:
-    def __init__(self, device: torch.device, facts: DeviceFacts, at_most: int) -> None:
-        self.device, self.facts, self.at_most = device, facts, at_most
+    """Finds the fastest plan of one problem after the other. A problem's case has "forward" or "backward" as its
+    direction."""
+
+    def __init__(self, device: torch.device, facts: DeviceFacts, at_most: int, say: Callable[[str], None]) -> None:
+        self.device, self.facts, self.at_most, self.say = device, facts, at_most, say
         self.pool = buffers.BufferPool(device)
 
-    def tune(self, task: _Task, say: Callable[[str], None]) -> _Result:
-        plans = contenders(task.problem, self.facts, self.at_most)
-        layer = _Layer(task.case, task.problem.backward, self.device)
-        try:
-            right = self._right(task, layer, plans, say)
-            times = self._times(task, layer, right, say)
-            if plans[0] in times and len(times) > _FINALISTS + 1:
-                fastest = sorted(times, key=times.__getitem__)[:_FINALISTS]
-                times = self._times(task, layer, list(dict.fromkeys((plans[0], *fastest))), say)
-            default_s = times.get(plans[0])
-            if default_s is None:
-                raise RuntimeError("the default plan could not be timed")
-        except Exception as error:  # out of memory, say: the other layers may do
-            return _Result(task, plans[0], plans[0], error=describe(error))
+    def tune(self, case: Case, problem: Problem) -> tuple[Plan, Plan, float, float]:
+        """The default plan and the best one, and their medians in seconds. Raises RuntimeError if the default's results
+        are wrong."""
+        default, *others = contenders(problem, self.facts, self.at_most)
+        times = self.times(case, problem, self.right(case, problem, [default, *others]))
+        if default in times and len(times) > _FINALISTS + 1:
+            fastest = sorted(times, key=times.__getitem__)[:_FINALISTS]
+            times = self.times(case, problem, list(dict.fromkeys((default, *fastest))))
+        if default not in times:
+            raise RuntimeError("the default plan could not be timed")
         best = min(times, key=times.__getitem__)
-        if times[best] > (1 - _LEAST_GAIN) * default_s:
-            best = plans[0]
-        return _Result(task, plans[0], best, default_s, times[best])
+        if times[best] > (1 - _LEAST_GAIN) * times[default]:
+            best = default
+        return default, best, times[default], times[best]
 
-    def _right(self, task: _Task, layer: _Layer, plans: list[Plan], say: Callable[[str], None]) -> list[Plan]:
+    def right(self, case: Case, problem: Problem, plans: list[Plan]) -> list[Plan]:
         """The plans whose results are right. Raises RuntimeError if the first one's are not."""
-        from .backends.triton import launch
+        from senet_fused.backends.triton import launch
 
-        inputs = InputSet(*(None if t is None else t.detach() for t in self._check_inputs(layer)))
+        # What a forward keeps for the backward shows in the gradients.
+        case = dataclasses.replace(case, direction="forward+backward")
+        weights = buffers.make_weights(case, self.device)
+        inputs = buffers.check_inputs(case, weights, self.device)
 
-        def outputs(plan: Plan) -> dict[str, Tensor]:
-            with launch.using({task.problem: plan}), _poisoned():
-                results = layer.call(inputs, kept)
-            return layer.named(results, inputs.x)
+        def results(plan: Plan) -> dict[str, Tensor]:
+            provider = _provider(case, weights)
+            with launch.using({problem: plan}), _poisoned():
+                return providers.results(provider, case, inputs)
 
-        with launch.using({}):
-            kept = layer.forward(inputs)
-        expected = outputs(plans[0])
-        exact = layer.exact(inputs)
-        comparable = {name: exact[name] for name in expected if name in exact}
-        why = _difference(expected, comparable, rounded_alike=False)
+        expected = results(plans[0])
+        why = _difference(expected, oracle.oracle(case, inputs, weights), rounded_alike=False)
         if why is not None:
             raise RuntimeError(f"the default plan is wrong: {why}")
         right = plans[:1]
         for plan in plans[1:]:
             try:
-                why = _difference(outputs(plan), expected, rounded_alike=True)
+                why = _difference(results(plan), expected, rounded_alike=True)
             except Exception as error:  # too much shared memory, say
                 why = describe(error)
             if why is None:
                 right.append(plan)
             else:
-                say(f"left out ({_change(plans[0], plan)}): {why}")
+                self.say(f"left out ({_change(plans[0], plan)}): {why}")
         return right
 
-    def _check_inputs(self, layer: _Layer) -> InputSet:
-        case = layer.case
-        with torch.enable_grad():  # it marks its tensors
-            return buffers.check_inputs(case, layer.weights, self.device)
-
-    def _times(self, task: _Task, layer: _Layer, plans: list[Plan], say: Callable[[str], None]) -> dict[Plan, float]:
+    def times(self, case: Case, problem: Problem, plans: list[Plan]) -> dict[Plan, float]:
         """Medians in seconds, all plans interleaved; one that fails is left out."""
-        from .backends.triton import launch
+        from senet_fused.backends.triton import launch
+        from senet_fused.bench.runner import bind
 
-        cuda = self.device.type == "cuda"
-        least = (2 * cuda_timing.l2_bytes(self.device), _MIN_SETS, _MAX_SETS) if cuda else (0,)
-        sets = [
-            InputSet(*(None if t is None else t.detach() for t in inputs))
-            for inputs in self.pool.sets(layer.case, *least)
-        ]
-        kept: list[Sequence[Tensor]] = [()] * len(sets)
-        if layer.backward:
-            with launch.using({}):
-                kept = [(None, *layer.forward(inputs)[1:]) for inputs in sets]
+        on_gpu = self.device.type == "cuda"
+        least = (2 * cuda_timing.l2_bytes(self.device), _MIN_SETS, _MAX_SETS) if on_gpu else (0,)
+        sets = self.pool.sets(case, *least)
+        provider = _provider(case, buffers.make_weights(case, self.device))
 
-        def call_with(plan: Plan) -> Callable[[int], object]:
-            def call(number: int) -> object:
+        def with_plan(plan: Plan, call: Callable[[int], object]) -> Callable[[int], object]:
+            def planned(number: int) -> object:
                 # A graph keeps what was launched when it was captured.
-                with launch.using({task.problem: plan}):
-                    return layer.call(sets[number], kept[number])
+                with launch.using({problem: plan}):
+                    return call(number)
 
-            return call
+            return planned
 
-        calls = {str(number): call_with(plan) for number, plan in enumerate(plans)}
-        outcomes: dict[str, Outcome]
-        if cuda:
-            with cuda_timing.own_stream():
+        # With gradients a forward keeps what its backward needs.
+        with cuda_timing.own_stream() if on_gpu else contextlib.nullcontext(), torch.enable_grad():
+            call = bind(provider, sets, case)
+            calls = {str(number): with_plan(plan, call) for number, plan in enumerate(plans)}
+            if on_gpu:
                 outcomes = cuda_timing.replay(calls, list(range(len(sets))), _ON_GPU, device=self.device, cold=True)
-        else:
-            outcomes = interleave(calls, Rotation(len(sets)), _TRIED_OUT)
+            else:
+                outcomes = interleave(calls, Rotation(len(sets)), _TRIED_OUT)
         times = {}
         for plan, outcome in zip(plans, outcomes.values(), strict=True):
             if outcome.statistics is None:
-                say(f"left out ({_change(plans[0], plan) or 'the default plan'}): {outcome.error}")
+                self.say(f"left out ({_change(plans[0], plan) or 'the default plan'}): {outcome.error}")
             else:
                 times[plan] = outcome.statistics.median_s
         return times
 
 
+def _provider(case: Case, weights: oracle.Weights) -> providers.Provider:
+    return providers.BUILDERS["triton"](case, weights, "linear", None)
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-def _tasks(args: argparse.Namespace) -> list[_Task]:
-    """Every problem once.
+def _tasks(args: argparse.Namespace) -> dict[Problem, Case]:
+    """Every problem once, with a case that has it.
 
     Raises:
         RequestError: what cannot be read, or one problem at two batch sizes.
     """
     shapes = [text for group in args.shape for text in group]
-    names = args.problem or ([] if shapes else ["senet154"])
     found: dict[Problem, Case] = {}
     for case in cases(
-        names, shapes, batches=[args.batch], dtypes=args.dtype, layouts=args.layout, residual=args.residual,
-        post_act=args.post_act, op=args.op,
-    ):  # fmt: skip
-        for direction in dict.fromkeys(args.direction):
-            before = found.setdefault(problem_of(case, direction == "backward"), case)
-            if before.batch != case.batch:
-                raise RequestError(
-                    f"a plan holds for every batch size: {before.label} and {case.label} are one problem; ask for one"
-                )
-    return [_Task(case, problem) for problem, case in found.items()]
+        args.problem or ([] if shapes else ["senet154"]),
+        shapes,
+        batches=[args.batch],
+        dtypes=args.dtype,
+        layouts=args.layout,
+        directions=args.direction,
+        residual=args.residual,
+        post_act=args.post_act,
+        op=args.op,
+    ):
+        before = found.setdefault(problem_of(case, case.backward), case)
+        if before.batch != case.batch:
+            raise RequestError(
+                f"a plan holds for every batch size: {before.label} and {case.label} are one problem; ask for one"
+            )
+    return found
 
 
 def _check_device(name: str) -> torch.device:
     why = backend.problem(name)
     if why is not None:
         raise RequestError(f"--device {name}: {why}")
-    from .backends.triton import launch
+    from senet_fused.backends.triton import launch
 
     if name == "cpu":
         return torch.device("cpu")
@@ -449,14 +362,11 @@ def _check_file(args: argparse.Namespace) -> Path:
             "--device cpu: its plans would pass for timed ones; name a file that is not in use with --plans FILE"
         )
     path = args.plans or tuned.path_in_use() or tuned.default_path()
-    if path.is_dir():
-        raise RequestError(f"cannot write {path}: it is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
+    require_writable(path)
     if path.exists():
         try:
             tuned.read(path)
@@ -465,30 +375,9 @@ def _check_file(args: argparse.Namespace) -> Path:
     return path
 
 
-def _remarks(result: _Result, device_name: str) -> dict[str, object]:
-    return {
-        "timed": {
-            "on": device_name,
-            "layer": result.task.label,
-            "us": round(1e6 * result.best_s, 2),
-            "default_us": round(1e6 * result.default_s, 2),
-            "torch": torch.__version__,
-            "triton": machine.package_version("triton"),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }
-    }
-
-
-def _print_table(results: Sequence[_Result]) -> None:
-    width = max([len(result.task.label) for result in results], default=0)
-    print(f"\n{'layer':<{width}}  direction  default us   best us  ratio  what changed")
-    for result in results:
-        line = f"{result.task.label:<{width}}  {result.task.direction:<9}"
-        if result.error is not None:
-            print(f"{line}  ERROR {result.error}")
-            continue
-        numbers = f"{1e6 * result.default_s:10.1f}  {1e6 * result.best_s:8.1f}  {result.default_s / result.best_s:5.2f}"
-        print(f"{line}  {numbers}  {_change(result.default, result.best) or '-'}")
+def _label(case: Case) -> str:
+    behind = (" + residual" if case.residual else "") + (" relu" if case.post_act == "relu" else "")
+    return f"{case.label} {case.dtype} {case.layout}{' tail' if case.op == 'tail' else behind}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -500,40 +389,47 @@ def run(args: argparse.Namespace) -> int:
     tasks = _tasks(args)
     device = _check_device(args.device)
     path = _check_file(args)
-    from .backends.triton import launch
-
-    facts = launch.device_facts(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
-    print(f"{name}, torch {torch.__version__}, triton {machine.package_version('triton')}")
-    if device.type == "cpu":
-        print("in Triton's interpreter the times mean nothing")
-    tuner = _Tuner(device, facts, args.candidates)
-    results: list[_Result] = []
+    from senet_fused.backends.triton import launch
 
     def say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
+    facts = launch.device_facts(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
+    versions = {"torch": torch.__version__, "triton": machine.package_version("triton")}
+    print(f"{name}, torch {versions['torch']}, triton {versions['triton']}")
+    if device.type == "cpu":
+        print("in Triton's interpreter the times mean nothing")
+    tuner = _Tuner(device, facts, args.candidates, say)
+    rows: list[dict[str, str]] = []
     try:
         # On the way out launch.py forgets what it has looked up, and the next call finds the new plans.
-        with torch.no_grad(), launch.using({}):
-            for number, task in enumerate(tasks, 1):
-                print(f"[{number}/{len(tasks)}] {task.label} {task.direction}", file=sys.stderr, flush=True)
-                result = tuner.tune(task, say)
-                results.append(result)
-                if result.error is not None:
-                    say(result.error)
+        with launch.using({}):
+            for number, (problem, case) in enumerate(tasks.items(), 1):
+                label = _label(case)
+                print(f"[{number}/{len(tasks)}] {label} {case.direction}", file=sys.stderr, flush=True)
+                row = {"problem": label, "direction": case.direction}
+                try:
+                    default, best, default_s, best_s = tuner.tune(case, problem)
+                except Exception as error:  # out of memory, say: the other layers may do
+                    rows.append(row | {"error": describe(error)})
+                    say(describe(error))
                     continue
-                change = _change(result.default, result.best) or "the default plan"
-                times = f"{1e6 * result.best_s:.1f} us, default {1e6 * result.default_s:.1f} us"
-                reason = f"timed on {name}: {change}; {times}"
-                key = facts, task.problem
-                plan = dataclasses.replace(result.best, reason=reason)
-                tuned.merge(path, {key: plan}, {key: _remarks(result, name)})
+                change, best_us, default_us = _change(default, best), 1e6 * best_s, 1e6 * default_s
+                timed = {"on": name, "layer": label, "us": round(best_us, 2), "default_us": round(default_us, 2)}
+                timed |= versions | {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+                reason = (
+                    f"timed on {name}: {change or 'the default plan'}; {best_us:.1f} us, default {default_us:.1f} us"
+                )
+                key = facts, problem
+                tuned.merge(path, {key: dataclasses.replace(best, reason=reason)}, {key: {"timed": timed}})
+                times = {"default us": f"{default_us:.1f}", "best us": f"{best_us:.1f}"}
+                rows.append(row | times | {"ratio": ratio_label(default_s / best_s), "what changed": change or "-"})
     finally:
-        _print_table(results)
-        count = sum(result.error is None for result in results)
+        show([Table("", rows)] if rows else [], sys.stdout)
+        count = sum("error" not in row for row in rows)
         print(f"\n{count} plan(s) written to {path}")
         in_use = tuned.path_in_use()
         if count and (in_use is None or in_use.resolve() != path.resolve()):
             print(f"which is not in use; to use it: {tuned.VARIABLE}={path}")
-    return 1 if any(result.error is not None for result in results) else 0
+    return 1 if any("error" in row for row in rows) else 0
