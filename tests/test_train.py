@@ -551,7 +551,7 @@ def test_half_a_cosine():
     [
         (["--lr", "0"], "no learning rate: it must be above 0"),
         (["--lr", "nan"], "no learning rate"),
-        (["--epochs", "0"], "no positive integer"),
+        (["--epochs", "0"], "must be a positive integer"),
         (["--momentum", "1"], "not a number from 0 to below 1"),
         (["--channels-last", "--contiguous"], "not allowed with"),
     ],

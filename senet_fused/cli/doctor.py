@@ -22,19 +22,13 @@ from senet_fused.backends.triton import tuned
 from senet_fused.bench import buffers, oracle, providers, runner
 from senet_fused.bench.problems import LAYOUTS, OPS, Case, cases
 
-from .tune import DTYPES, cuda_problem, problem_of
+from .tune import DTYPES, cuda_problem, label_of, problem_of
 
 __all__ = ["add_arguments", "run"]
 
 _PACKAGES = ("torch", "numpy", "triton", "rich", "matplotlib", "scikit-learn")
 _OLDEST_TORCH = (2, 11)
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "GOMP_CPU_AFFINITY",
-    "KMP_AFFINITY",
-)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _SHAPE = "2,24,3,5,7"  # of the self-test
 _AN_H200 = "an H200, as there is no GPU here that these kernels serve"
 _PREFIX = "SENET_FUSED_"
@@ -69,16 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the subcommand."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument(
-        "--backend",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="backends that have to be available: cpu, reference, ...",
-    )
-    parser.add_argument(
-        "--plan", metavar="N,C,R,H,W", help="print the plans of the CUDA and Triton kernels for this layer, and stop"
-    )
+    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="backends that have to be available")
+    parser.add_argument("--plan", metavar="N,C,R,H,W", help="print the GPU kernels' plans for this layer, and stop")
     parser.add_argument(
         "--op",
         default="se",
@@ -96,17 +82,11 @@ class _Report:
         self.problems: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def section(self, title: str) -> None:
-        print(f"\n{title}")
-
     def fact(self, name: str, value: object) -> None:
         print(f"  {name:<14} {value}")
 
     def problem(self, what: str, remedy: str) -> None:
         self.problems[what] = remedy
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def finish(self) -> int:
         for text in self.notes:
@@ -119,7 +99,7 @@ class _Report:
 
 def _installation(report: _Report) -> None:
     package = Path(senet_fused.__file__).parent
-    report.section("installed")
+    print("\ninstalled")
     report.fact("senet_fused", f"{senet_fused.__version__} in {package}")
     revision = machine.revision()
     if revision is not None:
@@ -136,7 +116,7 @@ def _installation(report: _Report) -> None:
             f"pip install 'torch>={'.'.join(map(str, _OLDEST_TORCH))}'",
         )
     for interface in torch_private.missing():
-        report.note(f"torch {torch.__version__} has no {interface.name}: {interface.without}")
+        report.notes.append(f"torch {torch.__version__} has no {interface.name}: {interface.without}")
     try:
         from senet_fused import _plan
     except ImportError as error:
@@ -158,32 +138,30 @@ def _installation(report: _Report) -> None:
 
 
 def _processor(report: _Report) -> None:
-    report.section("processor")
+    print("\nprocessor")
     report.fact("cpu", f"{machine.cpu_name()}, {machine.cpus()} usable of {os.cpu_count()}")
     report.fact("features", " ".join(machine.cpu_features()) or "the system does not say")
     report.fact("last cache", f"{machine.last_level_cache_bytes() / 2**20:.0f} MiB")
     report.fact("threads", f"{torch.get_num_threads()} (PyTorch, intra-op)")
-    if torch.version.cuda is None and torch.version.hip is None:
-        report.fact("gpu", "this PyTorch is built without GPU support")
-    else:
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        report.fact("gpu", ", ".join(names) or "none found")
+    none = "none found" if torch.version.cuda or torch.version.hip else "this PyTorch is built without GPU support"
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    report.fact("gpu", ", ".join(names) or none)
     if torch.get_num_threads() > machine.cpus():
-        report.note(
+        report.notes.append(
             f"PyTorch uses {torch.get_num_threads()} threads on {machine.cpus()} processors; one each is "
             "faster: OMP_NUM_THREADS or torch.set_num_threads()"
         )
 
 
 def _environment(report: _Report, unavailable: dict[str, str | None], isa: str | None) -> None:
-    report.section("environment")
+    print("\nenvironment")
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX)}
     threads = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
     for name, value in (found | threads).items():
         about = _ENVIRONMENT.get(name, "")
         report.fact(name, f"= {value}" + (f"  ({about})" if about else ""))
         if name in found and not about:
-            report.note(f"{name} is no variable of this package; it has {', '.join(_ENVIRONMENT)}")
+            report.notes.append(f"{name} is no variable of this package; it has {', '.join(_ENVIRONMENT)}")
     if not found and not threads:
         report.fact("none", f"of {_PREFIX}* and the thread settings")
 
@@ -203,9 +181,8 @@ def _statuses() -> list[backends.BackendStatus]:
     try:
         return backends.status()
     except RuntimeError as error:
-        states = {name: (name == "reference", str(error)) for name in backends.NAMES}
-        states["reference"] = (True, "plain PyTorch, any device")
-        return [backends.BackendStatus(name, *state) for name, state in states.items()]
+        reasons = dict.fromkeys(backends.NAMES, str(error)) | {"reference": "plain PyTorch, any device"}
+        return [backends.BackendStatus(name, name == "reference", reason) for name, reason in reasons.items()]
 
 
 def _require(report: _Report, name: str, who: str, unavailable: dict[str, str | None]) -> None:
@@ -237,10 +214,10 @@ def _self_test(name: str) -> tuple[int, list[str]]:
         provider = providers.BUILDERS["fused"](case, weights, "linear", name)
         found = providers.results(provider, case, buffers.check_inputs(case, weights, device))
         if provider.path() != name:
-            return len(todo), [f"{_what(case)}: backend {provider.path()!r} served the calls"]
+            return len(todo), [f"{label_of(case)}: backend {provider.path()!r} served the calls"]
         verdict = oracle.judge(case, found, exact, stock_errors, plain, ours=True)
         if verdict.wrong is not None:
-            wrong.append(f"{_what(case)}: {verdict.wrong}")
+            wrong.append(f"{label_of(case)}: {verdict.wrong}")
     return len(todo), wrong
 
 
@@ -250,14 +227,9 @@ def _expected(case: Case, device: torch.device) -> runner.Judge:
     return runner.appoint(case, buffers.make_weights(case, device), device)
 
 
-def _what(case: Case) -> str:
-    behind = ", BatchNorm -> SE -> + residual -> ReLU" if case.op == "tail" else " with residual and relu"
-    return f"{case.dtype} {case.layout}{behind if case.residual else ''}"
-
-
 def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
     """Prints the backends and their self-tests; returns why each cannot run (None: it can), and the kernels' ISA."""
-    report.section("backends")
+    print("\nbackends")
     unavailable: dict[str, str | None] = {}
     for status in _statuses():
         unavailable[status.name] = None if status.available else status.reason
@@ -288,7 +260,7 @@ def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:
         for choice, dtypes in choices.items():
             report.fact("", f"takes {choice.backend!r} for {', '.join(dtypes)} on a GPU: {choice.reason}")
     if automatic == "reference" and "cpu" in unavailable:
-        report.note(
+        report.notes.append(
             f"nothing is fused on this installation, all calls run in plain PyTorch; to change that: {_REINSTALL}"
         )
     return unavailable, isa
@@ -333,28 +305,11 @@ def _cuda_facts() -> tuple[Any, str]:
     return cuda.facts_of_h200(), _AN_H200
 
 
-def _which_auto_takes(dtype: str) -> str:
-    """The backend for GPU tensors under "auto", and why: here, or as it would be on an H200."""
-    if torch.cuda.is_available():
-        backend, reason = select.choose("auto", "cuda", getattr(torch, dtype))
-        return f"auto takes {backend!r} here: {reason}"
-    try:
-        compiled = cuda.architectures()
-        why_not = f"the library was built for {' '.join(compiled)} (reinstall with TORCH_CUDA_ARCH_LIST=9.0)"
-        if any(cuda.covers(architecture, (9, 0)) for architecture in compiled):
-            return "auto would take 'cuda' on an H200: it comes before triton, and the library has kernels for it"
-    except RuntimeError as error:
-        why_not = str(error)
-    if machine.package_version("triton"):
-        return f"auto would take 'triton' on an H200: not cuda: {why_not}; triton is installed"
-    why_not += "; not triton: triton is not installed (pip install triton)"
-    return f"auto would take 'reference' on an H200: not cuda: {why_not}"
-
-
 def _print_plans(case: Case) -> None:
     """Prints both kernel backends' plans of one layer. Raises ValueError if the file of tuned plans cannot be read."""
-    print(f"{case.label} {_what(case)}")
-    print(_which_auto_takes(case.dtype))
+    print(label_of(case))
+    backend, reason = select.choose("auto", "cuda", getattr(torch, case.dtype))
+    print(f"auto takes {backend!r} for these tensors on a GPU: {reason}")
     problems = {name: problem_of(case, name == "backward") for name in ("forward", "backward")}
     try:
         from senet_fused import _plan

@@ -33,7 +33,7 @@ from senet_fused.bench.problems import LAYOUTS, OPS, POST_ACTS, Case, cases
 from senet_fused.bench.tables import Table, ratio_label, show
 from senet_fused.bench.timing import Rotation, Settings, describe, interleave
 
-__all__ = ["DIRECTIONS", "DTYPES", "add_arguments", "contenders", "cuda_problem", "problem_of", "run", "variations"]
+__all__ = ["DTYPES", "add_arguments", "contenders", "cuda_problem", "label_of", "problem_of", "run", "variations"]
 
 DIRECTIONS = ("forward", "backward")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in backend.DTYPES)
@@ -75,21 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="se: the SE layer (default); tail: BatchNorm in training -> SE -> + residual -> ReLU",
     )
     add_layers(what)
-    what.add_argument(
-        "--batch", type=positive(int), default=64, metavar="N", help="batch size for --problem (default 64)"
-    )
+    what.add_argument("--batch", type=positive(int), default=64, metavar="N", help="of --problem (default 64)")
     what.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=DTYPES, help="default bfloat16")
     what.add_argument("--layout", nargs="+", default=["channels_last"], choices=LAYOUTS, help="default channels_last")
     what.add_argument("--direction", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="default both")
     what.add_argument("--residual", action="store_true", help="add a shortcut behind the layer (a tail has one)")
-    what.add_argument(
-        "--post-act", default="none", choices=POST_ACTS, help="take an activation at the end (a tail has relu)"
-    )
+    what.add_argument("--post-act", default="none", choices=POST_ACTS, help="activation at the end (a tail has relu)")
 
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--candidates", type=positive(int), default=24, metavar="N", help="plans per layer and direction (default 24)"
-    )
+    about = "plans per layer and direction (default 24)"
+    how.add_argument("--candidates", type=positive(int), default=24, metavar="N", help=about)
     how.add_argument(
         "--device",
         default="cuda",
@@ -128,14 +123,15 @@ def problem_of(case: Case, backward: bool) -> Problem:
     )
 
 
+def label_of(case: Case) -> str:
+    """``8 x 256/16 @ 56x56 bfloat16 channels_last tail``."""
+    behind = (" + residual" if case.residual else "") + (" relu" if case.post_act == "relu" else "")
+    return f"{case.label} {case.dtype} {case.layout}{' tail' if case.op == 'tail' else behind}"
+
+
 def cuda_problem(batch: int, problem: Problem) -> cuda.Problem:
     """The same problem as the planner of the CUDA kernels takes it."""
     return cuda.Problem(batch, **dataclasses.asdict(problem))
-
-
-def _launched(plan: Plan) -> Plan:
-    """What two plans have to differ in to be two."""
-    return dataclasses.replace(plan, reason="")
 
 
 def variations(p: Problem, plan: Plan, facts: DeviceFacts) -> Iterator[Plan]:
@@ -169,7 +165,8 @@ def contenders(p: Problem, facts: DeviceFacts, at_most: int) -> list[Plan]:
     counted = candidates(p, facts)
     varied = itertools.chain.from_iterable(variations(p, plan, facts) for plan in counted[:_VARIED])
     turns = itertools.chain.from_iterable(itertools.zip_longest(counted[1:], varied))
-    found = {_launched(plan): plan for plan in (counted[0], *filter(None, turns))}
+    # Plans that launch the same are one.
+    found = {dataclasses.replace(plan, reason=""): plan for plan in (counted[0], *filter(None, turns))}
     return list(found.values())[:at_most]
 
 
@@ -375,11 +372,6 @@ def _check_file(args: argparse.Namespace) -> Path:
     return path
 
 
-def _label(case: Case) -> str:
-    behind = (" + residual" if case.residual else "") + (" relu" if case.post_act == "relu" else "")
-    return f"{case.label} {case.dtype} {case.layout}{' tail' if case.op == 'tail' else behind}"
-
-
 def run(args: argparse.Namespace) -> int:
     """Tunes, writes the file after each layer, and prints the table; 1 if a default plan was wrong or failed.
 
@@ -406,7 +398,7 @@ def run(args: argparse.Namespace) -> int:
         # On the way out launch.py forgets what it has looked up, and the next call finds the new plans.
         with launch.using({}):
             for number, (problem, case) in enumerate(tasks.items(), 1):
-                label = _label(case)
+                label = label_of(case)
                 print(f"[{number}/{len(tasks)}] {label} {case.direction}", file=sys.stderr, flush=True)
                 row = {"problem": label, "direction": case.direction}
                 try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 
 import senet_fused
 from senet_fused import select
-from senet_fused.arguments import RequestError, positive, require_writable
+from senet_fused.arguments import RequestError, between, positive, require_writable
 from senet_fused.bench import report as bench
 from senet_fused.bench.runner import computing
 from senet_fused.bench.tables import Table, ratio_label, show, time_label
@@ -33,22 +32,6 @@ __all__ = ["add_arguments", "run"]
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def _from_to(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    """The argparse type of a number between two others, inclusive."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            number = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {number} from {low} to {high}, got {text!r}")
-        return value
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options to a parser."""
     parser.epilog = (
@@ -58,15 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     yes_or_no = argparse.BooleanOptionalAction
 
     def number(name: str, kind: Callable[[str], Any], value: Any, about: str, metavar: str = "N") -> None:
-        parser.add_argument(
-            name, type=kind, default=value, metavar=metavar, help=f"{about} (default: {value})".replace("%", "%%")
-        )
+        parser.add_argument(name, type=kind, default=value, metavar=metavar, help=f"{about} (default: {value})")
 
     number("--epochs", positive(int), 10, "passes over the training images")
-    number("--batch-size", _from_to(int, 2, IMAGES - HELD_OUT), 64, "images in a step")
-    number("--image-size", _from_to(int, 8, 64), 24, "pixels a side that the images are enlarged to")
-    number("--seed", _from_to(int, 0, 2**32 - 1), 0, "seed of weights, held-out images and batches")
-    number("--min-accuracy", _from_to(float, 0, 100), 97.0, "% of held-out images that each network must get right")
+    number("--batch-size", between(int, 2, IMAGES - HELD_OUT), 64, "images in a step")
+    number("--image-size", between(int, 8, 64), 24, "pixels a side that the images are enlarged to")
+    number("--seed", between(int, 0, 2**32 - 1), 0, "seed of weights, held-out images and batches")
+    number("--min-accuracy", between(float, 0, 100), 97.0, "of held-out images that must be right", "PERCENT")
     about = "of FusedSE and FusedSETail (default: $SENET_FUSED_BACKEND, else auto)"
     parser.add_argument("--backend", choices=select.BACKEND_CHOICES, help=about)
     about = "also train the network with FusedSETail: BatchNorm -> SE -> + shortcut -> ReLU as one operator"
@@ -97,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     draw(report, args.out)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    written = f"{args.out} and {args.json}" if args.json else args.out
-    print(f"Written: {written}. {time.perf_counter() - start:.0f} s in all.")
+    print(f"Written: {args.out}{f' and {args.json}' if args.json else ''}. {time.perf_counter() - start:.0f} s in all.")
     return _failed(report["problems"])
 
 
@@ -113,16 +93,16 @@ def _check_request(args: argparse.Namespace) -> None:
     try:
         import matplotlib.figure  # noqa: F401
         import sklearn.datasets  # noqa: F401
+
+        senet_fused.explain(torch.empty(1, 1, 1, 1), backend=args.backend)
     except ImportError as error:
         raise RequestError(f'{error}; what the demo needs comes with pip install "senet_fused[demo]"') from None
+    except senet_fused.BackendUnavailableError as error:
+        raise RequestError(str(error)) from None
     if args.out.suffix.lower() not in PICTURES:
         raise RequestError(f"--out {args.out}: unknown kind of picture; end it in {', '.join(PICTURES)}")
     for path in filter(None, (args.out, args.json)):
         require_writable(path)
-    try:
-        senet_fused.explain(torch.empty(1, 1, 1, 1), backend=args.backend)
-    except senet_fused.BackendUnavailableError as error:
-        raise RequestError(str(error)) from None
 
 
 def _print(report: dict[str, Any]) -> None:

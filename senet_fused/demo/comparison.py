@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     print(title)
     for key in compared:
         tensors = check_same_weights(stock.network, networks[key].network)
-    names = _listed(NAMES[key] for key in compared)
+    names = ", ".join(NAMES[key] for key in compared)
     print(f"Networks: {names}; all {tensors} initial parameters and buffers are equal")
     print(f"Backend of the fused layers: {backend} ({reason})", flush=True)
 
@@ -105,8 +105,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 )
         if done % batches == 0:
             shares = {key: accuracy(c.network, held_images, held_targets) for key, c in compared.items()}
-            means = _listed(f"{statistics.fmean(c.losses[-batches:]):.4f}" for c in compared.values())
-            percentages = _listed(f"{share:.2%}" for share in shares.values())
+            means = ", ".join(f"{statistics.fmean(c.losses[-batches:]):.4f}" for c in compared.values())
+            percentages = ", ".join(f"{share:.2%}" for share in shares.values())
             print(f"epoch {done // batches}: mean loss {means}, held-out accuracy {percentages}", flush=True)
     counts = Counter(senet_fused.call_counts()) - before
 
@@ -120,7 +120,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         "title": title,
         "backend": backend,
-        "backend_reason": reason,
         "call_counts": dict(sorted(counts.items())),
         "accuracy": shares,
         "loss": {key: c.losses for key, c in networks.items()},
@@ -145,11 +144,6 @@ def layer_cases(args: argparse.Namespace, op: str) -> list[Case]:
         found.append(Case("demo", args.batch_size, Shape(channels, channels // REDUCTION, (size, size), blocks), **how))
         size, channels = (size + 1) // 2, 2 * channels
     return found
-
-
-def _listed(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def contenders(args: argparse.Namespace, images: Tensor, backend: str) -> dict[str, Contender]:

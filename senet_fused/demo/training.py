@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 
 __all__ = ["Contender", "accuracy", "nudge", "train"]
 
@@ -49,9 +50,9 @@ def train(contenders: list[Contender], targets: Tensor, epochs: int, batch_size:
     runs = []
     for contender in contenders:
         optimizer = torch.optim.SGD(contender.network.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK_LEARNING_RATE, max(8, epochs * batches), pct_start=0.25, cycle_momentum=False
-        )  # which divides by 0.25 * steps - 1
+        # The quarter in which the rate rises has to be of more than one step.
+        total = max(8, epochs * batches)
+        schedule = OneCycleLR(optimizer, PEAK_LEARNING_RATE, total, pct_start=0.25, cycle_momentum=False)
         runs.append((contender, optimizer, schedule))
     done = 0
     for _ in range(epochs):
