@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["main", "parse"]
 
 # What a command is about, by its name; then the modules, which have add_arguments and run.
 _COMMANDS = {
@@ -68,12 +68,16 @@ def _module(command: str) -> Any:
     return importlib.import_module(_MODULES[command])
 
 
+def parse(argv: Sequence[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
+    """The command (None: none is named), its options, and the words behind its name. Exits with 2 for wrong usage."""
+    command = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in _MODULES), None)
+    rest = list(argv[len(command.split()) :]) if command else []
+    return command, _parser(command).parse_args(rest if command in _OF_BENCH else argv), rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status (2 for a request that cannot be met)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in _MODULES), None)
-    rest = argv[len(command.split()) :] if command else argv
-    args = _parser(command).parse_args(rest if command in _OF_BENCH else argv)
+    command, args, rest = parse(sys.argv[1:] if argv is None else argv)
     if command is None:
         if not args.version:
             _parser(None).print_help()

@@ -27,7 +27,6 @@ from .tune import DTYPES, cuda_problem, label_of, problem_of
 __all__ = ["add_arguments", "run"]
 
 _PACKAGES = ("torch", "numpy", "triton", "rich", "matplotlib", "scikit-learn")
-_OLDEST_TORCH = (2, 11)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _SHAPE = "2,24,3,5,7"  # of the self-test
 _AN_H200 = "an H200, as there is no GPU here that these kernels serve"
@@ -109,12 +108,6 @@ def _installation(report: _Report) -> None:
         # torch's own text tells its CPU and CUDA builds apart.
         version = torch.__version__ if name == "torch" else machine.package_version(name)
         report.fact(name, version or "not installed")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < _OLDEST_TORCH:
-        report.problem(
-            f"torch {torch.__version__} is older than any this package is tried with",
-            f"pip install 'torch>={'.'.join(map(str, _OLDEST_TORCH))}'",
-        )
     for interface in torch_private.missing():
         report.notes.append(f"torch {torch.__version__} has no {interface.name}: {interface.without}")
     try:

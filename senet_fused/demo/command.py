@@ -121,10 +121,8 @@ def _print(report: dict[str, Any]) -> None:
         }
         for key in keys
     ]
-    notes = [
-        f"Medians on {threads} CPU thread{'s' * (threads > 1)}, the variants in turns. SE layers, BatchNorm to ReLU: "
-        "forward and backward, the sum over the blocks; single ones are above.",
-    ]
+    cpu = f"{threads} CPU thread{'s' * (threads > 1)}"
+    notes = [f"Medians on {cpu}, the variants in turns; of layers: forward and backward, the sum over all blocks."]
     show([Table(report["title"], rows, notes)], sys.stdout)
     print()
     for key in [*keys[1:], *(["nudged"] if "nudged" in report["distance"] else [])]:
