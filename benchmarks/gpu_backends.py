@@ -19,7 +19,7 @@ import torch
 from senet_fused import backends
 from senet_fused.backends import cuda
 from senet_fused.bench.problems import GPU_BACKENDS, OPS, Case
-from senet_fused.tune import cuda_problem, problem_of
+from senet_fused.cli.tune import cuda_problem, problem_of
 
 __all__ = ["add_arguments", "counted_launches", "forget_launches", "of_tests", "refusal", "strategy"]
 

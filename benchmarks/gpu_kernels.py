@@ -28,7 +28,7 @@ import torch
 
 from senet_fused.backends import cuda
 from senet_fused.backends.triton import plan as planner
-from senet_fused.tune import cuda_problem
+from senet_fused.cli.tune import cuda_problem
 
 with gpu_backends.of_tests():
     import oracle

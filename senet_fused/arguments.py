@@ -1,28 +1,39 @@
-"""What the subcommands share: their error, and the checks of arguments. No torch until it is needed."""
+"""What the commands share: their error, and checks of arguments. Imports torch only where it is needed."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RequestError", "check_device", "positive", "require_writable"]
+__all__ = ["RequestError", "between", "check_device", "positive", "require_writable"]
 
 
 class RequestError(ValueError):
-    """What was asked for cannot be done; the message says why and what to write instead."""
+    """The request cannot be met; the message says why, and what to write instead."""
 
 
-def positive(kind: type) -> Any:
+def positive(kind: type) -> Callable[[str], Any]:
     """The argparse type of a finite number above zero."""
+    number = "integer" if kind is int else "number"
+    return _checked(kind, lambda value: 0 < value < float("inf"), f"a positive {number}")
 
+
+def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """The argparse type of a number from low to high, inclusive."""
+    number = "an integer" if kind is int else "a number"
+    return _checked(kind, lambda value: low <= value <= high, f"{number} from {low} to {high}")
+
+
+def _checked(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            value = -1
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive {'integer' if kind is int else 'number'}")
+            value = float("nan")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
     return read

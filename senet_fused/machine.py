@@ -13,9 +13,9 @@ __all__ = ["cpu_features", "cpu_name", "cpus", "last_level_cache_bytes", "packag
 
 # The features that decide which compiled kernels can run, or what a reader wants to know of a timing.
 _FEATURES = (
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
-    "avx512_fp16", "amx_bf16", "asimd", "fphp", "asimdhp", "bf16", "sve", "sve2",
-)  # fmt: skip
+    "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_fp16 amx_bf16 "
+    "asimd fphp asimdhp bf16 sve sve2"
+).split()
 _FALLBACK_CACHE_BYTES = 32 * 2**20
 
 

@@ -42,6 +42,4 @@ def parsed(call, program):
     if words[0].startswith("benchmarks/"):
         return program(Path(words[0]).stem).parse(words[1:])
     words = words[words.index("senet_fused") + 1 :] if "senet_fused" in words else []
-    if words[:2] == ["bench", "model"]:
-        return cli._parser_of_bench("model").parse_args(words[2:])
-    return cli._parser(words[0]).parse_args(words) if words else None
+    return cli.parse(words)[1] if words else None

@@ -46,7 +46,8 @@ def test_the_module_runs_as_a_program():
 def test_help_imports_nothing_that_only_a_run_needs():
     code = (
         "import sys; from senet_fused import cli; from contextlib import suppress\n"
-        "for words in (['bench'], ['bench', 'compare'], ['bench', 'model'], ['tune'], ['train']):\n"
+        "for words in (['bench'], ['bench', 'compare'], ['bench', 'model'], ['tune'], ['fuse-check'],\n"
+        "              ['train']):\n"
         "    with suppress(SystemExit): cli.main([*words, '--help'])\n"
         "heavy = ['senet_fused.bench.runner', 'senet_fused.demo', 'matplotlib', 'rich', 'sklearn', 'triton',\n"
         "         'senet_fused.bench.model_run', 'senet_fused.bench.zoo', 'timm', 'torchvision', 'torchdata',\n"
@@ -75,9 +76,9 @@ def test_wrong_usage_exits_with_2(argv, capsys):
 
 
 def test_demo_is_the_training_demo(monkeypatch):
-    from senet_fused.demo import digits
+    from senet_fused.demo import command
 
-    monkeypatch.setattr(digits, "run", lambda args: 40 + args.seed)
+    monkeypatch.setattr(command, "run", lambda args: 40 + args.seed)
     assert cli.main(["demo", "--seed", "2"]) == 42
 
 

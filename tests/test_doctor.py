@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import senet_fused
-from senet_fused import backends, cli, doctor, machine, select
+from senet_fused import backends, cli, machine, select
 from senet_fused.backends import cuda
 from senet_fused.backends.triton import plan as planner
 from senet_fused.backends.triton import tuned
+from senet_fused.bench import providers
+from senet_fused.cli import doctor
 
-REAL = senet_fused.squeeze_excite
 UNAVAILABLE = [
     backends.BackendStatus("cpu", False, "the compiled library is not there"),
     backends.BackendStatus("reference", True, "plain PyTorch"),
@@ -55,8 +56,9 @@ def test_it_says_what_is_installed_and_tests_every_backend(examine):
         assert fact in text
     for backend in backends.status():
         assert f"  {backend.name:<14} {'available' if backend.available else 'not available'}: " in text
-    judged = [13 * len(backends.dtypes(backend.name)) for backend in backends.status() if backend.available]
-    assert [int(line.split()[2]) for line in text.splitlines() if "self-test passed: " in line] == judged
+    # SE layer, with residual and relu, block tail; contiguous, channels_last.
+    checks = [6 * len(backends.dtypes(backend.name)) for backend in backends.status() if backend.available]
+    assert [int(line.split()[2]) for line in text.splitlines() if "self-test passed: " in line] == checks
 
 
 def test_a_missing_backend_is_in_order_unless_it_is_asked_for(monkeypatch, examine):
@@ -109,41 +111,63 @@ class OffBackward(torch.autograd.Function):
         return dy * 1.05
 
 
+def built_as(change):
+    """The builder of the fused layer, with its output changed."""
+    real = providers.BUILDERS["fused"]
+
+    def build(case, weights, form, backend):
+        provider = real(case, weights, form, backend)
+        forward = provider.forward
+        provider.forward = lambda x, residual: change(forward(x, residual))
+        return provider
+
+    return build
+
+
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
-        (lambda y: y * 1.05, "float32: y is off"),
+        (lambda y: y * 1.05, "@ 5x7 float32 contiguous: wrong output: y is off"),
         (lambda y: torch.where(torch.arange(y.shape[-1]) == 6, torch.nan, y), "y is off by inf"),
-        (OffBackward.apply, "float32: dx is off"),
+        (OffBackward.apply, "@ 5x7 float32 contiguous: wrong output: dx is off"),
     ],
 )
 def test_a_backend_that_computes_wrongly_fails_its_self_test(monkeypatch, examine, wrong, names):
     monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
-    monkeypatch.setattr(senet_fused, "squeeze_excite", lambda *args, **options: wrong(REAL(*args, **options)))
+    monkeypatch.setitem(providers.BUILDERS, "fused", built_as(wrong))
     status, text = examine()
     assert status == 1
     assert "self-test FAILED" in text and "PROBLEM: the self-test of 'reference' fails: " in text
     assert names in text and "to do: do not trust this backend" in text
 
 
+def test_a_tail_that_computes_wrongly_fails_the_self_test(monkeypatch):
+    real = senet_fused.block_tail
+    monkeypatch.setattr(senet_fused, "block_tail", lambda *args, **options: real(*args, **options) * 1.05)
+    checks, wrong = doctor._self_test("reference")
+    assert len(wrong) == checks // 3 and all(" tail: wrong output: y is off" in line for line in wrong)
+
+
 def test_a_self_test_that_another_backend_answers_fails(monkeypatch, examine):
+    real = providers.BUILDERS["fused"]
     monkeypatch.setattr(backends, "status", lambda: [backends.BackendStatus("cpu", True, "so it says")])
     monkeypatch.setattr(backends.native, "instruction_set", lambda: "baseline")
-    monkeypatch.setattr(
-        senet_fused,
-        "squeeze_excite",
-        lambda *args, **options: REAL(*args, **(options | {"backend": "reference"})),
+    monkeypatch.setitem(
+        providers.BUILDERS, "fused", lambda case, weights, form, backend: real(case, weights, form, "reference")
     )
     status, text = examine()
-    assert status == 1 and "the self-test of 'cpu' fails: another backend served the calls" in text
+    assert status == 1
+    assert (
+        "the self-test of 'cpu' fails: 2 x 24/3 @ 5x7 float32 contiguous: backend 'reference' served the calls" in text
+    )
 
 
 def test_a_backend_that_raises_is_reported(monkeypatch, examine):
-    def broken(*args, **options):
+    def broken(y):
         raise RuntimeError("illegal instruction")
 
     monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
-    monkeypatch.setattr(senet_fused, "squeeze_excite", broken)
+    monkeypatch.setitem(providers.BUILDERS, "fused", built_as(broken))
     status, text = examine()
     assert status == 1 and "fails: RuntimeError: illegal instruction" in text
 
@@ -186,13 +210,13 @@ LAYER = planner.Problem(256, 16, 56 * 56)
 
 def test_the_file_of_tuned_plans_is_named(monkeypatch, examine, tmp_path):
     monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [])
+    monkeypatch.setattr(doctor, "_triton_facts", lambda: [])
     status, text = examine()
     assert status == 0 and "  tuned plans    none\n" in text
 
     tuned.write(tuned.default_path(), {(H200, LAYER): planner.plan(LAYER, H200)})
     assert f"  tuned plans    1 in {tuned.default_path()}\n" in examine()[1]
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [planner.DeviceFacts("cuda", 80, 108)])
+    monkeypatch.setattr(doctor, "_triton_facts", lambda: [planner.DeviceFacts("cuda", 80, 108)])
     assert f"1 in {tuned.default_path()}, 0 of them for the GPUs here\n" in examine()[1]
 
     monkeypatch.setenv("SENET_FUSED_PLANS", str(tmp_path / "none.json"))
@@ -205,7 +229,7 @@ def test_the_file_of_tuned_plans_is_named(monkeypatch, examine, tmp_path):
 
 
 def test_the_plans_of_a_layer(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [])
+    monkeypatch.setattr(doctor, "_triton_facts", lambda: [])
     assert cli.main(["doctor", "--plan", "64,256,16,56,56"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("64 x 256/16 @ 56x56 bfloat16 channels_last\nauto ")
@@ -220,7 +244,7 @@ def test_the_plans_of_a_layer(monkeypatch, capsys, tmp_path):
     text = capsys.readouterr().out
     assert "forward: launches, tuned\n" in text and "backward: partials, counted\n" in text
 
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [planner.DeviceFacts("hip", "gfx942", 304, 64)])
+    monkeypatch.setattr(doctor, "_triton_facts", lambda: [planner.DeviceFacts("hip", "gfx942", 304, 64)])
     assert cli.main(["doctor", "--plan", "8,64,4,7,7", "--layout", "contiguous", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
     assert "triton, for the GPU here (hip gfx942, 304 multiprocessors)" in text and "rows: 1 sample(s)" in text
@@ -285,16 +309,15 @@ def test_without_the_compiled_planner_triton_s_plan_is_there(monkeypatch, capsys
 def test_the_plans_of_a_tail(monkeypatch, capsys):
     native = pytest.importorskip("senet_fused._plan", exc_type=ImportError)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [])
+    monkeypatch.setattr(doctor, "_triton_facts", lambda: [])
     asked = []
     monkeypatch.setattr(planner, "plan", lambda p, facts: asked.append(p) or planner.candidates(p, facts)[0])
     real = cuda.plan_of
     monkeypatch.setattr(cuda, "plan_of", lambda p, facts: asked.append(p) or real(p, facts))
-    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_90",))
     assert cli.main(["doctor", "--plan", "64,2048,128,7,7", "--op", "tail"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("64 x 2048/128 @ 7x7 bfloat16 channels_last, BatchNorm -> SE -> + residual -> ReLU\n")
-    assert "\nauto would take 'cuda' on an H200: it comes before triton" in text and native
+    assert text.startswith("64 x 2048/128 @ 7x7 bfloat16 channels_last tail\n")
+    assert native and "\nauto takes " in text
     assert "\ncuda, for an H200" in text and "\ntriton, for an H200" in text
     assert text.count("  forward: ") == text.count("  backward: ") == 2
     assert [(p.norm, p.relu, p.residual, p.backward) for p in asked] == [
@@ -311,37 +334,11 @@ def test_the_plans_of_a_tail_are_its_own(capsys):
     assert "more than one value per channel" in capsys.readouterr().err
 
 
-def test_which_backend_auto_would_take_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def line():
-        assert cli.main(["doctor", "--plan", "1,8,2,4,4"]) == 0
-        return capsys.readouterr().out.splitlines()[1]
-
-    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_80", "compute_80"))
-    assert line().startswith("auto would take 'cuda' on an H200: it comes before triton, ")
-    monkeypatch.setattr(machine, "package_version", lambda name: "3.9.0")
-    monkeypatch.setattr(cuda, "architectures", lambda: ("sm_100",))
-    assert line() == (
-        "auto would take 'triton' on an H200: not cuda: the library was built for sm_100 (reinstall with "
-        "TORCH_CUDA_ARCH_LIST=9.0); triton is installed"
-    )
-
-    def none():
-        raise RuntimeError("the package was built without CUDA")
-
-    monkeypatch.setattr(cuda, "architectures", none)
-    monkeypatch.setattr(machine, "package_version", lambda name: None)
-    assert line() == (
-        "auto would take 'reference' on an H200: not cuda: the package was built without CUDA; not triton: triton is "
-        "not installed (pip install triton)"
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "_cuda_facts", lambda: (None, "a GPU"))
-    monkeypatch.setattr(doctor, "_print_cuda_plans", lambda case: None)
-    monkeypatch.setattr(doctor, "_facts_here", lambda: [H200])
+def test_which_backend_auto_takes_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(select, "choose", lambda *asked: select.Choice("cuda", f"for {asked}"))
-    assert line() == "auto takes 'cuda' here: for ('auto', 'cuda', torch.bfloat16)"
+    assert cli.main(["doctor", "--plan", "1,8,2,4,4"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == "auto takes 'cuda' for these tensors on a GPU: for ('auto', 'cuda', torch.bfloat16)"
 
 
 def test_where_there_is_a_gpu_the_report_says_what_auto_takes_for_it(monkeypatch, examine):
@@ -357,7 +354,7 @@ def test_where_there_is_a_gpu_the_report_says_what_auto_takes_for_it(monkeypatch
     monkeypatch.setattr(select, "choose", choose)
     assert "on a GPU" not in examine()[1] or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "_plans", lambda report: None)
+    monkeypatch.setattr(doctor, "_tuned_plans", lambda report: None)
     status, text = examine()
     assert status == 0
     assert "takes 'cuda' for float32, bfloat16, float16 on a GPU: cuda: serves cuda tensors\n" in text

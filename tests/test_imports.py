@@ -53,26 +53,25 @@ PYTHON = {
     "arguments": {"backends"},
     "factories": {"arguments"},
     "machine": {"senet_fused", "_plan", "backends"},
-    "doctor": {
+    "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
+    "handwritten_digits": set(),
+    "demo": {"senet_fused", "arguments", "bench", "handwritten_digits", "models", "select"},
+    "models": {"senet_fused", "parts", "torch_private"},
+    "train": {"senet_fused", "arguments", "factories", "handwritten_digits", "machine", "models"},
+    "cli": {
         "senet_fused",
         "_plan",
+        "_version",
         "accuracy",
         "arguments",
         "backends",
         "bench",
+        "demo",
         "machine",
         "select",
         "torch_private",
-        "tune",
+        "train",
     },  # fmt: skip
-    "bench": {"senet_fused", "accuracy", "arguments", "backends", "factories", "machine", "modules", "torch_private"},
-    "tune": {"senet_fused", "accuracy", "arguments", "backends", "bench", "call", "machine", "ops", "reference"},
-    "fuse_check": {"senet_fused", "arguments", "bench"},
-    "handwritten_digits": set(),
-    "demo": {"senet_fused", "handwritten_digits", "machine", "select"},
-    "models": {"senet_fused", "parts", "torch_private"},
-    "train": {"senet_fused", "arguments", "factories", "handwritten_digits", "machine", "models"},
-    "cli": {"senet_fused", "arguments", "bench", "demo", "doctor", "fuse_check", "train", "tune"},
     "__main__": {"cli"},
 }
 # Imported upwards, when a function is called: FusedSE.from_module has fusion examine somebody's layer.
@@ -201,7 +200,7 @@ def test_the_rules_have_no_circle_and_no_way_up():
     for name in CORE:
         assert below(name) <= {*CORE, "_plan"}
     importers = {name for name in PYTHON if PYTHON[name] & {"bench", "demo", "train"}}
-    assert importers == {"cli", "doctor", "fuse_check", "tune"}
+    assert importers == {"cli", "demo"}
     assert set(PYTHON) >= set(python_graph(PACKAGE))
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
 import senet_fused
-from senet_fused import cli, tune
+from senet_fused import cli
 from senet_fused.backends import triton as backend
 from senet_fused.backends.triton import plan as planner
 from senet_fused.backends.triton import tuned
+from senet_fused.bench import buffers, providers
 from senet_fused.bench.problems import cases, problems
+from senet_fused.cli import tune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(backend.problem(DEVICE) is not None, reason=str(backend.problem(DEVICE)))
 if backend.problem(DEVICE) is None:
-    from senet_fused.backends.triton import launch
+    from senet_fused.backends.triton import launch, tail_launch
 
 H200, MI300 = planner.DeviceFacts("cuda", 90, 132), planner.DeviceFacts("hip", "gfx942", 304, 64)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -280,8 +283,8 @@ def test_the_command_end_to_end(path, capsys):
     assert tuning(path, "--candidates", "3") == 0
     output = capsys.readouterr()
     lines = output.out.splitlines()
-    head = next(line for line in lines if line.startswith("layer"))
-    assert head.split() == "layer direction default us best us ratio what changed".split()
+    head = next(line for line in lines if line.startswith("problem"))
+    assert head.split() == "problem direction default us best us ratio what changed".split()
     label = "2 x 16/4 @ 3x5 bfloat16 channels_last"
     rows = [line.removeprefix(label).split(maxsplit=4) for line in lines if line.startswith(label)]
     assert [row[0] for row in rows] == ["forward", "backward"]
@@ -327,44 +330,45 @@ def test_tails_are_tuned(path, capsys):
 
 @runs
 @pytest.mark.parametrize(
-    ("direction", "number", "name"), [("forward", 0, "y"), ("forward", 1, "statistics"), ("backward", 1, "dweight")]
+    ("direction", "number", "name"),
+    [("forward", "y", "y"), ("forward", "statistics", "dx"), ("backward", "dweight", "dweight")],
 )
 def test_a_wrong_default_plan_of_a_tail_is_an_error(path, monkeypatch, capsys, direction, number, name):
-    real = tune._Layer.call
+    real = getattr(tail_launch, direction)
 
-    def wrong(self, inputs, kept):
-        outputs = real(self, inputs, kept)
-        outputs[number].mul_(1.02)
-        return outputs
+    def wrong(call, results, channels_last):
+        real(call, results, channels_last)
+        getattr(results, number).mul_(1.02)
 
-    monkeypatch.setattr(tune._Layer, "call", wrong)
+    monkeypatch.setattr(tail_launch, direction, wrong)
     argv = ("--op", "tail", "--dtype", "float32", "--candidates", "1", "--direction", direction)
     assert tuning(path, *argv) == 1
     assert f"ERROR RuntimeError: the default plan is wrong: {name} is off by" in capsys.readouterr().out
 
 
 @runs
-def test_the_problem_of_a_tail_is_the_one_that_a_call_looks_up(monkeypatch):
+def test_the_problem_of_a_tail_is_the_one_that_is_timed(monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "plan_of", lambda problem, facts: asked.append(problem) or planner.plan(problem, facts))
     shapes = ("2,8,2,3,3", "2,8,3,7,7")
-    for case in cases([], shapes, op="tail", dtypes=DTYPES[:2], layouts=("contiguous", "channels_last")):
+    options = {"dtypes": DTYPES[:2], "layouts": ("contiguous", "channels_last"), "directions": ["forward+backward"]}
+    for case in cases([], shapes, op="tail", **options):
         asked.clear()
-        tail = tune._Layer(case, True, torch.device(DEVICE))
-        inputs = tune._Tuner(torch.device(DEVICE), H200, 1)._check_inputs(tail)
-        with torch.no_grad(), launch.using({}):
-            tail.call(inputs, tail.forward(inputs))
+        weights = buffers.make_weights(case, torch.device(DEVICE))
+        with launch.using({}):
+            inputs = buffers.check_inputs(case, weights, torch.device(DEVICE))
+            providers.results(tune._provider(case, weights), case, inputs)
         assert asked == [tune.problem_of(case, backward) for backward in (False, True)], case
 
 
 @pytest.mark.interpreter
 @runs
 def test_what_is_tuned_is_in_use_at_once(path, monkeypatch, capsys):
-    def times(self, task, layer, plans, say):
+    def times(self, case, problem, plans):
         return {plan: 1.0 if plan.strategy == "launches" else 2.0 for plan in plans}
 
     monkeypatch.setenv(tuned.VARIABLE, str(path))
-    monkeypatch.setattr(tune._Tuner, "_times", times)
+    monkeypatch.setattr(tune._Tuner, "times", times)
     tuned.write(path, {})
     call()
     launch.launches.clear()
@@ -379,9 +383,9 @@ def test_what_is_tuned_is_in_use_at_once(path, monkeypatch, capsys):
 @runs
 @pytest.mark.parametrize(("gain", "replaced"), [(0.019, False), (0.021, True)])
 def test_a_plan_has_to_be_faster_by_two_percent(path, monkeypatch, gain, replaced):
-    monkeypatch.setattr(tune._Tuner, "_right", lambda self, task, layer, plans, say: plans)
+    monkeypatch.setattr(tune._Tuner, "right", lambda self, case, problem, plans: plans)
     monkeypatch.setattr(
-        tune._Tuner, "_times", lambda self, task, layer, plans, say: {p: 1 - gain * (p != plans[0]) for p in plans}
+        tune._Tuner, "times", lambda self, case, problem, plans: {p: 1 - gain * (p != plans[0]) for p in plans}
     )
     assert tuning(path, "--direction", "backward", "--candidates", "2") == 0
     (((facts, problem), plan),) = tuned.read(path).items()
@@ -420,52 +424,54 @@ def test_wrong_and_failing_plans_are_left_out(path, monkeypatch, capsys, directi
     monkeypatch.setattr(tune, "contenders", few)
     seen = []
 
-    def times(self, task, layer, plans, say):
+    def times(self, case, problem, plans):
         seen.extend(plans)
         return dict.fromkeys(plans, 1.0)
 
-    monkeypatch.setattr(tune._Tuner, "_times", times)
+    monkeypatch.setattr(tune._Tuner, "times", times)
     assert tuning(path, "--direction", direction) == 0
     assert [(plan.strategy, plan.tile.warps) for plan in seen] == [("partials", 8)]
     error = capsys.readouterr().err
     assert "left out (partials -> last_block): RuntimeError: out of resource: shared memory" in error
-    name = {"forward": "gate", "backward": "dw1"}[direction]
+    name = {"forward": "dx", "backward": "dw1"}[direction]  # the gate that a forward keeps is for the backward
     assert f"left out (partials -> launches): {name} is off by 1" in error
     assert "left out (warps 8 -> 4): " in error and "is off by inf" in error
     assert [plan.strategy for plan in tuned.read(path).values()] == ["partials"]
 
 
 @runs
-def test_a_wrong_default_plan_is_an_error_and_not_kept(path, monkeypatch, capsys):
+def test_a_layer_whose_default_plan_is_wrong_is_an_error_and_not_kept(path, monkeypatch, capsys):
     real = launch.backward
 
     def wrong(call, gradients, channels_last):
         real(call, gradients, channels_last)
-        gradients.dx.mul_(1.02)
+        if call.x.shape[1] == 16:
+            gradients.dx.mul_(1.02)
 
     monkeypatch.setattr(launch, "backward", wrong)
-    assert tuning(path, "--candidates", "1") == 1
+    assert tuning(path, "--candidates", "1", "--shape", "2,8,2,3,3") == 1
     output = capsys.readouterr().out
-    assert "backward   ERROR RuntimeError: the default plan is wrong: dx is off by" in output
-    assert [problem.backward for _, problem in tuned.read(path)] == [False]
+    wrong = re.findall(r"2 x 16/4 @ 3x5 .*  (\w+) +ERROR RuntimeError: the default plan is wrong: dx is off by", output)
+    assert wrong == ["forward", "backward"]
+    assert [(problem.channels, problem.backward) for _, problem in tuned.read(path)] == [(8, False), (8, True)]
 
 
 @runs
 def test_one_problem_is_tuned_once(path, monkeypatch):
     tasks = []
 
-    def nothing(self, task, say):
-        tasks.append(task)
-        return tune._Result(task, counted(task.problem), counted(task.problem), 1.0, 1.0)
+    def nothing(self, case, problem):
+        tasks.append(case)
+        return counted(problem), counted(problem), 1.0, 1.0
 
     monkeypatch.setattr(tune._Tuner, "tune", nothing)
     assert tuning(path, "--dtype", "bfloat16", "float16", "float32", "--residual") == 0
-    assert [(task.case.dtype, task.direction) for task in tasks] == [
+    assert [(case.dtype, case.direction) for case in tasks] == [
         (dtype, direction) for dtype in ("bfloat16", "float32") for direction in ("forward", "backward")
     ]
     tasks.clear()
     assert cli.main(["tune", "--device", DEVICE, "--plans", str(path), "--direction", "forward"]) == 0
-    assert [task.case.label for task in tasks][:1] == ["64 x 256/16 @ 56x56"] and len(tasks) == 4
+    assert [case.label for case in tasks][:1] == ["64 x 256/16 @ 56x56"] and len(tasks) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Training side by side that shows FusedSE at work: ``senet-fused demo`` is :mod:`senet_fused.demo.digits`."""
+"""``senet-fused demo`` (:mod:`~senet_fused.demo.command`): one network trained with plain and with fused layers."""

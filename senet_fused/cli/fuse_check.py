@@ -8,9 +8,9 @@ import sys
 import time
 import warnings
 
-from .arguments import RequestError, check_device, positive
-from .bench.model import MODES
-from .bench.problems import DTYPES, LAYOUTS
+from senet_fused.arguments import RequestError, check_device, positive
+from senet_fused.bench.model import MODES
+from senet_fused.bench.problems import DTYPES, LAYOUTS
 
 __all__ = ["add_arguments", "run"]
 
@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
         RequestError: the request cannot be met.
     """
     check_device(args)
-    from . import fuse, fuse_report
-    from .bench import model_report, model_run, timing, zoo
-    from .bench.progress import open_progress
-    from .bench.runner import computing
+    from senet_fused import fuse, fuse_report
+    from senet_fused.bench import model_report, model_run, timing, zoo
+    from senet_fused.bench.progress import open_progress
+    from senet_fused.bench.runner import computing
 
     model = zoo.load(args.model)
     size = zoo.input_size(model, args.size)
