@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
   m.def(
       "_cpu_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, Tensor? w1, Tensor? b1, Tensor? w2, "
       "Tensor? b2, Tensor? residual, Tensor? factor, int act, float act_p0, int gate_fn, float gate_p0, float gate_p1, "
-      "int squeeze, int relu, bool channels_last, Tensor(a!) y, Tensor(b!)? gate, Tensor(c!)? saved, Tensor(d!)? mask) "
+      "int squeeze, int relu, int pre_act, float pre_act_p0, bool channels_last, Tensor(a!) y, Tensor(b!)? gate, "
+      "Tensor(c!)? saved, Tensor(d!)? mask) "
       "-> ()");
   m.def(
       "_cpu_backward(Tensor dy, Tensor? dgate, Tensor x, Tensor w1, Tensor w2, Tensor gate, Tensor saved, Tensor? "
@@ -20,11 +21,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
   m.def(
       "_cpu_gradient_sums(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? "
       "w1, Tensor? w2, Tensor? factor, Tensor? gate, Tensor? saved, int act, float act_p0, int gate_fn, float gate_p0, "
-      "float gate_p1, int squeeze, int relu, bool channels_last, Tensor(a!) dweight, Tensor(b!) dbias, Tensor(c!)? "
+      "float gate_p1, int squeeze, int relu, int pre_act, float pre_act_p0, bool channels_last, Tensor(a!) dweight, "
+      "Tensor(b!) dbias, Tensor(c!)? "
       "dpooled, Tensor(d!)? dw1, Tensor(e!)? db1, Tensor(f!)? dw2, Tensor(g!)? db2) -> ()");
   m.def(
-      "_cpu_gradient(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor statistics, Tensor? factor, Tensor? "
-      "gate, Tensor dweight, Tensor dbias, Tensor? dpooled, float count, bool channels_last, Tensor(a!) dx, "
+      "_cpu_gradient(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? "
+      "factor, Tensor? "
+      "gate, Tensor dweight, Tensor dbias, Tensor? dpooled, float count, int pre_act, float pre_act_p0, bool "
+      "channels_last, Tensor(a!) dx, "
       "Tensor(b!)? dresidual) -> ()");
   m.def("_cpu_instruction_set() -> str");
 }

@@ -2,11 +2,13 @@
 
 One family of operators serves SE layers and block tails (numbered equations in :mod:`senet_fused.reference`)::
 
-    y = post_act(factor * gate * norm(x) + residual)
+    y = post_act(factor * gate * pre_act(norm(x)) + residual)
 
-norm is BatchNorm by the batch's statistics ("batch"), by given ones ("given"), or nothing (""); gate is the SE layer's,
-or 1 without weights. The first fields of a call are the tensors that a registered operator takes, in its
-order; options but eps come as one text, because each argument of a registered operator costs microseconds.
+norm is BatchNorm by the batch's statistics ("batch"), by given ones ("given"), or nothing (""); pre_act an activation
+behind a norm, or nothing (""); gate is the SE layer's, or one where there are no weights.
+
+The first fields of a call are the tensors that a registered operator takes, in its order; options but eps come as one
+text, because each argument of a registered operator costs microseconds.
 
 NamedTuples, because one is made at every call of a layer: 0.3 us, a frozen dataclass of this size takes six times as
 long.
@@ -27,9 +29,9 @@ class Call(NamedTuple):
     """A forward. Absent tensors are None, absent functions "".
 
     x, residual: [N, C, *spatial]. weight, bias: BatchNorm's [C]. mean, var: [C], the statistics with norm="given".
-    w1, b1, w2, b2: [R, C], [R], [C, R], [C]. factor: [N]. eps: added to the variance. act, gate_fn: texts of
+    w1, b1, w2, b2: [R, C], [R], [C, R], [C]. factor: [N]. eps: added to the variance. pre_act, act, gate_fn: texts of
     :attr:`senet_fused.Activation.spec`. squeeze: "avg", "max", "avgmax" (the latter two without a norm). post_act:
-    "relu" or "". group: name of the process group that shares the batch's statistics.
+    "relu" or "". group: name of the process group that shares the batch's statistics. pre_act: with a norm.
     """
 
     x: Tensor
@@ -50,6 +52,7 @@ class Call(NamedTuple):
     squeeze: str
     post_act: str
     group: str
+    pre_act: str = ""
 
     def gradient(
         self, outputs: Outputs, dy: Tensor, dgate: Tensor | None, needs: tuple[bool, bool, bool]
@@ -64,10 +67,10 @@ class Outputs(NamedTuple):
 
     y: as x. statistics: [3, C] in the accumulation dtype (float32; float64 for float64 x), with a norm: mean,
     (var + eps)^-1/2, and the variance as running statistics keep it. gate: [N, C] in the accumulation dtype. saved:
-    [N, K] in the accumulation dtype, the columns being the squeezed x (C; with a norm what the backend keeps of it) |
-    preact (R) and, where the squeeze takes a maximum, | peak (C) | ties (C). mask: uint8, one bit per element where
-    post_act let it through, least significant bit first, in x's memory order: [N, C, ceil(M / 8)] for contiguous x,
-    [N, M, ceil(C / 8)] for channels_last.
+    [N, K] in the accumulation dtype, the columns being the squeezed x (C; with a norm alone what the backend keeps of
+    it) | preact (R) and, where the squeeze takes a maximum, | peak (C) | ties (C). mask: uint8, one bit per element
+    where post_act let it through, least significant bit first, in x's memory order: [N, C, ceil(M / 8)] for
+    contiguous x, [N, M, ceil(C / 8)] for channels_last.
     """
 
     y: Tensor
@@ -101,6 +104,7 @@ class GradientCall(NamedTuple):
     squeeze: str
     post_act: str
     group: str
+    pre_act: str
     need_x: bool
     need_weights: bool
     need_residual: bool

@@ -47,7 +47,25 @@ Backward, with g = dy where post_act lets it through, dresidual = g, xhat = rstd
 are BatchNorm's: mu and var depend on every x, and what reaches them is a multiple of dbias and dweight. With statistics
 that are given (evaluation) they are constants: Q = 0, and T = weight * rstd * dpooled / M.
 
-Synchronised BatchNorm is the same with m, mu, var in (T1) and m, dweight, dbias in (T7) those of all processes.
+An activation may stand behind the norm (MobileNetV3: Howard et al. 2019; EfficientNet: Tan & Le 2019). The squeeze of
+what it gives does not follow from sums over x, so the forward has a third sweep; the activation is computed again in
+each, from x in the accumulation dtype, and never stored::
+
+    (P1) u = weight * rstd * (x - mu) + bias,  a = pre_act(u),  pooled[n,c] = mean_p a;  (E2), (E3) give gate[n,c]
+    (P2) y = post_act(f * gate * a + residual)
+
+Every sum of the backward is linear in dpooled, so it has two sweeps all the same: with g as above and
+a' = pre_act'(u)::
+
+    (P3) S0[n,c] = sum_p g * a,  S1 = sum_p g * a',  S2 = sum_p a',  S3 = sum_p g * a' * xhat,  S4 = sum_p a' * xhat
+    (P4) dgate = f * S0;  (B3) to (B5), (B7) give dpooled and the SE weights' gradients
+    (P5) dbias[c] = sum_n (f * gate * S1 + dpooled / M * S2),  dweight[c] = sum_n (f * gate * S3 + dpooled / M * S4)
+    (P6) dx = weight * rstd * ((f * gate * g + dpooled / M) * a' - dbias / m - xhat * dweight / m)
+
+(P5) are the sums of du = (f * gate * g + dpooled / M) * a' and of du * xhat. With the identity for pre_act these are
+(T4) to (T7). With given statistics the last two terms of (P6) are not there.
+
+Synchronised BatchNorm is the same with m, mu, var in (T1) and m, dweight, dbias in (T7), (P6) those of all processes.
 
 x - mu stays together in (T3), (T4) and (T7): mu folded into the constants would cancel. Sums, and everything between
 the sweeps over x, are float32 (float64 for float64 x), also under autocast.
@@ -162,18 +180,20 @@ def block_tail(
     b2: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    pre_act: Activation | str | None = None,
     act: Activation | str = "relu",
     gate: Activation | str = "sigmoid",
     residual: Tensor | None = None,
     post_act: str | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(T1) to (T3), differentiable to any order by autograd.
+    """(T1) to (T3), with pre_act (P1) and (P2), differentiable to any order by autograd.
 
     Args:
         x: [N, C, *spatial], floating point, any strides and device.
         weight, bias: [C] or None (ones, zeros). mean, var: [C], the statistics to use; None takes those of x.
         w1, w2: [R, C] and [C, R] (trailing dimensions of size 1 allowed), None for no gate. b1, b2: [R], [C] or None.
+        pre_act: the activation behind BatchNorm, or None.
         residual: of x's shape, or None. post_act: "relu" or None. factor: [N] or None.
 
     Returns:
@@ -181,7 +201,7 @@ def block_tail(
         gradient: mean, (var + eps)^-1/2, and the variance as running statistics keep it (m - 1 for m in (T1)).
     """
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
-    call = _with_norm(call, weight, bias, mean, var, eps)
+    call = _with_norm(call, weight, bias, mean, var, eps, pre_act)
     y, statistics, *_ = forward(call)
     assert statistics is not None  # there is a norm
     return y, statistics
@@ -200,6 +220,7 @@ def block_tail_backward(
     b2: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    pre_act: Activation | str | None = None,
     act: Activation | str = "relu",
     gate: Activation | str = "sigmoid",
     residual: Tensor | None = None,
@@ -207,14 +228,14 @@ def block_tail_backward(
     factor: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Gradients:
-    """(T4) to (T7) from the inputs alone, in one process; itself differentiable to any order.
+    """(T4) to (T7), with pre_act (P3) to (P6), from the inputs alone, in one process, differentiable to any order.
 
     Args:
         dy: gradient of y, y's shape and dtype. mask: where post_act let the forward through (bool, x's shape); None
             computes it from ``residual``. Others as :func:`block_tail`.
     """
     call = _layer(x, w1, w2, b1, b2, act, gate)._replace(residual=residual, post_act=post_act or "", factor=factor)
-    call = _with_norm(call, weight, bias, mean, var, eps)
+    call = _with_norm(call, weight, bias, mean, var, eps, pre_act)
     return backward(call, dy, None, mask)
 
 
@@ -232,17 +253,24 @@ def _layer(
 
 
 def _with_norm(
-    call: Call, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+    call: Call,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    pre_act: Activation | str | None,
 ) -> Call:
-    norm = "batch" if mean is None else "given"
-    return call._replace(weight=weight, bias=bias, mean=mean, var=var, eps=eps, norm=norm)
+    norm, pre_act = "batch" if mean is None else "given", "" if pre_act is None else Activation.of(pre_act).spec
+    return call._replace(weight=weight, bias=bias, mean=mean, var=var, eps=eps, norm=norm, pre_act=pre_act)
 
 
 # ---------------------------------------------------------------------------------------------------- the family
 
 
 def forward(call: Call) -> Outputs:
-    """(E1) to (E4), or with a norm (T1) to (T3), differentiable by autograd: to any order, across processes once.
+    """(E1) to (E4), or with a norm (T1) to (T3) or (P1), (P2), differentiable by autograd: to any order, across
+    processes once.
 
     Tensors of the call may have any strides; group is the name of a process group. y's dtype is
     ``torch.result_type(x, residual)``; saved and mask are None.
@@ -263,8 +291,8 @@ def forward(call: Call) -> Outputs:
 
 
 def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor | None = None) -> Gradients:
-    """(B1) to (B7), or with a norm (T4) to (T7), from a forward's inputs alone, in one process; itself differentiable
-    to any order.
+    """(B1) to (B7), or with a norm (T4) to (T7) or (P3) to (P6), from a forward's inputs alone, in one process; itself
+    differentiable to any order.
 
     Args:
         dy: gradient of y. dgate: gradient of the gate [N, C], or None. mask: where post_act let the forward through
@@ -287,8 +315,11 @@ def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor |
         else:
             xhat = s.x * _per_channel(norm.rstd, x)
             f = 1.0 if s.factor is None else s.factor[:, None]
-            g0, g1 = f * g.sum(spatial), f * (g * xhat).sum(spatial)  # (T4)
-            into_gate = norm.weight * g1 + norm.bias * g0  # (T5)
+            if s.activated is not None:
+                into_gate = f * (g * s.activated).sum(spatial)  # (P4)
+            else:
+                g0, g1 = f * g.sum(spatial), f * (g * xhat).sum(spatial)  # (T4)
+                into_gate = norm.weight * g1 + norm.bias * g0  # (T5)
         dx = _per_sample(s.scale, x) * g  # (B6), (T7)
         if se is not None:
             if dgate is not None:
@@ -302,15 +333,24 @@ def backward(call: Call, dy: Tensor, dgate: Tensor | None = None, mask: Tensor |
             db2 = None if b2 is None else dlogit.sum(0).to(b2.dtype)
             if norm is None:
                 dx = dx + _into_squeeze(call.squeeze, dpooled, s, positions)
+            elif s.activated is not None:
+                dx = dx + _per_sample(dpooled / positions, x)
             else:
                 g0, g1 = se.gate * g0 + dpooled, se.gate * g1 + dpooled * xhat.mean(spatial)  # (T6)
                 dx = dx + _per_sample(norm.weight * norm.rstd * dpooled / positions, x)
         if norm is not None:
-            g0, g1 = g0.sum(0), g1.sum(0)
-            if call.norm == "batch":
-                slope = norm.weight * norm.rstd
-                dx = dx - _per_channel(slope * norm.rstd * g1 / norm.values, x) * s.x
-                dx = dx - _per_channel(slope * g0 / norm.values, x)
+            slope = norm.weight * norm.rstd
+            if s.u is not None:
+                dx = dx * Activation.parse(call.pre_act).derivative(s.u)
+                g0, g1 = dx.sum((0, *spatial)), (dx * xhat).sum((0, *spatial))  # (P5)
+                if call.norm == "batch":
+                    dx = dx - _per_channel(g0 / norm.values, x) - xhat * _per_channel(g1 / norm.values, x)
+                dx = dx * _per_channel(slope, x)  # (P6)
+            else:
+                g0, g1 = g0.sum(0), g1.sum(0)
+                if call.norm == "batch":
+                    dx = dx - _per_channel(slope * norm.rstd * g1 / norm.values, x) * s.x
+                    dx = dx - _per_channel(slope * g0 / norm.values, x)
             dweight = None if call.weight is None else g1.to(call.weight.dtype)
             dbias = None if call.bias is None else g0.to(call.bias.dtype)
         dresidual = None if residual is None else g.to(residual.dtype)
@@ -339,9 +379,11 @@ class _Excitation(NamedTuple):
 
 
 class _Stages(NamedTuple):
-    """Everything between the two sweeps, and x with a norm's mean taken off, in the accumulation dtype."""
+    """Everything between the sweeps, in the accumulation dtype. x: with a norm's mean taken off. u, activated: (P1)."""
 
     x: Tensor
+    u: Tensor | None
+    activated: Tensor | None
     norm: _Norm | None
     factor: Tensor | None
     se: _Excitation | None
@@ -352,12 +394,17 @@ class _Stages(NamedTuple):
 def _stages(call: Call) -> _Stages:
     wide = accumulate_dtype(call.x)
     x, factor = call.x.to(wide), None if call.factor is None else call.factor.to(wide)
-    norm = se = shift = None
+    norm = se = shift = u = activated = None
     if call.norm:
         x, norm = _normalise(call, x)
+    if call.pre_act and norm is not None:
+        u = x * _per_channel(norm.weight * norm.rstd, x) + _per_channel(norm.bias, x)
+        activated = Activation.parse(call.pre_act)(u)  # (P1)
     if call.w1 is not None and call.w2 is not None:
         if norm is None:
             pooled = pool(x, call.squeeze)  # (E1)
+        elif activated is not None:
+            pooled = pool(activated)  # (P1)
         else:
             pooled = norm.weight * norm.rstd * x.mean(tuple(range(2, x.dim()))) + norm.bias  # (T2)
         preact = pooled @ call.w1.flatten(1).to(wide).t()  # (E2)
@@ -370,9 +417,9 @@ def _stages(call: Call) -> _Stages:
     scale = torch.ones_like(x.flatten(2)[..., 0]) if se is None else se.gate
     if factor is not None:
         scale = scale * factor[:, None]
-    if norm is not None:
+    if norm is not None and activated is None:
         scale, shift = scale * (norm.weight * norm.rstd), scale * norm.bias
-    return _Stages(x, norm, factor, se, scale, shift)
+    return _Stages(x, u, activated, norm, factor, se, scale, shift)
 
 
 def _normalise(call: Call, x: Tensor) -> tuple[Tensor, _Norm]:
@@ -401,8 +448,8 @@ def _normalise(call: Call, x: Tensor) -> tuple[Tensor, _Norm]:
 
 
 def _scale(s: _Stages, call: Call) -> Tensor:
-    """(E4), (T3) in front of post_act."""
-    y = s.x * _per_sample(s.scale, s.x)
+    """(E4), (T3), (P2) in front of post_act."""
+    y = (s.x if s.activated is None else s.activated) * _per_sample(s.scale, s.x)
     if s.shift is not None:
         y = y + _per_sample(s.shift, s.x)
     residual = call.residual

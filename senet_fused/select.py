@@ -80,13 +80,17 @@ def requested(backend: str | None) -> tuple[str, str]:
     return "auto", "the default"
 
 
-def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling: bool = False) -> Choice:
+def choose(
+    backend: str | None, device_type: str, dtype: torch.dtype, compiling: bool = False, pre_act: bool = False
+) -> Choice:
     """The backend for tensors of this device type ("cpu", "cuda", ...) and dtype.
 
     "auto" never runs GPU kernels on CPU tensors, as Triton's interpreter does. Under torch.compile and torch.export
     (``compiling``) it takes the reference, whose operators the compiler fuses with their neighbours, which an opaque
     operator would prevent: a compiled BatchNorm, activation and SE layer took up to 1.9 times as long with the operator
     in the middle (inference, 2 cores of a Zen 4).
+
+    pre_act: there is an activation behind the norm.
 
     Raises:
         ValueError: an unknown backend name.
@@ -98,7 +102,7 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
             return _ON_A_CPU  # the usual case: no time for building the reason
         reasons: list[str] = []
         for candidate in backends.NAMES:
-            refusal = backends.refusal(candidate, device_type, dtype)
+            refusal = backends.refusal(candidate, device_type, dtype, pre_act)
             if candidate != "reference" and refusal is None:
                 refusal = _why_not(candidate, device_type, compiling)
             if refusal is None:
@@ -106,7 +110,7 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype, compiling:
             reasons.append(f"not {candidate}: {refusal}")
         raise AssertionError("the reference backend serves every call")
     check_name(name, who)
-    refusal = backends.refusal(name, device_type, dtype)
+    refusal = backends.refusal(name, device_type, dtype, pre_act)
     if refusal is not None:
         raise BackendUnavailableError(f"backend {name!r}, asked for by {who}, cannot serve this call: {refusal}")
     return Choice(name, f"asked for by {who}")

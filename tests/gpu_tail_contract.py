@@ -323,7 +323,7 @@ def test_the_mask_of_the_relu(backend_name, layout):
     operator, _ = operators(backend_name)
     for weights, given in itertools.product(((w1, None, w2, None), (None,) * 4), ((mean, var), (None, None))):
         norm = "batch" if given[0] is None else "given"
-        options = text_of((norm, "relu", "sigmoid", "avg", "relu", ""))
+        options = text_of((norm, "relu", "sigmoid", "avg", "relu", "", ""))
         *_, mask = operator(x, None, None, *given, *weights, residual, None, 1e-5, options, True)
         assert mask.sum() == (2**2 + 2**3 if layout == "contiguous" else 2**1 + 2**2)
         assert (mask != 0).sum() == 2

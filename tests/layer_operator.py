@@ -55,7 +55,7 @@ class Backward:
         """The operator's own."""
         dy, dgate, x, w1, b1, w2, b2, gate, saved, mask, act, gate_fn, squeeze, post_act, *needs = layer
         tensors = (dy, dgate, x, None, None, w1, b1, w2, b2, None, None, gate, saved, mask)
-        return *tensors, 0.0, text_of(("", act, gate_fn, squeeze, post_act, "")), *needs
+        return *tensors, 0.0, text_of(("", act, gate_fn, squeeze, post_act, "", "")), *needs
 
     def __call__(self, *layer: Any) -> tuple[Tensor, ...]:
         dx, _, _, *gradients = self.operator(*self.arguments(*layer))

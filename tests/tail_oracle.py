@@ -48,6 +48,7 @@ class Tail:
     momentum: float = 0.1
     eps: float = 1e-5
     others: tuple[tuple[str, torch.dtype], ...] = ()
+    pre_act: str | None = None
 
     def __str__(self) -> str:
         fields = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
@@ -115,6 +116,8 @@ def layer(case: Tail, t: Tensors, functions: dict[str, Callable[[Tensor], Tensor
         t["x"], t.get("running_mean"), t.get("running_var"), t.get("weight"), t.get("bias"), case.training,
         case.momentum, case.eps,
     )  # fmt: skip
+    if case.pre_act is not None:
+        y = functions[case.pre_act](y)
     if "w1" in t:
         hidden = functions[case.act](F.linear(y.mean(tuple(range(2, y.dim()))), t["w1"], t.get("b1")))
         y = y * _wider(functions[case.gate](F.linear(hidden, t["w2"], t.get("b2"))), case)
@@ -130,8 +133,8 @@ def fused(case: Tail, t: Tensors, backend: str = "cpu") -> Tensor:
     return block_tail(
         t["x"], t.get("running_mean"), t.get("running_var"), t.get("weight"), t.get("bias"), w1=t.get("w1"),
         w2=t.get("w2"), b1=t.get("b1"), b2=t.get("b2"), training=case.training, momentum=case.momentum, eps=case.eps,
-        act=case.act, gate=case.gate, residual=t.get("residual"), post_act=case.post_act, factor=t.get("factor"),
-        backend=backend,
+        pre_act=case.pre_act, act=case.act, gate=case.gate, residual=t.get("residual"), post_act=case.post_act,
+        factor=t.get("factor"), backend=backend,
     )  # fmt: skip
 
 
@@ -141,12 +144,12 @@ def by_reference(case: Tail, t: Tensors) -> Tensor:
 
 
 def explicit(case: Tail, t: Tensors, **more: object) -> Gradients:
-    """(T4) to (T7) as written."""
+    """(T4) to (T7), or (P3) to (P6), as written."""
     mean, var = (None, None) if case.training else (t["running_mean"], t["running_var"])
     return reference.block_tail_backward(
         t["dy"], t["x"], t.get("weight"), t.get("bias"), mean, var, t.get("w1"), t.get("b1"), t.get("w2"), t.get("b2"),
-        eps=case.eps, act=case.act, gate=case.gate, residual=t.get("residual"), post_act=case.post_act,
-        factor=t.get("factor"), **more,
+        eps=case.eps, pre_act=case.pre_act, act=case.act, gate=case.gate, residual=t.get("residual"),
+        post_act=case.post_act, factor=t.get("factor"), **more,
     )  # fmt: skip
 
 
@@ -291,7 +294,7 @@ def forward_arguments(case: Tail, t: Tensors, save: bool = True) -> tuple[object
 
 def options_of(case: Tail) -> tuple[object, ...]:
     norm = "batch" if case.training else "given"
-    return norm, case.act, case.gate, "avg", case.post_act or "", ""
+    return norm, case.act, case.gate, "avg", case.post_act or "", "", case.pre_act or ""
 
 
 def call_of(case: Tail, t: Tensors) -> Call:

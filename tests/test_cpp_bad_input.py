@@ -29,6 +29,7 @@ SCALARS = {
 NORM = ("weight", "bias", "statistics")  # none here; with one: tests/test_tail_operator.py
 INPUTS_OF_FORWARD = ("x", *NORM, "w1", "b1", "w2", "b2", "residual", "factor")
 OUTPUTS_OF_FORWARD = ("y", "gate", "saved", "mask")
+PRE_ACT = {"pre_act": 0, "pre_act_p0": 0.0}
 INPUTS_OF_BACKWARD = ("dy", "dgate", "x", "w1", "w2", "gate", "saved", "mask")
 OUTPUTS_OF_BACKWARD = ("dx", "dw1", "db1", "dw2", "db2", "dresidual")
 
@@ -39,7 +40,9 @@ def forward_arguments() -> dict[str, object]:
     inputs = x, None, None, None, w1, torch.randn(R), w2, torch.randn(C), torch.randn_like(x), None
     return {
         **dict(zip(INPUTS_OF_FORWARD, inputs, strict=True)),
-        **SCALARS,
+        **{k: v for k, v in SCALARS.items() if k != "channels_last"},
+        **PRE_ACT,
+        "channels_last": False,
         **dict(zip(OUTPUTS_OF_FORWARD, outputs, strict=True)),
     }
 

@@ -290,7 +290,7 @@ def test_given_statistics_are_kept(kind, strategy):
     with cuda.using(planning(strategy)):
         _, statistics, *_ = torch.ops.senet_fused.fused_se_cuda(
             t["x"], t["weight"], t["bias"], mean, var, *(t.get(k) for k in ("w1", "b1", "w2", "b2")), None, None,
-            case.eps, text_of(("given", case.act, case.gate, "avg", "", "")), True,
+            case.eps, text_of(("given", case.act, case.gate, "avg", "", "", "")), True,
         )  # fmt: skip
     assert torch.equal(statistics[0], mean) and torch.equal(statistics[2], var)
     torch.testing.assert_close(statistics[1], (var + case.eps).rsqrt(), rtol=3e-7, atol=0.0)
@@ -527,4 +527,4 @@ def test_without_kernels_for_a_device(monkeypatch):
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
     operator = torch.ops.senet_fused.fused_se_cuda.default
     with pytest.raises(RuntimeError, match="the cuda backend cannot serve this call: "):
-        operator(x, *(None,) * 10, 1e-5, text_of(("batch", "relu", "sigmoid", "avg", "", "")), True)
+        operator(x, *(None,) * 10, 1e-5, text_of(("batch", "relu", "sigmoid", "avg", "", "", "")), True)

@@ -38,6 +38,9 @@ CASES = {
     "everything": Tail(SMALL, 3, **EVERYTHING),
     "channels_last": Tail(SMALL, 3, layout="channels_last", gate="tanh", **EVERYTHING),
     "one dimension": Tail((3, 5, 7), 1, gate="identity", act="sigmoid"),
+    "activation": Tail(SMALL, 3, pre_act="silu", **EVERYTHING),
+    "activation, evaluation": Tail(SMALL, 3, training=False, layout="channels_last", pre_act="gelu"),
+    "activation, no gate": Tail(SMALL, pre_act="hardswish", residual=True),
     "three dimensions": Tail((2, 4, 2, 3, 2), 2, layout="channels_last", act="mish", post_act="relu"),
 }
 
@@ -59,7 +62,7 @@ def backward_arguments(case: Tail, t: Tensors, needs: tuple[bool, bool, bool]) -
 # ---------------------------------------------------------------------------------- torch.library
 
 
-@pytest.mark.parametrize("name", ["plain", "evaluation", "no gate", "channels_last"])
+@pytest.mark.parametrize("name", ["plain", "evaluation", "no gate", "channels_last", "activation"])
 def test_opcheck_forward(name):
     t = draw(CASES[name], 0)
     torch.library.opcheck(FORWARD, arguments(CASES[name], {**t, **leaves_of(t)}))
@@ -70,7 +73,7 @@ def test_opcheck_forward_without_a_backward():
     torch.library.opcheck(FORWARD, arguments(case, draw(case, 0), save=False))
 
 
-@pytest.mark.parametrize("name", ["evaluation", "no gate", "channels_last"])
+@pytest.mark.parametrize("name", ["evaluation", "no gate", "channels_last", "activation", "activation, no gate"])
 def test_opcheck_backward(name):
     case = CASES[name]
     t = draw(case, 0)
@@ -432,6 +435,7 @@ def test_one_value_per_channel_is_enough_for_evaluation():
 
 N, H, W = 3, 4, 5
 OPTIONS = {"act": 1, "act_p0": 0.0, "gate_fn": 10, "gate_p0": 0.0, "gate_p1": 0.0, "squeeze": 0, "relu": 1}
+PRE_ACT = {"pre_act": 0, "pre_act_p0": 0.0}
 
 
 def raw_arguments() -> dict[str, dict[str, object]]:
@@ -447,17 +451,18 @@ def raw_arguments() -> dict[str, dict[str, object]]:
         "moments": {"x": x, "eps": 1e-5, **last, "saved": saved, "statistics": statistics},
         "forward": {
             "x": x, "weight": weight, "bias": bias, "statistics": statistics, **weights, "residual": residual,
-            "factor": factor, **OPTIONS, **last, "y": torch.empty_like(x), "gate": gate, "saved": saved, "mask": mask,
+            "factor": factor, **OPTIONS, **PRE_ACT, **last, "y": torch.empty_like(x), "gate": gate, "saved": saved,
+            "mask": mask,
         },
         "gradient_sums": {
             "dy": dy, "x": x, "mask": mask, "weight": weight, "bias": bias, "statistics": statistics, "w1": w1,
-            "w2": w2, "factor": factor, "gate": gate, "saved": saved, **OPTIONS, **last, "dweight": dweight,
+            "w2": w2, "factor": factor, "gate": gate, "saved": saved, **OPTIONS, **PRE_ACT, **last, "dweight": dweight,
             "dbias": dbias, "dpooled": dpooled, **{f"d{k}": torch.empty_like(t) for k, t in weights.items()},
         },
         "gradient": {
-            "dy": dy, "x": x, "mask": mask, "weight": weight, "statistics": statistics, "factor": factor, "gate": gate,
-            "dweight": dweight, "dbias": dbias, "dpooled": dpooled, "count": 60.0, **last, "dx": torch.empty_like(x),
-            "dresidual": torch.empty_like(x),
+            "dy": dy, "x": x, "mask": mask, "weight": weight, "bias": bias, "statistics": statistics, "factor": factor,
+            "gate": gate, "dweight": dweight, "dbias": dbias, "dpooled": dpooled, "count": 60.0, **PRE_ACT, **last,
+            "dx": torch.empty_like(x), "dresidual": torch.empty_like(x),
         },
     }  # fmt: skip
 
@@ -527,7 +532,14 @@ def test_what_goes_together_in_cpp(entry, absent, message):
 
 @pytest.mark.parametrize("entry", ["forward", "gradient_sums"])
 @pytest.mark.parametrize(
-    ("name", "values"), [("act", (-1, 12, 2**40)), ("gate_fn", (-1, 12, 4)), ("relu", (-1, 2)), ("squeeze", (-1, 3))]
+    ("name", "values"),
+    [
+        ("act", (-1, 12, 2**40)),
+        ("gate_fn", (-1, 12, 4)),
+        ("relu", (-1, 2)),
+        ("squeeze", (-1, 3)),
+        ("pre_act", (-1, 12)),
+    ],
 )
 def test_wrong_numbers_in_cpp(entry, name, values):
     for value in values:

@@ -180,7 +180,7 @@ def test_counted_bytes_are_those_of_the_plan(layout, reduced, training):
     names = ("weight", "bias", "running_mean", "running_var", "w1", "b1", "w2", "b2")
     weight, bias, mean, var, *weights = (inputs.get(name) for name in names)
     given = (None, None) if training else (mean, var)
-    options = text_of(("batch" if training else "given", "relu", "sigmoid", "avg", "relu", ""))
+    options = text_of(("batch" if training else "given", "relu", "sigmoid", "avg", "relu", "", ""))
     operators = torch.ops.senet_fused.fused_se_triton, torch.ops.senet_fused.fused_se_triton_backward
     with launch.using(plans):
         for problem, plan in plans.items():

@@ -101,7 +101,9 @@ void fill_layer(Layer<A>& layer, const Tensor& x, const std::optional<Tensor>& w
     layer.products = Tables<A>::weight(w1->scalar_type());
     STD_TORCH_CHECK(layer.products != nullptr, "senet_fused: no kernel for weights of this dtype beside x's dtype");
   }
-  layer.plan = norm ? plan_cpu_tail(p, facts()) : plan_cpu(p, facts());
+  // Behind an activation the squeeze and the scaling are two sweeps of one sample, as an SE layer's.
+  const bool of_samples = !norm || (layer.has_pre_act() && p.r > 0 && !backward);
+  layer.plan = of_samples ? plan_cpu(p, facts()) : plan_cpu_tail(p, facts());
   // With a norm the serial strategy is the stages of phases, one after the other.
   layer.parallel_for = layer.plan.strategy == CpuStrategy::serial ? serially : parallel_for;
   layer.tensor = Tables<A>::tensor(x.scalar_type());
@@ -151,6 +153,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& weight, const std::op
   const Problem& p = call.problem;
   fill_norm<A>(call, x, weight, bias, statistics, factor);
   STD_TORCH_CHECK(!norm || options.squeeze == Squeeze::avg, "senet_fused: with a norm the squeeze must be avg");
+  STD_TORCH_CHECK(norm || !call.has_pre_act(), "senet_fused: pre_act needs statistics");
   STD_TORCH_CHECK(!norm || (gate.has_value() == w1.has_value() && saved.has_value() == w1.has_value()),
                   "senet_fused: with a norm w1, gate and saved go together");
   call.b1 = input<A>(b1, "b1", {p.r}, x);
@@ -225,15 +228,17 @@ void gradient_sums(const Tensor& dy, const Tensor& x, const std::optional<Tensor
 
 template <class A>
 void gradient(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& weight,
-              const Tensor& statistics, const std::optional<Tensor>& factor, const std::optional<Tensor>& gate,
-              const Tensor& dweight, const Tensor& dbias, const std::optional<Tensor>& dpooled, double count,
-              bool channels_last, const Tensor& dx, const std::optional<Tensor>& dresidual) {
+              const std::optional<Tensor>& bias, const Tensor& statistics, const std::optional<Tensor>& factor,
+              const std::optional<Tensor>& gate, const Tensor& dweight, const Tensor& dbias,
+              const std::optional<Tensor>& dpooled, double count, const Options& options, bool channels_last,
+              const Tensor& dx, const std::optional<Tensor>& dresidual) {
   Gradient<A> call{};
+  call.options = options;
   fill_layer<A>(call, x, std::nullopt, std::nullopt, channels_last, true, true);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(gate.has_value() == dpooled.has_value(), "senet_fused: gate and dpooled go together");
   STD_TORCH_CHECK(mask.has_value() || !dresidual.has_value(), "senet_fused: without post_act dresidual is dy");
-  fill_norm<A>(call, x, weight, std::nullopt, statistics, factor);
+  fill_norm<A>(call, x, weight, bias, statistics, factor);
   fill_backward<A>(call, dy, x, mask, gate, std::nullopt);
   call.dweight = input<A>(dweight, "dweight", {p.c}, x);
   call.dbias = input<A>(dbias, "dbias", {p.c}, x);
@@ -261,9 +266,10 @@ void moments_cpu(Tensor x, double eps, bool channels_last, std::optional<Tensor>
 void forward_cpu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> statistics,
                  std::optional<Tensor> w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                  std::optional<Tensor> residual, std::optional<Tensor> factor, int64_t act, double act_p0,
-                 int64_t gate_fn, double gate_p0, double gate_p1, int64_t squeeze, int64_t relu, bool channels_last,
-                 Tensor y, std::optional<Tensor> gate, std::optional<Tensor> saved, std::optional<Tensor> mask) {
-  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
+                 int64_t gate_fn, double gate_p0, double gate_p1, int64_t squeeze, int64_t relu, int64_t pre_act,
+                 double pre_act_p0, bool channels_last, Tensor y, std::optional<Tensor> gate,
+                 std::optional<Tensor> saved, std::optional<Tensor> mask) {
+  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu, pre_act, pre_act_p0);
   (wide(x) ? forward<double> : forward<float>)(x, weight, bias, statistics, w1, b1, w2, b2, residual, factor, o,
                                                channels_last, y, gate, saved, mask);
 }
@@ -273,7 +279,7 @@ void backward_cpu(Tensor dy, std::optional<Tensor> dgate, Tensor x, Tensor w1, T
                   double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, std::optional<Tensor> dx,
                   std::optional<Tensor> dw1, std::optional<Tensor> db1, std::optional<Tensor> dw2,
                   std::optional<Tensor> db2, std::optional<Tensor> dresidual) {
-  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
+  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu, 0, 0);
   (wide(x) ? backward<double> : backward<float>)(dy, dgate, x, w1, w2, gate, saved, mask, o, channels_last, dx, dw1,
                                                  db1, dw2, db2, dresidual);
 }
@@ -282,21 +288,23 @@ void gradient_sums_cpu(Tensor dy, Tensor x, std::optional<Tensor> mask, std::opt
                        std::optional<Tensor> bias, Tensor statistics, std::optional<Tensor> w1,
                        std::optional<Tensor> w2, std::optional<Tensor> factor, std::optional<Tensor> gate,
                        std::optional<Tensor> saved, int64_t act, double act_p0, int64_t gate_fn, double gate_p0,
-                       double gate_p1, int64_t squeeze, int64_t relu, bool channels_last, Tensor dweight, Tensor dbias,
-                       std::optional<Tensor> dpooled, std::optional<Tensor> dw1, std::optional<Tensor> db1,
-                       std::optional<Tensor> dw2, std::optional<Tensor> db2) {
-  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu);
+                       double gate_p1, int64_t squeeze, int64_t relu, int64_t pre_act, double pre_act_p0,
+                       bool channels_last, Tensor dweight, Tensor dbias, std::optional<Tensor> dpooled,
+                       std::optional<Tensor> dw1, std::optional<Tensor> db1, std::optional<Tensor> dw2,
+                       std::optional<Tensor> db2) {
+  const Options o = options(act, act_p0, gate_fn, gate_p0, gate_p1, squeeze, relu, pre_act, pre_act_p0);
   (wide(x) ? gradient_sums<double> : gradient_sums<float>)(dy, x, mask, weight, bias, statistics, w1, w2, factor, gate,
                                                            saved, o, channels_last, dweight, dbias, dpooled, dw1, db1,
                                                            dw2, db2);
 }
 
-void gradient_cpu(Tensor dy, Tensor x, std::optional<Tensor> mask, std::optional<Tensor> weight, Tensor statistics,
-                  std::optional<Tensor> factor, std::optional<Tensor> gate, Tensor dweight, Tensor dbias,
-                  std::optional<Tensor> dpooled, double count, bool channels_last, Tensor dx,
-                  std::optional<Tensor> dresidual) {
-  (wide(x) ? gradient<double> : gradient<float>)(dy, x, mask, weight, statistics, factor, gate, dweight, dbias, dpooled,
-                                                 count, channels_last, dx, dresidual);
+void gradient_cpu(Tensor dy, Tensor x, std::optional<Tensor> mask, std::optional<Tensor> weight,
+                  std::optional<Tensor> bias, Tensor statistics, std::optional<Tensor> factor,
+                  std::optional<Tensor> gate, Tensor dweight, Tensor dbias, std::optional<Tensor> dpooled, double count,
+                  int64_t pre_act, double pre_act_p0, bool channels_last, Tensor dx, std::optional<Tensor> dresidual) {
+  const Options o = options(0, 0, 0, 0, 0, 0, 0, pre_act, pre_act_p0);
+  (wide(x) ? gradient<double> : gradient<float>)(dy, x, mask, weight, bias, statistics, factor, gate, dweight, dbias,
+                                                 dpooled, count, o, channels_last, dx, dresidual);
 }
 
 }  // namespace senet

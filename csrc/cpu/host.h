@@ -50,10 +50,11 @@ inline bool is_supported(ScalarType t) {
 }
 
 inline Options options(int64_t act, double act_p0, int64_t gate, double gate_p0, double gate_p1, int64_t squeeze,
-                       int64_t relu) {
+                       int64_t relu, int64_t pre_act, double pre_act_p0) {
   check_codes(act, gate, squeeze, relu);
-  return {static_cast<Function>(act),    act_p0,   static_cast<Function>(gate), gate_p0, gate_p1,
-          static_cast<Squeeze>(squeeze), relu == 1};
+  STD_TORCH_CHECK(pre_act >= 0 && pre_act < kFunctions, "senet_fused: unknown function code");
+  return {static_cast<Function>(act),    act_p0,    static_cast<Function>(gate),    gate_p0,   gate_p1,
+          static_cast<Squeeze>(squeeze), relu == 1, static_cast<Function>(pre_act), pre_act_p0};
 }
 
 }  // namespace senet

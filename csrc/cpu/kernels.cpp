@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with SENET_ISA naming the namespace; see kernels.h.
 #include "kernels.h"
 
+#include "kernel/activated.h"
 #include "kernel/excite.h"
 #include "kernel/moments.h"
 #include "kernel/scale.h"
@@ -25,6 +26,14 @@ constexpr TensorKernels<Acc<T>> tensor_kernels() {
           moments_pixels<T>,
           gradient_moments_planes<T>,
           gradient_moments_pixels<T>,
+          activated_sum<T, false>,
+          activated_sum<T, true>,
+          activated_moments<T, false>,
+          activated_moments<T, true>,
+          activated_scale<T, false>,
+          activated_scale<T, true>,
+          activated_gradient<T, false>,
+          activated_gradient<T, true>,
           scale<T, false>,
           scale<T, true>,
           gradient<T, false>,

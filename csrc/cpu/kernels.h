@@ -62,6 +62,36 @@ struct GradientArgs {
   bool stream;
 };
 
+// (P1), (P2), (P3), (P6) for one sample: u = weight * (x - mean) + bias, a = f(u). Each kernel reads what is its own.
+template <class A>
+struct ActivatedArgs {
+  const void* x;
+  const A* mean;    // [c]
+  const A* weight;  // [c] that of the norm, times rstd
+  const A* bias;    // [c]
+  Function f;
+  double p0;
+  int64_t rows, columns;
+  // (P1): the sum of a, [c]. (P3): one sum of dy's behind the other, each sums_stride further.
+  A* sums;
+  int64_t sums_stride;
+  bool gated;
+  // (P2): y = scale * a + residual.
+  const A* scale;        // [c], or null for 1; (P6): weight * what multiplies g
+  const void* residual;  // or null
+  void* y;
+  uint8_t* mask_out;  // or null
+  bool relu, stream;
+  // (P3), (P6)
+  const void* dy;
+  const uint8_t* mask;  // or null
+  const A* pooled;      // [c] what every position gets before the activation's slope multiplies it
+  const A* slope;       // [c] of x - mean, or null with given statistics
+  const A* shift;       // [c]
+  void* dx;
+  void* dresidual;  // where g goes, or null; with a mask
+};
+
 // Kernels of one element type of x.
 template <class A>
 struct TensorKernels {
@@ -81,7 +111,16 @@ struct TensorKernels {
   // the sums of g and of g * (x - mean)
   void (*gradient_moments_planes)(const MomentArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
   void (*gradient_moments_pixels)(const MomentArgs<A>& args, int64_t c0, int64_t c1, double* scratch);
-  // the second sweeps, rows [r0, r1)
+  // with an activation behind the norm; totals: doubles, for pixels as many as c times the sums of one channel
+  void (*activated_sum_planes)(const ActivatedArgs<A>& args, int64_t c0, int64_t c1, double* totals);
+  void (*activated_sum_pixels)(const ActivatedArgs<A>& args, int64_t c0, int64_t c1, double* totals);
+  void (*activated_moments_planes)(const ActivatedArgs<A>& args, int64_t c0, int64_t c1, double* totals);
+  void (*activated_moments_pixels)(const ActivatedArgs<A>& args, int64_t c0, int64_t c1, double* totals);
+  // the last sweeps, rows [r0, r1)
+  void (*activated_scale_planes)(const ActivatedArgs<A>& args, int64_t r0, int64_t r1);
+  void (*activated_scale_pixels)(const ActivatedArgs<A>& args, int64_t r0, int64_t r1);
+  void (*activated_gradient_planes)(const ActivatedArgs<A>& args, int64_t r0, int64_t r1);
+  void (*activated_gradient_pixels)(const ActivatedArgs<A>& args, int64_t r0, int64_t r1);
   void (*scale_planes)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
   void (*scale_pixels)(const ScaleArgs<A>& args, int64_t r0, int64_t r1);
   void (*gradient_planes)(const GradientArgs<A>& args, int64_t r0, int64_t r1);

@@ -33,7 +33,9 @@ struct Options {
   Function gate;
   double gate_p0, gate_p1;
   Squeeze squeeze;
-  bool relu;  // post_act
+  bool relu;         // post_act
+  Function pre_act;  // behind the norm; identity: there is none
+  double pre_act_p0;
 };
 
 // What forward and backward have in common: sizes, kernels, the inputs that both read, the columns of `saved`.
@@ -128,6 +130,34 @@ struct Layer {
     const int64_t samples = per_sample() ? problem.n : 1;
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t c = c0; c < c1; ++c) scale[row(n) + c] = slope(c) * branch(n, c);
+  }
+
+  // What multiplies an activated value, of the channels [c0, c1) of one sample.
+  void branches(A* scale, int64_t n, int64_t c0, int64_t c1) const {
+    for (int64_t c = c0; c < c1; ++c) scale[n * problem.c + c] = branch(n, c);
+  }
+
+  bool has_pre_act() const { return options.pre_act != Function::identity; }
+  // The norm as u = weight * (x - mean) + bias: [2, c], weight times rstd and bias.
+  void affine(A* to) const {
+    for (int64_t c = 0; c < problem.c; ++c) {
+      to[c] = slope(c);
+      to[problem.c + c] = bias != nullptr ? bias[c] : A(0);
+    }
+  }
+  // What every sweep with an activation reads of a sample.
+  ActivatedArgs<A> activated(int64_t n, const A* affine) const {
+    ActivatedArgs<A> args{};
+    args.x = sample(x, n, x_stride);
+    args.mean = mean();
+    args.weight = affine;
+    args.bias = affine + problem.c;
+    args.f = options.pre_act;
+    args.p0 = options.pre_act_p0;
+    args.rows = rows();
+    args.columns = columns();
+    args.stream = plan.stream_stores;
+    return args;
   }
 
   // The squeeze of the norm's output, from xbar, the mean of x.

@@ -1,6 +1,7 @@
 // The order of the stages over samples and threads, for one plan: senet_fused/reference.py, (E1) to (E4) and (B1) to
-// (B7); with a norm in front (T1) to (T7). Statistics of the batch need every sample, so with a norm all threads share
-// each stage, with a barrier behind it.
+// (B7); with a norm in front (T1) to (T7), with an activation behind it (P1) to (P6). Statistics of the batch need
+// every sample, so with a norm all threads share each stage, with a barrier behind it. Between (P1) and (P2) none is
+// needed.
 #pragma once
 #include <cmath>
 
@@ -64,7 +65,7 @@ struct Moments : Layer<A> {
   }
 };
 
-// (E1) to (E4); with a norm (T2) and (T3), after Moments.
+// (E1) to (E4); after Moments, with a norm (T2) and (T3), with an activation, too, (P1) and (P2).
 template <class A>
 struct Forward : Layer<A> {
   const A* b1;
@@ -73,7 +74,7 @@ struct Forward : Layer<A> {
   int64_t residual_stride;
   char* y;
   A* gate_out;  // what `gate` points to
-  A* saved;     // with a norm its first columns, xbar, are there
+  A* saved;     // with a norm alone its first columns, xbar, are there
   uint8_t* mask;
 
   A* pooled(int64_t n) const { return saved + n * this->saved_stride(); }
@@ -134,26 +135,75 @@ struct Forward : Layer<A> {
   void run() const {
     const Problem& p = this->problem;
     const Scratch<A> hidden(p.n * p.r);
-    if (this->statistics != nullptr) {
+    if (this->has_pre_act()) {
+      run_with_pre_act(hidden.get());
+    } else if (this->statistics != nullptr) {
       run_with_norm(hidden.get());
-    } else if (this->plan.strategy == CpuStrategy::phases) {
+    } else {
+      run_stages(
+          hidden.get(), [&](int64_t n, int64_t c0, int64_t c1, A* scratch) { squeeze(n, c0, c1, scratch); },
+          [](int64_t, int64_t, int64_t) {},
+          [&](int64_t n, int64_t r0, int64_t r1) { scale(n, r0, r1, this->gate, nullptr); });
+    }
+  }
+
+  // Where samples need nothing of each other. pool(sample, channels, scratch) and scale(sample, rows) are the sweeps;
+  // branch(sample, channels) comes behind the gate.
+  template <class Pool, class Branch, class Scale>
+  void run_stages(A* hidden, const Pool& pool, const Branch& branch, const Scale& scale) const {
+    const Problem& p = this->problem;
+    const int64_t stride = this->saved_stride();
+    if (this->plan.strategy == CpuStrategy::phases) {
       this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
         const Scratch<A> scratch(2 * p.c);
-        squeeze(n, c0, c1, scratch.get());
+        pool(n, c0, c1, scratch.get());
       });
-      this->over_blocks(
-          p.r, [&](int64_t r0, int64_t r1) { reduce(saved, this->saved_stride(), hidden.get(), 0, p.n, r0, r1); });
-      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) { expand(hidden.get(), 0, p.n, c0, c1); });
-      this->template over_pieces<true>(
-          this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) { scale(n, r0, r1, this->gate, nullptr); });
-    } else {
-      this->over_samples([&](int64_t n, A* scratch) { squeeze(n, 0, p.c, scratch); },
-                         [&](int64_t n0, int64_t n1) {
-                           reduce(saved, this->saved_stride(), hidden.get(), n0, n1, 0, p.r);
-                           expand(hidden.get(), n0, n1, 0, p.c);
-                         },
-                         [&](int64_t n) { scale(n, 0, this->rows(), this->gate, nullptr); });
+      this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { reduce(saved, stride, hidden, 0, p.n, r0, r1); });
+      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+        expand(hidden, 0, p.n, c0, c1);
+        for (int64_t n = 0; n < p.n; ++n) branch(n, c0, c1);
+      });
+      this->template over_pieces<true>(this->rows(), 1, scale);
+      return;
     }
+    this->over_samples([&](int64_t n, A* scratch) { pool(n, 0, p.c, scratch); },
+                       [&](int64_t n0, int64_t n1) {
+                         reduce(saved, stride, hidden, n0, n1, 0, p.r);
+                         expand(hidden, n0, n1, 0, p.c);
+                         for (int64_t n = n0; n < n1; ++n) branch(n, 0, p.c);
+                       },
+                       [&](int64_t n) { scale(n, 0, this->rows()); });
+  }
+
+  void run_with_pre_act(A* hidden) const {
+    const Problem& p = this->problem;
+    const Scratch<A> affine(2 * p.c), scales(this->per_sample() ? p.n * p.c : 0);
+    this->affine(affine.get());
+    const auto pool = [&](int64_t n, int64_t c0, int64_t c1, A*) {  // (P1)
+      const Scratch<double> totals(p.channels_last ? p.c : 0);
+      ActivatedArgs<A> args = this->activated(n, affine.get());
+      args.sums = pooled(n);
+      (p.channels_last ? this->tensor->activated_sum_pixels : this->tensor->activated_sum_planes)(args, c0, c1,
+                                                                                                  totals.get());
+      for (int64_t c = c0; c < c1; ++c) args.sums[c] /= static_cast<A>(p.m);
+    };
+    const auto branch = [&](int64_t n, int64_t c0, int64_t c1) { this->branches(scales.get(), n, c0, c1); };
+    const auto apply = [&](int64_t n, int64_t r0, int64_t r1) {  // (P2)
+      ActivatedArgs<A> args = this->activated(n, affine.get());
+      args.scale = this->per_sample() ? scales.get() + n * p.c : nullptr;
+      args.residual = residual != nullptr ? this->sample(residual, n, residual_stride) : nullptr;
+      args.y = y + this->dense(n);
+      args.mask_out = const_cast<uint8_t*>(this->bits(mask, n));
+      args.relu = this->options.relu;
+      (p.channels_last ? this->tensor->activated_scale_pixels : this->tensor->activated_scale_planes)(args, r0, r1);
+    };
+    if (p.r > 0) {
+      run_stages(hidden, pool, branch, apply);
+      return;
+    }
+    if (this->per_sample())
+      for (int64_t n = 0; n < p.n; ++n) branch(n, 0, p.c);
+    this->template over_pieces<true>(this->rows(), 1, apply);
   }
 
   void run_with_norm(A* hidden) const {
@@ -316,7 +366,7 @@ struct Backward : BackwardLayer<A> {
   }
 };
 
-// With a norm, first sweep: (T4), (T5), (B3) to (B5), (B7), (T6).
+// With a norm, first sweep: (T4), (T5), (B3) to (B5), (B7), (T6); with an activation behind it (P3) to (P5).
 template <class A>
 struct GradientSums : BackwardLayer<A> {
   A* dweight;  // [c]
@@ -326,6 +376,13 @@ struct GradientSums : BackwardLayer<A> {
   A* db1;
   void* dw2;
   A* db2;
+
+  void run() const {
+    if (this->has_pre_act())
+      run_with_pre_act();
+    else
+      run_with_norm();
+  }
 
   // (T6), and the factors of (T4) before it. dlogit becomes dgate.
   void finish(A* g0, A* g1, A* dlogit, int64_t c0, int64_t c1) const {
@@ -373,7 +430,73 @@ struct GradientSums : BackwardLayer<A> {
     }
   }
 
-  void run() const {
+  // S0 to S4, or S1 and S3, of all samples: each [n, c].
+  void activated_moments(A* sums, const A* affine) const {
+    const Problem& p = this->problem;
+    const bool gated = this->gate != nullptr;
+    this->over_pieces(p.c, 16, [&](int64_t n, int64_t c0, int64_t c1) {
+      const Scratch<double> totals(p.channels_last ? (gated ? 5 : 2) * p.c : 0);
+      ActivatedArgs<A> args = this->activated(n, affine);
+      args.dy = this->sample(this->dy, n, this->dy_stride);
+      args.mask = this->bits(this->mask, n);
+      args.sums = sums + n * p.c;
+      args.sums_stride = p.n * p.c;
+      args.gated = gated;
+      (p.channels_last ? this->tensor->activated_moments_pixels : this->tensor->activated_moments_planes)(args, c0, c1,
+                                                                                                          totals.get());
+    });
+  }
+
+  void parameters(const A* sums, int64_t c0, int64_t c1) const {  // (P5)
+    const Problem& p = this->problem;
+    const int64_t kind = p.n * p.c;
+    const bool gated = this->gate != nullptr;
+    const A *s1 = sums + (gated ? kind : 0), *s3 = sums + (gated ? 3 * kind : kind);
+    for (int64_t c = c0; c < c1; ++c) {
+      double of_weight = 0, of_bias = 0;
+      for (int64_t n = 0; n < p.n; ++n) {
+        const int64_t at = n * p.c + c;
+        const double branch = this->branch(n, c);
+        of_bias += branch * s1[at];
+        of_weight += branch * s3[at];
+        if (!gated) continue;
+        const double pooled = this->dpooled[at] / double(p.m);
+        of_bias += pooled * sums[2 * kind + at];
+        of_weight += pooled * sums[4 * kind + at];
+      }
+      this->dbias[c] = A(of_bias);
+      this->dweight[c] = A(of_weight * this->rstd()[c]);
+    }
+  }
+
+  void run_with_pre_act() const {  // (P3), (P4), (B3) to (B5), (B7), (P5)
+    const Problem& p = this->problem;
+    const bool gated = this->gate != nullptr;
+    const Scratch<A> affine(2 * p.c), sums((gated ? 5 : 2) * p.n * p.c), dpreact(p.n * p.r);
+    this->affine(affine.get());
+    activated_moments(sums.get(), affine.get());
+    A* dlogit = sums.get();  // S0, whose place dlogit takes
+    if (gated) {
+      this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+        for (int64_t n = 0; n < p.n; ++n) {
+          if (this->factor != nullptr)
+            for (int64_t c = c0; c < c1; ++c) dlogit[n * p.c + c] *= this->factor[n];  // (P4)
+          this->through_gate(n, c0, c1, dlogit);
+        }
+      });
+      this->over_blocks(p.r, [&](int64_t r0, int64_t r1) { this->expand(0, p.n, r0, r1, dlogit, dpreact.get()); });
+    }
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      if (gated) this->reduce_backward(dpreact.get(), this->dpooled, 0, p.n, c0, c1);
+      parameters(sums.get(), c0, c1);
+    });
+    const int64_t stride = this->saved_stride();
+    if (this->dw1 != nullptr)
+      this->weight_gradients(dlogit, dpreact.get(), this->pooled(0), stride, this->preact(0), stride, this->dw1,
+                             this->db1, this->dw2, this->db2);
+  }
+
+  void run_with_norm() const {
     const Problem& p = this->problem;
     const int64_t stride = this->saved_stride();
     const Scratch<A> g0(p.n * p.c), g1(p.n * p.c);
@@ -409,7 +532,7 @@ struct GradientSums : BackwardLayer<A> {
   }
 };
 
-// With a norm, second sweep: (T7).
+// With a norm, second sweep: (T7), with an activation behind it (P6).
 template <class A>
 struct Gradient : BackwardLayer<A> {
   const A* dweight;  // [c], of all processes
@@ -420,6 +543,46 @@ struct Gradient : BackwardLayer<A> {
   char* dresidual;  // or null
 
   void run() const {
+    if (this->has_pre_act())
+      run_with_pre_act();
+    else
+      run_with_norm();
+  }
+
+  void run_with_pre_act() const {  // (P6)
+    const Problem& p = this->problem;
+    const bool batch = count > 0;
+    const int64_t samples = this->per_sample() ? p.n : 1;
+    const Scratch<A> affine(2 * p.c), scale(samples * p.c), slope(p.c), shift(p.c);
+    const Scratch<A> pooled(dpooled != nullptr ? p.n * p.c : p.c);
+    this->affine(affine.get());
+    this->over_blocks(p.c, [&](int64_t c0, int64_t c1) {
+      this->scales(scale.get(), c0, c1);
+      for (int64_t c = c0; c < c1; ++c) {
+        const double of_channel = affine.get()[c];
+        slope.get()[c] = batch ? A(-of_channel * this->rstd()[c] * dweight[c] / count) : A(0);
+        shift.get()[c] = batch ? A(-of_channel * dbias[c] / count) : A(0);
+        if (dpooled == nullptr) pooled.get()[c] = 0;
+        for (int64_t n = 0; dpooled != nullptr && n < p.n; ++n)
+          pooled.get()[n * p.c + c] = A(of_channel * dpooled[n * p.c + c] / double(p.m));
+      }
+    });
+    this->template over_pieces<true>(this->rows(), 1, [&](int64_t n, int64_t r0, int64_t r1) {
+      ActivatedArgs<A> args = this->activated(n, affine.get());
+      args.dy = this->sample(this->dy, n, this->dy_stride);
+      args.mask = this->bits(this->mask, n);
+      args.scale = scale.get() + this->row(n);
+      args.pooled = pooled.get() + (dpooled != nullptr ? n * p.c : 0);
+      args.slope = batch ? slope.get() : nullptr;
+      args.shift = shift.get();
+      args.dx = dx + this->dense(n);
+      args.dresidual = dresidual != nullptr ? dresidual + this->dense(n) : nullptr;
+      (p.channels_last ? this->tensor->activated_gradient_pixels : this->tensor->activated_gradient_planes)(args, r0,
+                                                                                                            r1);
+    });
+  }
+
+  void run_with_norm() const {  // (T7)
     const Problem& p = this->problem;
     const bool batch = count > 0;
     const int64_t samples = this->per_sample() ? p.n : 1;

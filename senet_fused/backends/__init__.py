@@ -8,10 +8,13 @@ import torch
 
 from . import cuda, native, triton
 
-__all__ = ["NAMES", "BackendStatus", "dtypes", "refusal", "status"]
+__all__ = ["NAMES", "WITH_PRE_ACT", "BackendStatus", "dtypes", "refusal", "status"]
 
 # In the order in which "auto" prefers them.
 NAMES = ("cpu", "cuda", "triton", "reference")
+
+# Those that have kernels for an activation behind the norm.
+WITH_PRE_ACT = ("cpu", "reference")
 
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -43,10 +46,15 @@ def status() -> list[BackendStatus]:
     ]
 
 
-def refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot serve tensors of this device type and dtype; None if it can."""
+def refusal(name: str, device_type: str, dtype: torch.dtype, pre_act: bool = False) -> str | None:
+    """Why the backend cannot serve tensors of this device type and dtype; None if it can.
+
+    pre_act: there is an activation behind the norm.
+    """
     if name == "reference":
         return None
+    if pre_act and name not in WITH_PRE_ACT:
+        return "it has no kernels for an activation between BatchNorm and the gate"
     if name == "cpu" and device_type != "cpu":
         return f"it serves CPU tensors, got {device_type} tensors"
     if dtype not in _DTYPES[name]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from ..activations import Activation
 from ..reference import SQUEEZES
 
-__all__ = ["codes_of"]
+__all__ = ["code_of", "codes_of"]
 
 
 Codes = tuple[int, float, int, float, float, int, int]
@@ -26,3 +26,16 @@ def codes_of(act: str, gate: str, squeeze: str, post_act: str) -> Codes:
     a, g = Activation.parse(act), Activation.parse(gate)
     slope, offset = g.args or (0.0, 0.0)
     return a.code, (a.args or (0.0,))[0], g.code, slope, offset, SQUEEZES.index(squeeze), int(post_act == "relu")
+
+
+@lru_cache(maxsize=256)
+def code_of(function: str) -> tuple[int, float]:
+    """(function, its parameter) as csrc/plan/plan.h numbers them; the identity's for none.
+
+    Raises:
+        ValueError: an unknown function.
+    """
+    if not function:
+        return 0, 0.0
+    f = Activation.parse(function)
+    return f.code, (f.args or (0.0,))[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..call import Call, GradientCall, Gradients, Outputs
-from .codes import codes_of
+from .codes import code_of, codes_of
 from .synchronised import merge_statistics, share_sums, values_per_channel
 
 __all__ = ["VECTOR_DTYPES", "backward", "forward", "instruction_set", "problem"]
@@ -61,13 +61,15 @@ def forward(call: Call, outputs: Outputs, channels_last: bool) -> None:
             statistics[0].copy_(call.mean)
             statistics[2].copy_(call.var)
             torch.add(statistics[2], call.eps, out=statistics[1]).rsqrt_()
-        if batch or saved is not None:
-            library._cpu_moments.default(call.x, call.eps, channels_last, saved, statistics if batch else None)
+        means = None if call.pre_act else saved  # behind an activation the squeeze does not follow from them
+        if batch or means is not None:
+            library._cpu_moments.default(call.x, call.eps, channels_last, means, statistics if batch else None)
         if batch and call.group:
             merge_statistics(statistics, call)
     library._cpu_forward.default(
         call.x, call.weight, call.bias, statistics, call.w1, call.b1, call.w2, call.b2, call.residual, call.factor,
-        *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), channels_last, y, gate, saved, mask,
+        *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), *code_of(call.pre_act), channels_last,
+        y, gate, saved, mask,
     )  # fmt: skip
 
 
@@ -85,16 +87,16 @@ def backward(call: GradientCall, gradients: Gradients, channels_last: bool) -> N
 
 
 def _backward_of_norm(call: GradientCall, gradients: Gradients, channels_last: bool) -> None:
-    """(T4) to (T7)."""
-    library = torch.ops.senet_fused
+    """(T4) to (T7), or (P3) to (P6)."""
+    library, pre_act = torch.ops.senet_fused, code_of(call.pre_act)
     dx, dweight, dbias, *dweights, dresidual = gradients
     # (T7) always needs them.
     dweight, dbias = (torch.empty_like(call.statistics[0]) if t is None else t for t in (dweight, dbias))
     dpooled = None if call.gate is None else torch.empty_like(call.gate)
     library._cpu_gradient_sums.default(
         call.dy, call.x, call.mask, call.weight, call.bias, call.statistics, call.w1, call.w2, call.factor, call.gate,
-        call.saved, *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), channels_last, dweight, dbias,
-        dpooled, *dweights,
+        call.saved, *codes_of(call.act, call.gate_fn, call.squeeze, call.post_act), *pre_act, channels_last, dweight,
+        dbias, dpooled, *dweights,
     )  # fmt: skip
     if dx is None and dresidual is None:
         return
@@ -103,6 +105,6 @@ def _backward_of_norm(call: GradientCall, gradients: Gradients, channels_last: b
     if batch and call.group:  # a process without samples takes part
         count, (dweight, dbias) = 1.0, share_sums(dweight, dbias, call)
     library._cpu_gradient.default(
-        call.dy, call.x, call.mask, call.weight, call.statistics, call.factor, call.gate, dweight, dbias, dpooled,
-        count, channels_last, torch.empty_like(call.x) if dx is None else dx, dresidual,
+        call.dy, call.x, call.mask, call.weight, call.bias, call.statistics, call.factor, call.gate, dweight, dbias,
+        dpooled, count, *pre_act, channels_last, torch.empty_like(call.x) if dx is None else dx, dresidual,
     )  # fmt: skip

@@ -40,8 +40,10 @@ def check_layer(call: Call) -> None:
     _check_post_act(call.post_act)
 
 
-def check_functions(act: Activation, gate: Activation) -> None:
-    """Raises ValueError unless act and gate are supported as such."""
+def check_functions(act: Activation, gate: Activation, pre_act: Activation | None = None) -> None:
+    """Raises ValueError unless act, gate and pre_act are supported as such."""
+    if pre_act is not None and pre_act.name not in ACT_NAMES:
+        raise ValueError(f"pre_act must be one of {', '.join(ACT_NAMES)}, or None, got {pre_act.name}")
     if act.name not in ACT_NAMES:
         raise ValueError(f"act must be one of {', '.join(ACT_NAMES)}, got {act.name}")
     if gate.name not in GATE_NAMES:

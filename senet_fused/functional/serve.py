@@ -26,13 +26,13 @@ def route(x: Tensor, backend: str | None) -> str:
     return "reference" if needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()) else chosen
 
 
-def tail_route(x: Tensor, backend: str | None) -> str:
-    """As :func:`route`, of a block tail.
+def tail_route(x: Tensor, backend: str | None, pre_act: str = "") -> str:
+    """As :func:`route`, of a block tail, with an activation behind its norm or none.
 
     Unlike an SE layer's, a tail's operator stays in a graph that torch.compile makes: on a CPU it is the faster one,
     and on a GPU it makes 10 passes a step where the compiler's own kernels make 15.
     """
-    chosen = select.choose(backend, x.device.type, x.dtype).backend
+    chosen = select.choose(backend, x.device.type, x.dtype, pre_act=pre_act != "").backend
     compiling = torch.compiler.is_compiling()
     return "reference" if needs_plain_operators() or (compiling and torch.onnx.is_in_onnx_export()) else chosen
 

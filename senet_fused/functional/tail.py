@@ -35,6 +35,7 @@ def block_tail(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    pre_act: Function | None = None,
     act: Function = "relu",
     gate: Function = "sigmoid",
     residual: Tensor | None = None,
@@ -43,15 +44,16 @@ def block_tail(
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """BatchNorm -> Squeeze-and-Excitation -> + residual -> ReLU, fused: the tail of a residual block.
+    """BatchNorm -> [activation] -> Squeeze-and-Excitation -> + residual -> ReLU, fused: the tail of a block.
 
-    BatchNorm's output is never stored: two sweeps over x forward and two backward, 4 and 6 passes over memory where
-    PyTorch's own operators make 11 and 18 (equations in ``senet_fused.reference``; Ioffe & Szegedy 2015; Hu et
-    al. 2018).
+    The outputs of BatchNorm and of the activation are never stored: two sweeps over x forward (three with an activation
+    and a gate) and two backward, where PyTorch's own operators make 11 and 18 passes over memory (equations in
+    ``senet_fused.reference``; Ioffe & Szegedy 2015; Hu et al. 2018).
 
     Equivalent to::
 
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        z = pre_act(z)                                          # with pre_act, e.g. F.silu
         z = z * sigmoid(linear(relu(linear(z.mean(spatial_dims), w1, b1)), w2, b2))[:, :, None, None]  # with w1 and w2
         y = relu(z * factor[:, None, None, None] + residual)    # with factor, residual and post_act="relu" as given
 
@@ -64,6 +66,8 @@ def block_tail(
             Without w1 and w2 there is no gate.
         training: normalise by the statistics of x; otherwise by the running ones.
         momentum, eps: as F.batch_norm's.
+        pre_act: the activation behind BatchNorm, one of those that ``act`` may be, or None. Kernels for it are there on
+            CPUs; elsewhere "auto" takes plain PyTorch.
         residual: a tensor of x's shape that is added, or None.
         post_act: "relu" or None, applied last.
         factor: [N], multiplies each sample's branch before the residual is added (stochastic depth), or None. It
@@ -83,21 +87,23 @@ def block_tail(
         BackendUnavailableError: the named backend cannot serve this call.
     """
     act, gate = Activation.of(act), Activation.of(gate)
+    pre_act = None if pre_act is None else Activation.of(pre_act)
     tensors = (x, running_mean, running_var, weight, bias, w1, w2, b1, b2, residual, factor)
     if has_torch_function(tensors):
         return handle_torch_function(
             block_tail, tensors, x, running_mean, running_var, weight, bias, w1=w1, w2=w2, b1=b1, b2=b2,
-            training=training, momentum=momentum, eps=eps, act=act.spec, gate=gate.spec, residual=residual,
-            post_act=post_act, factor=factor, group=group, backend=backend,
+            training=training, momentum=momentum, eps=eps, pre_act=pre_act and pre_act.spec, act=act.spec,
+            gate=gate.spec, residual=residual, post_act=post_act, factor=factor, group=group, backend=backend,
         )  # fmt: skip
-    check_functions(act, gate)
+    check_functions(act, gate, pre_act)
     mean, var = (None, None) if training else (running_mean, running_var)
     call = Call(
         x, weight, bias, mean, var, w1, b1, w2, b2, residual, factor, eps, "batch" if training else "given",
         act.spec, gate.spec, "avg", post_act or "", "" if group is None else group.group_name,
+        "" if pre_act is None or pre_act.name == "identity" else pre_act.spec,
     )  # fmt: skip
     checked(check_tail, call, running_mean, running_var)
-    y, statistics, *_ = serve(call, tail_route(x, backend))
+    y, statistics, *_ = serve(call, tail_route(x, backend, call.pre_act))
     if training and running_mean is not None and running_var is not None and statistics is not None:
         at_once = x.is_cuda and not torch.compiler.is_compiling()
         _track(running_mean, running_var, statistics, momentum, at_once)

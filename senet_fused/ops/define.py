@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, torch_private
-from ..backends import cuda, native, triton
+from ..backends import WITH_PRE_ACT, cuda, native, triton
 from ..call import TENSORS, Call, GradientCall, Gradients, Outputs, options_of, text_of
 from ..flops import in_dispatch_modes
 from ..reference import accumulate_dtype
@@ -39,7 +39,7 @@ from .layout import (
 
 __all__ = ["OPERATORS", "Operator", "infer_at_once"]
 
-# The fields of Call, and of GradientCall; options are those from norm to group, as text.
+# The fields of Call, and of GradientCall; options are those from norm on, as text.
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? w1, Tensor? b1, Tensor? w2, "
     "Tensor? b2, Tensor? residual, Tensor? factor, float eps, str options, bool save) "
@@ -54,7 +54,7 @@ BACKWARD_SCHEMA = (
 _PARAMETERS = tuple(Call._fields.index(name) for name in ("weight", "bias", "w1", "b1", "w2", "b2"))
 _RESIDUAL = Call._fields.index("residual")
 # The tensors of a GradientCall, and its options.
-_FIRST, _LAST = GradientCall._fields.index("eps"), GradientCall._fields.index("group") + 1
+_FIRST, _LAST = GradientCall._fields.index("eps"), GradientCall._fields.index("pre_act") + 1
 
 
 # ---------------------------------------------------------------------------------------------------- allocation
@@ -208,6 +208,8 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
     )
 
     def compute(call: Call, gate: bool, saved: bool, mask: bool) -> Outputs:
+        if call.pre_act and backend not in WITH_PRE_ACT:
+            raise NotImplementedError(f"{name} has no kernels for an activation behind the norm (pre_act)")
         channels_last = is_channels_last(call.x)
         outputs = _allocate(call, channels_last, gate, saved, mask)
         kernels.forward(_readable(call, channels_last, vector_dtypes), outputs, channels_last)
@@ -275,7 +277,7 @@ def _define(backend: str, dispatch_keys: tuple[str, ...], kernels: Any) -> Opera
         if dy is None and dgate is None:
             return found  # in a second derivative: gate is an input of the backward
         tensors = ctx.saved_tensors
-        x, mask, masked = tensors[0], tensors[-1], ctx.options[-2] == "relu"
+        x, mask, masked = tensors[0], tensors[-1], ctx.options[-3] == "relu"
         if masked and mask.dim() == 1 and x.shape[0] > 0:
             raise RuntimeError(f"{name}: the forward ran with save=False, so there is no mask for a backward")
         need_x, need_residual = wanted[0], ctx.has_residual and wanted[_RESIDUAL]
@@ -386,7 +388,7 @@ def _second_order_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """The backward of the backward operator: reference.backward differentiated in plain PyTorch."""
     *inputs, factor, statistics, mask = ctx.saved_tensors
-    eps, norm, act, gate_fn, squeeze, post_act, group, need_x, need_weights, need_residual = ctx.options
+    eps, norm, act, gate_fn, squeeze, post_act, group, pre_act, need_x, need_weights, need_residual = ctx.options
     if group and norm == "batch":
         raise NotImplementedError("block_tail: second derivatives across processes are not implemented")
     present = [t is not None for t in inputs]
@@ -400,6 +402,7 @@ def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         assert dy is not None and x is not None
         call = Call(
             x, weight, bias, mean, var, w1, b1, w2, b2, dy, factor, eps, norm, act, gate_fn, squeeze, post_act, "",
+            pre_act,
         )  # fmt: skip
         gradients = reference.backward(call, dy, dgate, bits)
         needed = (need_x, *(need_weights,) * 6, need_residual)

@@ -35,6 +35,17 @@ SENET_INLINE bool can_stream(const void* base, int64_t columns) {
   return reinterpret_cast<uintptr_t>(base) % (kGroup * sizeof(T)) == 0 && columns % kGroup == 0;
 }
 
+// A ReLU, and the bits of what it lets through if there is a mask.
+template <class A>
+SENET_INLINE Group<A> relu_and_mask(const Group<A>& v, uint8_t* mask, int count) {
+  if (mask != nullptr) {
+    const uint16_t bits = positive_lanes(v);
+    mask[0] = uint8_t(bits);
+    if (count > 8) mask[1] = uint8_t(bits >> 8);
+  }
+  return relu(v);
+}
+
 // (E4): v = scale * x + residual; kNorm, (T3): v = scale * (x - mean) + shift + residual.
 template <class T, bool kPixelRows, bool kNorm, bool kResidual, bool kRelu, bool kStream>
 void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
@@ -58,14 +69,7 @@ void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
       } else {
         v = scale.at(i, count) * v;
       }
-      if (kRelu) {
-        if (mask != nullptr) {
-          const uint16_t bits = positive_lanes(v);
-          mask[i / 8] = uint8_t(bits);
-          if (count > 8) mask[i / 8 + 1] = uint8_t(bits >> 8);
-        }
-        v = relu(v);
-      }
+      if (kRelu) v = relu_and_mask(v, mask != nullptr ? mask + i / 8 : nullptr, count);
       put<kStream>(y + i, v, count);
     };
     int64_t i = 0;
