@@ -38,7 +38,7 @@ def _define(backend: str, operator: Operator) -> None:
     def tail(*arguments: Any) -> tuple[Tensor, ...]:
         *tensors, eps, act, gate_fn, post_act, group, save = arguments
         norm = "batch" if tensors[Call._fields.index("mean")] is None else "given"
-        return registered(Call._make((*tensors, eps, norm, act, gate_fn, "avg", post_act, group)), save)
+        return registered(Call._make((*tensors, eps, norm, act, gate_fn, "avg", post_act, group, "")), save)
 
     for name, schema, function in (("squeeze_excite", _LAYER, layer), ("block_tail", _TAIL, tail)):
         torch.library.define(f"senet_fused::{name}_{backend}", schema)
