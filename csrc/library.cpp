@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(senet_fused, m) {
       "gate, Tensor dweight, Tensor dbias, Tensor? dpooled, float count, int pre_act, float pre_act_p0, bool "
       "channels_last, Tensor(a!) dx, "
       "Tensor(b!)? dresidual) -> ()");
+  m.def("_cpu_function(Tensor x, int f, float p0, float p1, Tensor(a!) value, Tensor(b!)? slope) -> ()");
   m.def("_cpu_instruction_set() -> str");
 }
 
@@ -39,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(senet_fused, CPU, m) {
   m.impl("_cpu_backward", TORCH_BOX(&senet::backward_cpu));
   m.impl("_cpu_gradient_sums", TORCH_BOX(&senet::gradient_sums_cpu));
   m.impl("_cpu_gradient", TORCH_BOX(&senet::gradient_cpu));
+  m.impl("_cpu_function", TORCH_BOX(&senet::function_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(senet_fused, CompositeExplicitAutograd, m) {

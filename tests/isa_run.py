@@ -1,6 +1,6 @@
-"""Run by test_determinism.py and test_tail_kernels.py with SENET_FUSED_ISA set: python isa_run.py layers | tails
+"""Run by tests with SENET_FUSED_ISA set: python isa_run.py layers | tails | functions
 
-Holds the kernels of that instruction set to the oracle, and prints of how many cases.
+Holds the kernels of that instruction set to the oracle, or to float64, and prints of how many cases.
 """
 
 from __future__ import annotations
@@ -45,8 +45,16 @@ def layers() -> int:
     return len(cases())
 
 
+def functions() -> int:
+    from test_functions import BOUNDS, check_accuracy
+
+    for name in BOUNDS:
+        check_accuracy(name)
+    return len(BOUNDS)
+
+
 if __name__ == "__main__":
     native.instruction_set()
     assert native.instruction_set() == os.environ["SENET_FUSED_ISA"]
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
-    print({"layers": layers, "tails": tails}[sys.argv[1]]())
+    print({"layers": layers, "tails": tails, "functions": functions}[sys.argv[1]]())

@@ -46,6 +46,18 @@ int64_t cache_bytes(int level, int64_t otherwise) {
   return largest > 0 ? largest : otherwise;
 }
 
+void check_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), "senet_fused: ", name, " must be contiguous");
+}
+
+template <class A>
+void apply(const Tensor& x, Function f, double p0, double p1, const Tensor& value, const std::optional<Tensor>& slope) {
+  const A* v = static_cast<const A*>(x.const_data_ptr());
+  A* out = static_cast<A*>(value.mutable_data_ptr());
+  if (!slope.has_value()) return Tables<A>::function()->apply(f, p0, p1, v, out, x.numel());
+  Tables<A>::function()->apply_with_slope(f, p0, p1, v, out, static_cast<A*>(slope->mutable_data_ptr()), x.numel());
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -60,6 +72,21 @@ CpuFacts facts() {
 
 void parallel_for(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+void function_cpu(Tensor x, int64_t f, double p0, double p1, Tensor value, std::optional<Tensor> slope) {
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(x.is_cpu(), "senet_fused: x must be on the CPU");
+  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Float, "senet_fused: x must be float64 or float32");
+  STD_TORCH_CHECK(f >= 0 && f < kFunctions, "senet_fused: unknown function code ", f);
+  check_contiguous(x, "x");
+  check_same_shape(value, "value", x);
+  check_contiguous(value, "value");
+  if (slope.has_value()) {
+    check_same_shape(*slope, "slope", x);
+    check_contiguous(*slope, "slope");
+  }
+  (wide ? apply<double> : apply<float>)(x, static_cast<Function>(f), p0, p1, value, slope);
 }
 
 std::string cpu_instruction_set() { return kernels().name; }

@@ -3,6 +3,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 
 #include "../check.h"
@@ -14,6 +15,9 @@ namespace senet {
 const Kernels& kernels();
 // "avx512_bf16", "avx512", "avx2" or "baseline".
 std::string cpu_instruction_set();
+// An elementwise function by its code: fills value, and its derivative at x if slope is there. x is float or double,
+// contiguous, and value and slope are like it; value may be x.
+void function_cpu(Tensor x, int64_t f, double p0, double p1, Tensor value, std::optional<Tensor> slope);
 CpuFacts facts();
 void parallel_for(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
 

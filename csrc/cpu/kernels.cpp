@@ -3,6 +3,7 @@
 
 #include "kernel/activated.h"
 #include "kernel/excite.h"
+#include "kernel/functions.h"
 #include "kernel/moments.h"
 #include "kernel/scale.h"
 #include "kernel/squeeze.h"
@@ -45,7 +46,7 @@ constexpr WeightKernels<Acc<W>> weight_kernels() {
 }
 template <class A>
 constexpr FunctionKernels<A> function_kernels() {
-  return {apply_function<A>, function_backward<A>, function_backward_from_output<A>};
+  return {function_values<A>, function_values_and_slopes<A>, function_backward<A>, function_backward_from_output<A>};
 }
 
 const Kernels kTable{

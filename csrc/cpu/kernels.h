@@ -145,6 +145,8 @@ struct WeightKernels {
 template <class A>
 struct FunctionKernels {
   void (*apply)(Function f, double p0, double p1, const A* v, A* out, int64_t count);
+  // f(v) and f'(v); value may be v
+  void (*apply_with_slope)(Function f, double p0, double p1, const A* v, A* value, A* slope, int64_t count);
   // out = d * f'(v)
   void (*backward)(Function f, double p0, double p1, const A* v, const A* d, A* out, int64_t count);
   // out = d * f', with f' worked out from f's value

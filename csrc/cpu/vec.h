@@ -58,6 +58,7 @@ struct Lanes<double> {
 
 template <class A>
 struct Group {
+  using Element = A;
   using Vec = typename Lanes<A>::Vec;
   static constexpr int kLanes = kVectorBytes / sizeof(A);
   static constexpr int kVecs = kGroup / kLanes;
@@ -71,12 +72,20 @@ SENET_INLINE Group<A> splat(A value) {
   return g;
 }
 
-#define SENET_BINARY(op)                                                    \
-  template <class A>                                                        \
-  SENET_INLINE Group<A> operator op(const Group<A>& a, const Group<A>& b) { \
-    Group<A> g;                                                             \
-    for (int i = 0; i < Group<A>::kVecs; ++i) g.v[i] = a.v[i] op b.v[i];    \
-    return g;                                                               \
+#define SENET_BINARY(op)                                                               \
+  template <class A>                                                                   \
+  SENET_INLINE Group<A> operator op(const Group<A>& a, const Group<A>& b) {            \
+    Group<A> g;                                                                        \
+    for (int i = 0; i < Group<A>::kVecs; ++i) g.v[i] = a.v[i] op b.v[i];               \
+    return g;                                                                          \
+  }                                                                                    \
+  template <class A>                                                                   \
+  SENET_INLINE Group<A> operator op(const Group<A>& a, typename Group<A>::Element b) { \
+    return a op splat<A>(b);                                                           \
+  }                                                                                    \
+  template <class A>                                                                   \
+  SENET_INLINE Group<A> operator op(typename Group<A>::Element a, const Group<A>& b) { \
+    return splat<A>(a) op b;                                                           \
   }
 SENET_BINARY(+)
 SENET_BINARY(-)
@@ -94,16 +103,20 @@ SENET_INLINE Group<A> fma(const Group<A>& a, const Group<A>& b, const Group<A>& 
 
 // ------------------------------------------------------------------------------------------------ load and store
 
-SENET_INLINE Group<float> load(const float* p) {
-  Group<float> g;
-  memcpy(&g, p, sizeof g);
+// Register by register: GCC copies a whole Group in pieces that later loads of a register must wait for.
+template <class A>
+SENET_INLINE Group<A> load_registers(const A* p) {
+  Group<A> g;
+  for (int i = 0; i < Group<A>::kVecs; ++i) memcpy(&g.v[i], p + i * Group<A>::kLanes, sizeof g.v[i]);
   return g;
 }
-SENET_INLINE Group<double> load(const double* p) {
-  Group<double> g;
-  memcpy(&g, p, sizeof g);
-  return g;
+template <class A>
+SENET_INLINE void store_registers(A* p, const Group<A>& g) {
+  for (int i = 0; i < Group<A>::kVecs; ++i) memcpy(p + i * Group<A>::kLanes, &g.v[i], sizeof g.v[i]);
 }
+
+SENET_INLINE Group<float> load(const float* p) { return load_registers(p); }
+SENET_INLINE Group<double> load(const double* p) { return load_registers(p); }
 SENET_INLINE Group<float> load(const bfloat16* p) {
   using L = Lanes<float>;
   Group<float> g;
@@ -183,8 +196,8 @@ SENET_INLINE Group<float> load(const float16* p) {
   return g;
 }
 
-SENET_INLINE void store(float* p, const Group<float>& g) { memcpy(p, &g, sizeof g); }
-SENET_INLINE void store(double* p, const Group<double>& g) { memcpy(p, &g, sizeof g); }
+SENET_INLINE void store(float* p, const Group<float>& g) { store_registers(p, g); }
+SENET_INLINE void store(double* p, const Group<double>& g) { store_registers(p, g); }
 // Rounds to nearest, ties to even. NaNs here come out of arithmetic, so they are quiet and survive truncation.
 SENET_INLINE void store(bfloat16* p, const Group<float>& g) {
 #if defined(__AVX512BF16__)
@@ -419,6 +432,50 @@ SENET_INLINE Group<A> where_equal(const Group<A>& a, const Group<A>& b, const Gr
   return out;
 }
 
+template <class A>
+struct Mask {  // of a comparison, each lane all ones or zero
+  typename Lanes<A>::Int v[Group<A>::kVecs];
+};
+
+#define SENET_COMPARISON(op)                                                                          \
+  template <class A>                                                                                  \
+  SENET_INLINE Mask<A> operator op(const Group<A>& a, const Group<A>& b) {                            \
+    Mask<A> mask;                                                                                     \
+    for (int i = 0; i < Group<A>::kVecs; ++i) mask.v[i] = (typename Lanes<A>::Int)(a.v[i] op b.v[i]); \
+    return mask;                                                                                      \
+  }
+SENET_COMPARISON(<)
+SENET_COMPARISON(<=)
+#undef SENET_COMPARISON
+
+template <class A>
+SENET_INLINE Group<A> where(const Mask<A>& mask, const Group<A>& yes, const Group<A>& no) {
+  Group<A> out;
+  for (int i = 0; i < Group<A>::kVecs; ++i) out.v[i] = mask.v[i] ? yes.v[i] : no.v[i];
+  return out;
+}
+
+// NaN stays NaN.
+template <class A>
+SENET_INLINE Group<A> min(const Group<A>& g, typename Group<A>::Element limit) {
+  return where(splat<A>(limit) < g, splat<A>(limit), g);
+}
+
+// The magnitude, and the sign, of one group each.
+template <class A>
+SENET_INLINE Group<A> copysign(const Group<A>& magnitude, const Group<A>& sign) {
+  using Bits = typename Lanes<A>::Bits;
+  constexpr typename Lanes<A>::Word kSign = typename Lanes<A>::Word(1) << (8 * sizeof(A) - 1);
+  Group<A> out;
+  for (int i = 0; i < Group<A>::kVecs; ++i)
+    out.v[i] = (typename Lanes<A>::Vec)(((Bits)magnitude.v[i] & ~kSign) | ((Bits)sign.v[i] & kSign));
+  return out;
+}
+template <class A>
+SENET_INLINE Group<A> abs(const Group<A>& g) {
+  return copysign(g, splat(A(0)));
+}
+
 // The running maximum and how many elements attain it; a NaN takes over and stays.
 template <class A>
 SENET_INLINE void update_peak(Group<A>& peak, Group<A>& ties, const Group<A>& x) {
@@ -432,34 +489,6 @@ SENET_INLINE void update_peak(Group<A>& peak, Group<A>& ties, const Group<A>& x)
     ties.v[i] = (Vec)(((Int)one & higher) | ((Int)(ties.v[i] + (Vec)((Int)one & equal)) & ~higher));
     peak.v[i] = (Vec)(((Int)x.v[i] & higher) | ((Int)peak.v[i] & ~higher));
   }
-}
-
-// exp(v), within 2 units in the last place; NaN stays NaN, above 88.7 infinity.
-SENET_INLINE Group<float> exp(const Group<float>& g) {
-  using L = Lanes<float>;
-  Group<float> out;
-  for (int i = 0; i < Group<float>::kVecs; ++i) {
-    L::Vec v = g.v[i];
-    const L::Int overflow = v > 88.7f, underflow = v < -87.3f;
-    v = (L::Vec)(((L::Int)v & ~overflow & ~underflow));
-    const L::Vec shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the rounded integer is in the low bits
-    const L::Vec n = shifted - 12582912.0f;
-    const L::Vec r = (v - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first with few bits
-    L::Vec p = r * (1.0f / 5040) + (1.0f / 720);
-    p = p * r + (1.0f / 120);
-    p = p * r + (1.0f / 24);
-    p = p * r + (1.0f / 6);
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const L::Bits exponent = ((L::Bits)shifted - 0x4b400000u) << 23;
-    const L::Vec value = (L::Vec)((L::Bits)p + exponent);
-    const L::Vec inf = __builtin_inff() - L::Vec{};
-    const L::Int nan = g.v[i] != g.v[i];  // the exponent of a NaN with a payload would make it a number
-    out.v[i] =
-        (L::Vec)(((L::Int)value & ~overflow & ~underflow & ~nan) | ((L::Int)inf & overflow) | ((L::Int)g.v[i] & nan));
-  }
-  return out;
 }
 
 }  // namespace SENET_ISA
