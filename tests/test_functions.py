@@ -35,7 +35,7 @@ BOUNDS = {
     "hardswish": (2.5, 1.5),  # 2.33, 1.33
     "mish": (4.5, 8),  # 3.80, 7.59
     "tanh": (1.5, 4.5),  # 1.29, 4.20
-    "sigmoid": (3, 4.5),  # 2.48, 4.19
+    "sigmoid": (3, 5),  # 2.20, 4.31
     "hardsigmoid": (1, 0.5),  # 0.67, 0.33
 }
 inf, nan = math.inf, math.nan

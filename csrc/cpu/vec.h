@@ -43,6 +43,7 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef float InMemory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
@@ -51,6 +52,7 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef double InMemory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t Word;
@@ -103,16 +105,18 @@ SENET_INLINE Group<A> fma(const Group<A>& a, const Group<A>& b, const Group<A>& 
 
 // ------------------------------------------------------------------------------------------------ load and store
 
-// Register by register: GCC copies a whole Group in pieces that later loads of a register must wait for.
+// Whole registers, not memcpy: GCC copies their bytes in smaller pieces, and a register's load waits for those.
 template <class A>
 SENET_INLINE Group<A> load_registers(const A* p) {
   Group<A> g;
-  for (int i = 0; i < Group<A>::kVecs; ++i) memcpy(&g.v[i], p + i * Group<A>::kLanes, sizeof g.v[i]);
+  for (int i = 0; i < Group<A>::kVecs; ++i)
+    g.v[i] = *reinterpret_cast<const typename Lanes<A>::InMemory*>(p + i * Group<A>::kLanes);
   return g;
 }
 template <class A>
 SENET_INLINE void store_registers(A* p, const Group<A>& g) {
-  for (int i = 0; i < Group<A>::kVecs; ++i) memcpy(p + i * Group<A>::kLanes, &g.v[i], sizeof g.v[i]);
+  for (int i = 0; i < Group<A>::kVecs; ++i)
+    *reinterpret_cast<typename Lanes<A>::InMemory*>(p + i * Group<A>::kLanes) = g.v[i];
 }
 
 SENET_INLINE Group<float> load(const float* p) { return load_registers(p); }

@@ -265,13 +265,19 @@ struct Tanh : Smooth {
 };
 
 struct Sigmoid : Smooth {
+  SENET_INLINE static Group<float> value_of(const Group<float>& v, const Group<float>& e) {
+    return where(v < splat(0.0f), e, splat(1.0f)) / (e + 1.0f);
+  }
+  SENET_INLINE static Group<double> value_of(const Group<double>& v, const Group<double>&) {
+    return 1.0 / (exponential(v * -1.0).value + 1.0);  // bit by bit torch's
+  }
   template <class A>
   SENET_INLINE void operator()(const Group<A>& v, Group<A>& value, Group<A>& slope) const {
     const Group<A> one = splat(A(1));
-    const Exp<A> e = exponential(min(abs(v), by_type<A>(120, 760)) * A(-1));
-    const Group<A> r = one / (one + e.times(one));
-    value = where(v < splat(A(0)), e.times(r), r);
-    slope = e.times(r * r);
+    const Exp<A> exp_a = exponential(min(abs(v), by_type<A>(120, 760)) * A(-1));
+    const Group<A> e = exp_a.times(one), sum = e + A(1);
+    value = value_of(v, e);
+    slope = exp_a.times(one / (sum * sum));
   }
 };
 
