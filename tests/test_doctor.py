@@ -345,9 +345,9 @@ def test_where_there_is_a_gpu_the_report_says_what_auto_takes_for_it(monkeypatch
     monkeypatch.setattr(backends, "status", lambda: REFERENCE_ONLY)
     real = select.choose
 
-    def choose(backend, device_type, dtype, compiling=False):
+    def choose(backend, device_type, dtype, compiling=False, pre_act=False):
         if device_type == "cpu":
-            return real(backend, device_type, dtype, compiling)
+            return real(backend, device_type, dtype, compiling, pre_act)
         name = "reference" if dtype == torch.float64 else "cuda"
         return select.Choice(name, f"{name}: serves cuda tensors")
 

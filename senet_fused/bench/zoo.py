@@ -21,7 +21,8 @@ __all__ = ["LIBRARIES", "input_size", "load", "settle"]
 LIBRARIES = ("timm", "torchvision")  # in the order in which they are asked
 _DEFAULT_SIZE = (3, 224, 224)
 _SETTLING_BATCH = 4
-_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def load(name: str, *, seed: int = 0) -> nn.Module:
