@@ -122,8 +122,11 @@ def appoint(case: Case, weights: Weights, device: torch.device) -> Judge:
     if not runs:
         raise RuntimeError(f"stock PyTorch cannot run this case: {failure}")
 
+    # Made here: within plain, which runs under a mode that perturbs operations, the inputs would be perturbed too.
+    given = check_inputs(case, weights, device)
+
     def plain() -> dict[str, Tensor]:
-        return oracle(case, check_inputs(case, weights, device), weights)
+        return oracle(case, given, weights)
 
     return Judge(first, stock_errors(case, runs), plain, list(dict.fromkeys(forms)))
 
