@@ -370,7 +370,7 @@ def test_a_layer_that_is_left_is_named_and_none_at_all_is_an_error(file):
 def test_layers_that_cannot_run_fused_here_are_an_error(file, monkeypatch):
     from senet_fused import select
 
-    monkeypatch.setattr(select, "choose", lambda *arguments: select.Choice("reference", "there are no kernels"))
+    monkeypatch.setattr(select, "choose", lambda *_, **__: select.Choice("reference", "there are no kernels"))
     fused = by_provider(measure(zoo.load(f"{file}:small"), modes=["inference"], backend="auto"))["fused"]
     assert "0 of 2 SE layers fused; 3 is not: no kernels: there are no kernels" in fused["error"]
 
@@ -446,7 +446,7 @@ def test_where_no_block_runs_with_tails_a_note_says_why(file, name, note):
 def test_tails_that_have_no_kernels_are_a_note(file, monkeypatch):
     from senet_fused import select
 
-    monkeypatch.setattr(select, "choose", lambda *_: select.Choice("reference", "there are none for this device"))
+    monkeypatch.setattr(select, "choose", lambda *_, **__: select.Choice("reference", "there are none for this device"))
     network = zoo.load(f"{file}:bottlenecks")
     row = by_provider(measure(network, ("stock", "tails"), modes=["inference"], backend="auto"))["tails"]
     assert row["error"] is None and "3 does not: no kernels: there are none for this device" in row["note"]

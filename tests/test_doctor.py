@@ -335,7 +335,7 @@ def test_the_plans_of_a_tail_are_its_own(capsys):
 
 
 def test_which_backend_auto_takes_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(select, "choose", lambda *asked: select.Choice("cuda", f"for {asked}"))
+    monkeypatch.setattr(select, "choose", lambda *asked, **_: select.Choice("cuda", f"for {asked}"))
     assert cli.main(["doctor", "--plan", "1,8,2,4,4"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
     assert line == "auto takes 'cuda' for these tensors on a GPU: for ('auto', 'cuda', torch.bfloat16)"
