@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @lru_cache(maxsize=8)
 def _judge(case: Case) -> runner.Judge:
-    return runner.appoint(case, buffers.make_weights(case, CPU), CPU)
+    return runner.make_judge(case, buffers.make_weights(case, CPU), CPU)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "plan/plan.h"
@@ -91,16 +92,19 @@ inline void check_codes(int64_t act, int64_t gate, int64_t squeeze, int64_t relu
 
 inline int64_t element_size(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
 
-// The sizes of a call; x's dtype is the caller's to check.
-inline Problem check_problem(const Tensor& x, const Tensor& w1, bool channels_last, bool backward) {
-  STD_TORCH_CHECK(x.dim() >= 3 && w1.dim() >= 2, "senet_fused: x must be [N, C, *spatial] and w1 [R, C], got ", text(x),
-                  " and ", text(w1));
+// The sizes of a call; w1 of its gate, or nothing. x's dtype is the caller's to check.
+inline Problem check_problem(const Tensor& x, const std::optional<Tensor>& w1, bool channels_last, bool backward) {
+  STD_TORCH_CHECK(x.dim() >= 3, "senet_fused: x must be [N, C, *spatial], got ", text(x));
   int64_t m = 1;
   for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
-  STD_TORCH_CHECK(m > 0 && x.size(1) > 0 && w1.size(0) > 0, "senet_fused: empty channels or positions: x ", text(x),
-                  ", w1 ", text(w1));
-  return {x.size(0),     x.size(1), w1.size(0), m, element_size(x.scalar_type()), element_size(w1.scalar_type()),
-          channels_last, backward};
+  STD_TORCH_CHECK(m > 0 && x.size(1) > 0, "senet_fused: empty channels or positions: x ", text(x));
+  Problem p{x.size(0), x.size(1), 0, m, element_size(x.scalar_type()), 0, channels_last, backward};
+  if (w1.has_value()) {
+    STD_TORCH_CHECK(w1->dim() >= 2 && w1->size(0) > 0, "senet_fused: w1 must be [R, C], got ", text(*w1));
+    p.r = w1->size(0);
+    p.weight_size = element_size(w1->scalar_type());
+  }
+  return p;
 }
 
 }  // namespace senet

@@ -163,12 +163,12 @@ def test_every_dtype_and_direction_is_measured_on_the_kernels():
 
 @pytest.mark.networks
 def test_the_oracle_is_shared_by_what_is_trained():
-    appointed = []
+    made = []
     with pytest.MonkeyPatch.context() as patch:
-        real = runner.appoint
-        patch.setattr(runner, "appoint", lambda case, *rest: appointed.append(case.direction) or real(case, *rest))
+        real = runner.make_judge
+        patch.setattr(runner, "make_judge", lambda case, *rest: made.append(case.direction) or real(case, *rest))
         rows = measure(problems.cases(shapes=["3,8,2,5,5"], op="tail", directions=TAIL_DIRECTIONS), backend="reference")
-    assert len(appointed) == 2 and not any(row["error"] for row in rows)
+    assert len(made) == 2 and not any(row["error"] for row in rows)
 
 
 def wrong_tail(what):

@@ -82,18 +82,10 @@ void fill_weight_gradients(Call& call, const Tensor& x, const std::optional<Tens
 template <class A>
 void fill_layer(Layer<A>& layer, const Tensor& x, const std::optional<Tensor>& w1, const std::optional<Tensor>& w2,
                 bool channels_last, bool backward, bool norm) {
-  STD_TORCH_CHECK(x.dim() >= 3, "senet_fused: x must be [N, C, *spatial], got ", text(x));
   STD_TORCH_CHECK(w1.has_value() == w2.has_value(), "senet_fused: w1 and w2 go together");
   STD_TORCH_CHECK(w1.has_value() || norm, "senet_fused: w1 and w2, or statistics, must be there");
-  int64_t m = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
-  STD_TORCH_CHECK(m > 0 && x.size(1) > 0, "senet_fused: empty channels or positions: x ", text(x));
-  Problem& p = layer.problem;
-  p = {x.size(0), x.size(1), 0, m, element_size(x.scalar_type()), 0, channels_last, backward};
+  const Problem& p = layer.problem = check_problem(x, w1, channels_last, backward);
   if (w1.has_value()) {
-    STD_TORCH_CHECK(w1->dim() >= 2 && w1->size(0) > 0, "senet_fused: w1 must be [R, C], got ", text(*w1));
-    p.r = w1->size(0);
-    p.weight_size = element_size(w1->scalar_type());
     check_dense(*w1, "w1", {p.r, p.c}, w1->scalar_type(), x);
     check_dense(*w2, "w2", {p.c, p.r}, w1->scalar_type(), x);
     layer.w1 = w1->const_data_ptr();

@@ -18,28 +18,10 @@ Stages stages_of(int64_t stages) {
 
 CudaProblem problem_of(const Tensor& x, const std::optional<Tensor>& w1, const std::optional<Tensor>& w2, CudaNorm norm,
                        int64_t relu, bool residual, bool channels_last, bool backward) {
-  STD_TORCH_CHECK(x.dim() >= 3, "senet_fused: x must be [N, C, *spatial], got ", text(x));
   STD_TORCH_CHECK(w1.has_value() == w2.has_value(), "senet_fused: w1 and w2 go together");
-  int64_t m = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) m *= x.size(d);
-  STD_TORCH_CHECK(m > 0 && x.size(1) > 0, "senet_fused: empty channels or positions: x ", text(x));
-  STD_TORCH_CHECK(x.size(0) > 0, "senet_fused: an empty batch has no statistics");
-  CudaProblem p{};
-  p.n = x.size(0);
-  p.c = x.size(1);
-  p.m = m;
-  p.element_size = p.weight_size = element_size(x.scalar_type());
-  p.channels_last = channels_last;
-  p.backward = backward;
-  p.squeeze = Squeeze::avg;
-  p.relu = relu == 1;
-  p.residual = residual;
-  p.norm = norm;
-  if (w1.has_value()) {
-    STD_TORCH_CHECK(w1->dim() >= 2 && w1->size(0) > 0, "senet_fused: w1 must be [R, C], got ", text(*w1));
-    p.r = w1->size(0);
-    p.weight_size = element_size(w1->scalar_type());
-  }
+  CudaProblem p{check_problem(x, w1, channels_last, backward), Squeeze::avg, relu == 1, residual, norm};
+  STD_TORCH_CHECK(p.n > 0, "senet_fused: an empty batch has no statistics");
+  if (!w1.has_value()) p.weight_size = p.element_size;
   return p;
 }
 

@@ -23,7 +23,7 @@ from .providers import BUILDERS, STOCK_FORMS, Provider, backward_of, copy_ceilin
 from .saved import Row
 from .timing import Outcome, Rotation, Settings, Statistics, describe, figures, finite, interleave, ratio
 
-__all__ = ["Judge", "Options", "appoint", "bind", "computing", "run"]
+__all__ = ["Judge", "Options", "make_judge", "bind", "computing", "run"]
 
 # Up to this many elements of x stock's errors are taken from several inputs, beyond from one.
 _SMALL, _SMALL_DRAWS = 2**20, 3
@@ -95,7 +95,7 @@ def _judged_as(case: Case) -> Case:
     return dataclasses.replace(case, direction="forward+backward") if case.training else case
 
 
-def appoint(case: Case, weights: Weights, device: torch.device) -> Judge:
+def make_judge(case: Case, weights: Weights, device: torch.device) -> Judge:
     """The judge of all cases that differ from this one in layout and direction only.
 
     Raises:
@@ -199,7 +199,7 @@ class _Runner:
         key = dataclasses.replace(_judged_as(case), layout="")
         if self.judge_of is None or self.judge_of[0] != key:
             self.judge_of = None  # its tensors are freed before the next ones are taken
-            self.judge_of = key, appoint(case, weights, self.device)
+            self.judge_of = key, make_judge(case, weights, self.device)
         return self.judge_of[1]
 
     def _form(self, forms: list[str], case: Case, weights: Weights, sets: list[InputSet]) -> str:

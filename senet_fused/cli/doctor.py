@@ -217,7 +217,7 @@ def _self_test(name: str) -> tuple[int, list[str]]:
 @lru_cache(maxsize=1)
 def _expected(case: Case, device: torch.device) -> runner.Judge:
     """What results are judged by, in either layout."""
-    return runner.appoint(case, buffers.make_weights(case, device), device)
+    return runner.make_judge(case, buffers.make_weights(case, device), device)
 
 
 def _backends(report: _Report) -> tuple[dict[str, str | None], str | None]:

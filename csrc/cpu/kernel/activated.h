@@ -35,14 +35,6 @@ struct NormalisedRow {
   }
 };
 
-// Calls f(i, count) for the groups of [begin, end).
-template <class F>
-SENET_INLINE void over_groups(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; i + kGroup <= end; i += kGroup) f(i, kGroup);
-  if (i < end) f(i, int(end - i));
-}
-
 // u of rows [ra, rb), columns [i0, i1), at to[(r - ra) * stride + i - i0].
 template <class T, bool kPixelRows>
 SENET_INLINE void fill_tile(const ActivatedArgs<Acc<T>>& args, int64_t ra, int64_t rb, int64_t i0, int64_t i1,

@@ -20,6 +20,19 @@ SENET_INLINE int64_t pixels_of_block(int64_t row_bytes) {
 // Groups of channels that are summed side by side, in registers: rows are read in runs that memory is fast at.
 constexpr int kStrip = 4;
 
+template <int kGroups>
+struct Strip {
+  static constexpr int groups = kGroups;
+};
+
+// Calls f(Strip, i, count) for strips of channels that cover [c0, c1), the last group of each `count` wide.
+template <class F>
+SENET_INLINE void over_strips(int64_t c0, int64_t c1, const F& f) {
+  int64_t i = c0;
+  for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup) f(Strip<kStrip>(), i, kGroup);
+  for (; i < c1; i += kGroup) f(Strip<1>(), i, c1 - i < kGroup ? int(c1 - i) : kGroup);
+}
+
 template <class T>
 constexpr int kGroupsOfLine = kGroup * sizeof(T) < 64 ? 64 / (kGroup * sizeof(T)) : 1;
 
@@ -134,13 +147,9 @@ void moments_pixels(const void* x, int64_t c, int64_t m, int64_t c0, int64_t c1,
   for (int64_t begin = 0; begin < m; begin += pixels) {
     const int64_t end = begin + pixels < m ? begin + pixels : m;
     const bool more = end + pixels <= m;
-    int64_t i = c0;
-    for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup)
-      moments_strip<T, kStrip>(base + i, c, begin, end, more, kGroup, total_mean + i, total_squares + i);
-    for (; i < c1; i += kGroup) {
-      const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
-      moments_strip<T, 1>(base + i, c, begin, end, more, count, total_mean + i, total_squares + i);
-    }
+    over_strips(c0, c1, [&](auto strip, int64_t i, int count) __attribute__((always_inline)) {
+      moments_strip<T, strip.groups>(base + i, c, begin, end, more, count, total_mean + i, total_squares + i);
+    });
   }
   for (int64_t i = c0; i < c1; ++i) {
     mean[i] = total_mean[i] == total_mean[i] ? total_mean[i] : plain_mean(base + i, c, m);
@@ -234,13 +243,9 @@ void gradient_moments_pixels_impl(const MomentArgs<Acc<T>>& args, int64_t c0, in
   for (int64_t begin = 0; begin < m; begin += pixels) {
     const int64_t end = begin + pixels < m ? begin + pixels : m;
     const bool more = end + pixels <= m;
-    int64_t i = c0;
-    for (; i + kStrip * kGroup <= c1; i += kStrip * kGroup)
-      gradient_moments_strip<T, kMask, kStrip>(args, i, begin, end, more, kGroup, total0 + i, total1 + i);
-    for (; i < c1; i += kGroup) {
-      const int count = c1 - i < kGroup ? int(c1 - i) : kGroup;
-      gradient_moments_strip<T, kMask, 1>(args, i, begin, end, more, count, total0 + i, total1 + i);
-    }
+    over_strips(c0, c1, [&](auto strip, int64_t i, int count) __attribute__((always_inline)) {
+      gradient_moments_strip<T, kMask, strip.groups>(args, i, begin, end, more, count, total0 + i, total1 + i);
+    });
   }
   for (int64_t i = c0; i < c1; ++i) {
     args.sum[i] = A(total0[i]);

@@ -7,6 +7,14 @@
 namespace senet {
 namespace SENET_ISA {
 
+// Calls f(i, count) for the groups of [begin, end).
+template <class F>
+SENET_INLINE void over_groups(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kGroup <= end; i += kGroup) f(i, kGroup);
+  if (i < end) f(i, int(end - i));
+}
+
 // A row's own value (planes), or the value of each column (pixels).
 template <class A, bool kPixelRows>
 struct PerChannel {
@@ -72,9 +80,7 @@ void scale_rows(const ScaleArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
       if (kRelu) v = relu_and_mask(v, mask != nullptr ? mask + i / 8 : nullptr, count);
       put<kStream>(y + i, v, count);
     };
-    int64_t i = 0;
-    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
-    if (i < columns) group(i, int(columns - i));
+    over_groups(0, columns, group);
   }
   if (kStream) end_of_stream();
 }
@@ -110,9 +116,7 @@ void gradient_rows(const GradientArgs<Acc<T>>& args, int64_t r0, int64_t r1) {
       if (kPeak) rest = where_equal(load_upto(x + i, count), peak.at(i, count), at_peak.at(i, count), rest);
       put<kStream>(dx + i, fma(scale.at(i, count), g, rest), count);
     };
-    int64_t i = 0;
-    for (; i + kGroup <= columns; i += kGroup) group(i, kGroup);
-    if (i < columns) group(i, int(columns - i));
+    over_groups(0, columns, group);
   }
   if (kStream) end_of_stream();
 }
